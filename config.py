@@ -1,0 +1,344 @@
+"""Every option once: name, type, default, valid range and help.
+
+The command line, YAML files and what a checkpoint records all come from the dataclasses below. Option names may be
+spelled with hyphens or underscores; YAML keys are the names with underscores.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from errors import UserError, nearest
+
+
+def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), ge=None, gt=None, le=None, lt=None) -> Any:
+    """A dataclass field with its help text, other spellings and the range of valid numbers. `...`: it must be given."""
+    metadata = {"help": help, "aliases": aliases, "range": {"≥": ge, ">": gt, "≤": le, "<": lt}, "required": default is ...}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=None if default is ... else default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+@dataclasses.dataclass
+class Architecture:
+    """What the model is. Recorded in every checkpoint, so that generation needs none of it."""
+
+    model: str = option(..., "registered name, e.g. SiT-XL/2 or ELIT-SiT-XL/2")
+    resolution: int = option(256, "image side in pixels", ge=1)
+    num_classes: int = option(1000, "number of classes", ge=1)
+    encoder_depth: int = option(8, "block after which REPA reads the tokens (1-based)", ge=1)
+    qk_norm: bool = option(False, "normalise queries and keys")
+    fused_attn: bool = option(True, "scaled_dot_product_attention (false: plain matrix products)")
+    path_type: Literal["linear", "cosine"] = option("linear", "interpolant between data and noise")
+    enc_type: str = option("none", "REPA target encoders, comma-separated; none: off")
+    proj_coeff: float = option(0.0, "weight of the REPA loss; 0: off", ge=0)
+    elit_group_size: int = option(4, "ELIT: side of a group, in tokens", ge=1)
+    elit_read_depth: int = option(1, "ELIT: cross-attention layers in Read", ge=1)
+    elit_write_depth: int = option(1, "ELIT: cross-attention layers in Write", ge=1)
+    elit_tail: Literal["drop", "skip"] = option("drop", "ELIT: what becomes of the latents beyond the budget")
+    elit_max_mask_prob: float | None = option(None, "ELIT: largest share of latents masked in training", ge=0, le=1)
+    elit_min_mask_prob: float | None = option(None, "ELIT: smallest share of latents masked in training", ge=0, le=1)
+    head_depth: int | None = option(None, "ELIT: blocks before Read (default: by size)", ge=0)
+    tail_depth: int | None = option(None, "ELIT: blocks after Write (default: by size)", ge=0)
+    stages_count: int = option(2, "DFM: stages of the pyramid", ge=2)
+    stage_weights: list[float] = option([0.9, 0.1], "DFM: how often each stage is trained")
+    stage_sampling_thresholds: list[float] = option([0.1], "DFM: time at which each next stage starts")
+    num_steps_per_scale: list[int] = option([40, 10], "DFM: sampling steps of each stage")
+
+
+@dataclasses.dataclass
+class TrainConfig(Architecture):
+    """Options of train.py."""
+
+    config: str | None = option(None, "YAML file with any of these options")
+    output_dir: str = option("exps", "folder of all runs")
+    exp_name: str = option(..., "name of the run: its folder is OUTPUT_DIR/EXP_NAME")
+    logging_dir: str = option("logs", "folder of the tracker's files, inside the run folder")
+    report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "tracker; metrics.jsonl is always written")
+    sampling_steps: int = option(10000, "pictures and held-out loss every so many steps, and at step 1; 0: never", ge=0)
+    resume_step: int = option(0, "-1: newest good checkpoint, or start anew; n: the one of step n; 0: a new run", ge=-1)
+    data_dir: str = option("../data/imagenet256", "data set: vae-sd/ or vae-sd.zip, and for REPA images/ or images.zip")
+    val_data_dir: str | None = option(None, "held-out data set for the validation loss")
+    batch_size: int = option(256, "images per micro-step, over all processes", ge=1)
+    vae: str | None = option(None, "VAE for pictures: ema, mse, hub name or folder (default: the data set's record)")
+    allow_tf32: bool = option(False, "TF32 matrix products on Ampere and newer GPUs")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("fp16", "precision of the forward and backward pass")
+    epochs: int = option(1400, "end after so many passes over the data", ge=1)
+    max_train_steps: int = option(400000, "end after so many optimizer steps", ge=1)
+    checkpointing_steps: int = option(10000, "a checkpoint every so many steps, and at the end", ge=1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", ge=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", gt=0)
+    learning_rate: float = option(1e-4, "AdamW's learning rate", gt=0)
+    adam_beta1: float = option(0.9, "AdamW's beta 1", ge=0, lt=1)
+    adam_beta2: float = option(0.999, "AdamW's beta 2", ge=0, lt=1)
+    adam_weight_decay: float = option(0.0, "AdamW's weight decay", ge=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", gt=0)
+    lr_scheduler_type: Literal["constant", "constant_with_linear_warmup", "cosine"] = option(
+        "constant_with_linear_warmup", "learning rate over the steps; cosine falls to 0 at the last step"
+    )
+    warmup_steps: int = option(0, "linear warm-up over so many steps", ge=0)
+    lr_cooldown: float = option(0.0, "share of the steps, at the end, in which the rate falls linearly to 2%", ge=0, le=1)
+    ema_decay: list[float] = option([0.9999], "decay of the averaged weights; several: one copy each", ge=0, lt=1)
+    seed: int = option(0, "seed of weights, order of the data and all draws", ge=0)
+    num_workers: int = option(4, "data loading processes per training process", ge=0)
+    prediction: Literal["v"] = option("v", "what the model predicts: the velocity")
+    weighting: Literal["uniform", "lognormal"] = option("uniform", "distribution of the training times")
+    cfg_prob: float = option(0.1, "probability that a label is dropped, for classifier-free guidance", ge=0, le=1)
+    log_every: int = option(50, "steps between lines in metrics.jsonl and the tracker", ge=1)
+    cache_dir: str | None = option(None, "where remote data is cached", aliases=("s3_cache_dir",))
+    legacy: bool = option(False, "accepted from old YAML files; no effect")
+
+
+@dataclasses.dataclass
+class Sampling:
+    """How images are drawn from a checkpoint; shared by generation and the inference tools."""
+
+    ckpt: str = option(..., "checkpoint file")
+    config: str | None = option(None, "YAML file with any of these options", aliases=("eval_config",))
+    train_config: str | None = option(None, "training YAML, read for the architecture only")
+    weights: str = option("ema", "which weights: ema, ema:DECAY or model")
+    vae: str | None = option(None, "VAE: ema, mse, hub name or folder (default: the checkpoint's record, else ema)")
+    tf32: bool = option(True, "TF32 matrix products on Ampere and newer GPUs", aliases=("allow_tf32",))
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the model's forward pass")
+    mode: Literal["ode", "sde"] = option("ode", "sampler")
+    num_steps: int = option(50, "sampling steps", ge=1)
+    heun: bool = option(False, "Heun's second-order correction (ode)")
+    guidance_low: float = option(0.0, "guide at times from here …", ge=0, le=1)
+    guidance_high: float = option(1.0, "… to here, both included", ge=0, le=1)
+    autoguidance: bool = option(False, "guide with the same label at the unconditional budget")
+    legacy: bool = option(False, "accepted from old command lines; no effect")
+
+
+@dataclasses.dataclass
+class GenerateConfig(Sampling, Architecture):
+    """Options of generate.py. Architecture comes from the checkpoint unless that records none."""
+
+    sample_dir: str = option("results", "folder of all sample sets")
+    exp_name: str | None = option(None, "name of the run (default: the checkpoint's)")
+    global_seed: int = option(0, "seed of noise and labels", ge=0)
+    per_proc_batch_size: int = option(32, "images per batch and process", ge=1)
+    num_fid_samples: int = option(50000, "number of images", ge=1)
+    class_labels: list[str] = option(["random"], "random, balanced, or class ids to cycle through")
+    cfg_scale: float = option(1.5, "guidance scale; 1: none", ge=1)
+    inference_budget: float | None = option(None, "ELIT: share of the latents to compute (default: all)")
+    unconditional_inference_budget: float | None = option(None, "ELIT: budget of the guiding pass (cheap guidance)")
+    enable_repa: bool = option(False, "accepted from old command lines; no effect")
+    projector_embed_dims: str | None = option(None, "accepted from old command lines; no effect")
+
+
+@dataclasses.dataclass
+class ConvertConfig:
+    """Options of dataset_tools.py convert: any images → numbered square PNGs."""
+
+    source: str = option(..., "folder tree or .zip with images")
+    dest: str = option(..., "new folder or .zip, e.g. DATA_DIR/images")
+    resolution: str | None = option(None, "WxH in pixels, e.g. 256x256 (default: sizes stay)")
+    transform: Literal["none", "center-crop", "center-crop-wide", "center-crop-dhariwal"] = option(
+        "none", "how images are cropped"
+    )
+    max_images: int | None = option(None, "only the first so many images", ge=1)
+
+
+@dataclasses.dataclass
+class EncodeConfig:
+    """Options of dataset_tools.py encode: images → VAE latents."""
+
+    source: str = option(..., "folder or .zip of images, e.g. DATA_DIR/images")
+    dest: str = option(..., "new folder or .zip, e.g. DATA_DIR/vae-sd")
+    vae: str = option("stabilityai/sd-vae-ft-mse", "VAE: ema, mse, hub name or folder", aliases=("model_url",))
+    max_images: int | None = option(None, "only the first so many images", ge=1)
+    batch_size: int = option(32, "images per batch", ge=1)
+
+
+@dataclasses.dataclass
+class DemoConfig:
+    """Options of dataset_tools.py demo: the digit canvases of the quick start."""
+
+    dest: str = option(..., "new folder, for train/ and val/ with a folder per digit")
+
+
+# Of a training YAML, generation reads these keys.
+ARCHITECTURE_KEYS = {f.name for f in dataclasses.fields(Architecture)} | {"exp_name"}
+
+# ---------------------------------------------------------------------------------------------------------- parsing
+
+
+def parse(cls: type, argv: list[str] | None, *, prog: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Command line over YAML over defaults.
+
+    Returns the filled dataclass and the options that the user gave by hand or YAML (name → value); required options that
+    are missing are left `None` for `require`, since a checkpoint may still supply them.
+    """
+    given = parse_command_line(cls, argv, prog=prog)
+    if given.get("config"):
+        given = read_yaml(given["config"], cls) | given
+    if given.get("train_config"):
+        train = read_yaml(given["train_config"], TrainConfig, others=_names(cls))
+        names = {f.name for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in train.items() if k in ARCHITECTURE_KEYS & names} | given
+    return cls(**given), given
+
+
+def require(config: Any, *names: str) -> None:
+    """Raise a `UserError` for a required option that no source gave (`names`: all required ones where none are named)."""
+    for field in dataclasses.fields(config):
+        wanted = field.name in names if names else field.metadata["required"]
+        if wanted and getattr(config, field.name) is None:
+            raise UserError(f"--{field.name.replace('_', '-')} is required: {field.metadata['help']}")
+
+
+def parse_command_line(cls: type, argv: list[str] | None, *, prog: str | None = None) -> dict[str, Any]:
+    """The options that stand on the command line, by name. Unknown ones are a `UserError` with the nearest name."""
+    argv = sys.argv[1:] if argv is None else argv
+    # --elit_group_size=4 and --elit-group-size=4 are one option.
+    argv = ["-".join(a.partition("=")[0].split("_")) + "".join(a.partition("=")[1:]) if a.startswith("--") else a for a in argv]
+    parser = _Parser(prog=prog, description=(cls.__doc__ or "").split("\n")[0], allow_abbrev=False)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        flags = ["--" + name.replace("_", "-") for name in (field.name, *field.metadata["aliases"])]
+        default = "required" if field.metadata["required"] else _default(field)
+        text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
+        kind, items = _base_type(hints[field.name])
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "metavar": kind.__name__.upper()}
+        if typing.get_origin(hints[field.name]) is Literal:
+            options["metavar"] = "{" + ",".join(typing.get_args(hints[field.name])) + "}"
+        if kind is bool:
+            options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
+            no_flags = ["--no-" + flag[2:] for flag in flags]
+            parser.add_argument(*no_flags, dest=field.name, action="store_const", const="false", default=argparse.SUPPRESS,
+                                help=argparse.SUPPRESS)  # fmt: skip
+        if items:
+            options["nargs"] = "+"
+        parser.add_argument(*flags, help=text, **options)
+    parsed, rest = parser.parse_known_args(argv)
+    if rest:
+        flag = rest[0].partition("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(f"unexpected argument {flag!r}: options are written as --name value")
+        raise UserError(f"unknown option {flag}{nearest(flag, parser._option_string_actions)}")
+    return {name: coerce(cls, name, value, "--" + name.replace("_", "-")) for name, value in vars(parsed).items()}
+
+
+def read_yaml(path: str, cls: type, *, others: Iterable[str] = ()) -> dict[str, Any]:
+    """The options in a YAML file, by name.
+
+    Keys of the other scripts' options (`others`, for a training config) are passed over; a key that is no option at all is a `UserError` that names the file, the
+    key and the nearest known one.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(loaded or {}, dict):
+        raise UserError(f"{path}: must hold `option: value` lines")
+    own = _names(cls)
+    others = dict.fromkeys(others) if cls is TrainConfig else _names(TrainConfig) | _names(GenerateConfig)
+    if cls is TrainConfig and not others and "ckpt" in (loaded or {}):
+        raise UserError(f"{path}: this is a generation config (it names a checkpoint); train.py wants a training config")
+    found = {}
+    for key, value in (loaded or {}).items():
+        name = str(key).replace("-", "_")
+        if name in own:
+            found[own[name]] = coerce(cls, own[name], value, f"{path}: {key}")
+        elif name not in others:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(name, {**own, **others})}")
+    found.pop("config", None)
+    return found
+
+
+def coerce(cls: type, name: str, value: Any, where: str) -> Any:
+    """`value` (text of the command line, or what YAML or a checkpoint holds) as the option's type, its range checked."""
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    hint = typing.get_type_hints(cls)[name]
+    kind, items = _base_type(hint)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and kind is not str):
+        if type(None) in typing.get_args(hint) or (value is None and field.metadata["required"]):
+            return None
+        if kind is str and not items:  # report_to: null in YAML means none
+            value = "none"
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
+    if value is False and choices and "no" in choices:
+        value = "no"  # YAML reads a bare no as false
+    if items:
+        value = list(value) if isinstance(value, (list, tuple)) else str(value).replace(",", " ").split()
+        value = [part for v in value for part in (v.replace(",", " ").split() if isinstance(v, str) else [v])]
+    try:
+        found = [_scalar(v, kind) for v in value] if items else _scalar(value, kind)
+    except (ValueError, TypeError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+        raise UserError(f"{where}: {value!r} is not {wanted}{' (or a list of them)' if items else ''}") from None
+    if kind is str and not items and found.lower() in ("none", "null") and type(None) in typing.get_args(hint):
+        return None
+    if choices and found not in choices:
+        raise UserError(f"{where}: {found!r} is not valid; choose from {', '.join(choices)}")
+    for v in found if items else [found]:
+        for sign, bound in field.metadata["range"].items():
+            if bound is not None and not {"≥": v >= bound, ">": v > bound, "≤": v <= bound, "<": v < bound}[sign]:
+                raise UserError(f"{where}: {v} is out of range; it must be {sign} {bound}")
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message)
+
+
+def _names(cls: type) -> dict[str, str]:
+    """Every accepted spelling (with underscores) → option name."""
+    return {n: f.name for f in dataclasses.fields(cls) for n in (f.name, *f.metadata["aliases"])}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return " ".join(map(str, field.default_factory()))
+    return "none" if field.default is None else field.default
+
+
+def _base_type(hint: Any) -> tuple[type, bool]:
+    """(scalar type, is it a list) of `int`, `float | None`, `list[int]`, `Literal["a", "b"]`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return str, False
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+_BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    """`value` as a bool, int, float or str; raises ValueError where it is none."""
+    if kind is bool:
+        if str(value).lower() not in _BOOLEANS:
+            raise ValueError
+        return _BOOLEANS[str(value).lower()]
+    if isinstance(value, bool) and kind is not str:
+        raise ValueError
+    if kind is int:
+        number = float(value)
+        if not number.is_integer():
+            raise ValueError
+        return int(number)
+    if kind is float:
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    if isinstance(value, (dict, list)):
+        raise ValueError
+    return str(value)

@@ -1,0 +1,43 @@
+"""A user's mistake: one exception type, reported as one line on stderr."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The message names the option or file, what is wrong and what is valid.
+
+    Errors of the set-up are met by every process alike, and rank 0 speaks for all. `local=True` marks one that only the
+    process which meets it can know (a broken data file): that process prints it.
+    """
+
+    def __init__(self, message: str, *, local: bool = False):
+        super().__init__(message)
+        self.local = local
+
+
+def command(main: Callable) -> Callable:
+    """Decorator for a script's `main(argv=None)`: a `UserError` becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None):
+        try:
+            return main(argv)
+        except UserError as error:
+            if error.local or os.environ.get("RANK", "0") == "0":
+                script = Path(main.__code__.co_filename).name
+                print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+    return wrapper
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the known name closest to `name`, or an empty string where none is close."""
+    folded = {k.lower(): k for k in known}
+    found = get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    return f" (did you mean {folded[found[0]]}?)" if found else ""

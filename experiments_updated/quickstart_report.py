@@ -1,0 +1,180 @@
+"""The quick start's result: budgets.png (rows: budgets, columns: classes) and a table of quality against compute."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+
+import checkpoint
+import generate
+import models
+from config import GenerateConfig, option, parse, require
+from data import LatentDataset
+from errors import UserError, command
+from experiments_updated import digit_classifier
+from loss import held_out_losses
+from metrics import frechet_distance
+from pictures import labelled_grid
+from vae import load_vae
+
+TIMED_IMAGES, TIMED_ROUNDS = 25, 2
+HELD_OUT_REPEATS = 4  # noise and times drawn for each held-out canvas
+
+
+@dataclasses.dataclass
+class ReportConfig(GenerateConfig):
+    """Options of quickstart_report.py: those of the samples, and where the held-out data are."""
+
+    val_data_dir: str = option(..., "held-out data set")
+    output_dir: str = option("quickstart", "folder of budgets.png, table.md and results.json")
+    budgets: list[float] = option([0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config, given = parse(ReportConfig, argv, prog="quickstart_report.py")
+    require(config, "ckpt", "val_data_dir")
+    found = checkpoint.read_weights(config.ckpt, config.weights)
+    generate.settle_architecture(config, given, found)
+    generate.check(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = checkpoint.build_model(found, config.ckpt, device)
+    vae, _ = load_vae(config.vae or found.record.vae, device, expected=found.record)
+
+    out = Path(config.output_dir)
+    classifier = digit_classifier.load_or_train(out / "classifier.pt")
+    held_out_digits, held_out_labels = digit_classifier.digit_images(held_out=True)
+    accuracy = digit_classifier.accuracy(classifier, held_out_digits, held_out_labels)
+    print(f"digit classifier: {accuracy:.3f} of the 1,000 held-out digits right")
+
+    samples = [_samples(config, budget) for budget in config.budgets]  # (n, H, W, 3) each
+    labels = generate.labels_of(config, range(len(samples[0]))).numpy()
+    rates = _images_per_second(config, model, vae, found)
+    losses = _held_out(config, model, found)
+    reference = _statistics(classifier, held_out_digits)
+    rows = []
+    for i, (budget, images) in enumerate(zip(config.budgets, samples, strict=True)):
+        quarters = digit_classifier.quarters(torch.from_numpy(images).permute(0, 3, 1, 2))
+        predicted = digit_classifier.features(classifier, quarters)[1].argmax(dim=1).numpy()
+        mean, covariance = _statistics(classifier, quarters)
+        difference = losses[i] - losses[-1]
+        rows.append(
+            {
+                "budget": budget,
+                "gflops_per_forward": models.count_flops(model, budget) / 1e9,
+                "images_per_second": rates[i],
+                "digits_in_class": float((predicted == labels.repeat(4)).mean()),
+                "frechet_distance": frechet_distance(mean, covariance, *reference),
+                "held_out_loss": float(losses[i].mean()),
+                "held_out_loss_difference": float(difference.mean()),
+                "held_out_loss_difference_standard_error": float(difference.std(ddof=1) / len(difference) ** 0.5),
+                "pixel_difference": float(np.abs(images.astype(np.int16) - samples[-1]).mean()),
+            }
+        )
+    table = _table(rows)
+    print(table)
+    (out / "table.md").write_text(table + "\n")
+    (out / "results.json").write_text(json.dumps({"classifier_accuracy": accuracy, "budgets": rows}, indent=1) + "\n")
+    first = [int(np.flatnonzero(labels == c)[0]) for c in range(config.num_classes)]
+    names = [f"budget {_fraction(b)}\n{r['gflops_per_forward']:.2f} GFLOPs" for b, r in zip(config.budgets, rows, strict=True)]
+    labelled_grid(
+        np.stack([s[first] for s in samples]), names, [str(c) for c in range(config.num_classes)], out / "budgets.png"
+    )
+
+
+def _with_budget(config: ReportConfig, budget: float) -> ReportConfig:
+    return dataclasses.replace(config, inference_budget=budget)
+
+
+def _samples(config: ReportConfig, budget: float) -> np.ndarray:
+    folder = Path(config.sample_dir) / config.exp_name / generate.folder_name(_with_budget(config, budget))
+    path = folder.with_name(folder.name + ".npz")
+    if not path.is_file():
+        raise UserError(f"--sample-dir {config.sample_dir}: no samples at budget {budget:g} ({path}); run generate.py first")
+    return np.load(path)["arr_0"]
+
+
+def _images_per_second(config: ReportConfig, model, vae, found: checkpoint.Weights) -> list[float]:
+    """Sampling and decoding at each budget, the budgets by turns; the best of the rounds."""
+    shape = (model.in_channels, model.input_size, model.input_size)
+    best = [float("inf")] * len(config.budgets)
+    with torch.inference_mode():
+        for _ in range(TIMED_ROUNDS):
+            for i, budget in enumerate(config.budgets):
+                start = time.perf_counter()
+                generate.draw(_with_budget(config, budget), model, vae, shape, range(TIMED_IMAGES)).cpu()
+                best[i] = min(best[i], time.perf_counter() - start)
+    return [TIMED_IMAGES / seconds for seconds in best]
+
+
+def _held_out(config: ReportConfig, model, found: checkpoint.Weights) -> np.ndarray:
+    """Velocity loss of each held-out canvas at each budget (budgets, canvases), over a few fixed draws of time and noise."""
+    dataset = LatentDataset(config.val_data_dir)
+    device = next(model.parameters()).device
+    batch_size, total = 50, []
+    for start in range(0, len(dataset), batch_size):
+        indices = range(start, min(start + batch_size, len(dataset)))
+        batch = torch.utils.data.default_collate(dataset.__getitems__(list(indices)))
+        batch = {k: v.to(device) for k, v in batch.items()}
+        repeats = [
+            held_out_losses(
+                model,
+                batch,
+                range(r * len(dataset) + start, r * len(dataset) + indices.stop),
+                found.record,
+                config.budgets,
+                weighting=found.config["weighting"],
+                path_type=config.path_type,
+            )
+            for r in range(HELD_OUT_REPEATS)
+        ]
+        total.append(torch.stack(repeats).mean(dim=0))
+    return torch.cat(total, dim=1).cpu().numpy().astype(np.float64)
+
+
+def _statistics(classifier, quarters: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    pool = digit_classifier.features(classifier, quarters)[0].double().numpy()
+    return pool.mean(axis=0), np.cov(pool, rowvar=False)
+
+
+def _fraction(budget: float) -> str:
+    return f"1/{round(1 / budget)}" if budget < 1 and (1 / budget).is_integer() else f"{budget:g}"
+
+
+def _table(rows: list[dict]) -> str:
+    head = [
+        "budget",
+        "GFLOPs / forward",
+        "images/s",
+        "digits in class",
+        "Fréchet distance",
+        "held-out loss",
+        "− full (± s.e.)",
+        "pixel − full",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for r in rows:
+        difference = f"{r['held_out_loss_difference']:+.4f} ± {r['held_out_loss_difference_standard_error']:.4f}"
+        lines.append(
+            [
+                _fraction(r["budget"]),
+                f"{r['gflops_per_forward']:.3f}",
+                f"{r['images_per_second']:.2f}",
+                f"{r['digits_in_class']:.3f}",
+                f"{r['frechet_distance']:.2f}",
+                f"{r['held_out_loss']:.4f}",
+                difference if r is not rows[-1] else "0",
+                f"{r['pixel_difference']:.2f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Many images from one checkpoint: a folder of PNG and an .npz for evaluation.
+
+`torchrun --nproc_per_node=N generate.py …` or plain `python generate.py …`. Image i depends on (global_seed, i) alone, so any
+number of processes, batch size or restart gives the same set.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import models
+from config import GenerateConfig, parse, require
+from errors import UserError, command
+from models.elit import budget_to_k
+from pictures import save_png
+from randomness import image_labels, image_noise, sde_noise
+from samplers import Guidance, euler_maruyama_sampler, euler_sampler
+from vae import decode, load_vae
+
+WRITERS = 4  # threads that write PNG files
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config, given = parse(GenerateConfig, argv, prog="generate.py")
+    require(config, "ckpt")
+    found = checkpoint.read_weights(config.ckpt, config.weights)
+    settle_architecture(config, given, found)
+    check(config)
+    generate(config, found)
+
+
+def settle_architecture(config: GenerateConfig, given: dict, found: checkpoint.Weights) -> None:
+    """Take the architecture from the checkpoint; what is given by hand fills gaps in it and may not contradict it."""
+    recorded = found.config
+    if recorded.get("model"):  # the depths that "by size" stands for
+        recorded = {k: v for k, v in models.model_spec(recorded["model"]).sizes.items() if k.endswith("_depth")} | {
+            k: v for k, v in recorded.items() if v is not None
+        }
+    for name in ("model", "resolution", "num_classes", "path_type", *checkpoint.MODEL_OPTIONS):
+        if name in given and recorded.get(name) is not None and given[name] not in (None, recorded[name]):
+            raise UserError(
+                f"--{name.replace('_', '-')} {given[name]} contradicts {config.ckpt}, which records {recorded[name]}"
+            )
+        value = recorded.get(name, getattr(config, name))
+        setattr(config, name, value)
+        found.config[name] = value
+    found.config["fused_attn"] = config.fused_attn
+    if "exp_name" not in given or config.exp_name is None:
+        config.exp_name = recorded.get("exp_name") or (config.model or "").replace("/", "-")
+
+
+def check(config: GenerateConfig) -> None:
+    """Refuse what cannot be sampled, before anything is loaded or written."""
+    spec = models.model_spec(config.model)
+    guidance(config).check()
+    for name in ("inference_budget", "unconditional_inference_budget"):
+        budget = getattr(config, name)
+        if budget is None:
+            continue
+        if spec.family != "ELIT-SiT":
+            raise UserError(f"--{name.replace('_', '-')} {budget:g}: {config.model} has no budget; only ELIT models do")
+        try:
+            budget_to_k(budget, config.elit_group_size**2)
+        except UserError as error:
+            raise UserError(f"--{name.replace('_', '-')}: {error}") from None
+    if config.heun and config.mode == "sde":
+        raise UserError("--heun: Heun's correction belongs to --mode ode")
+    if config.class_labels not in (["random"], ["balanced"]):
+        for label in config.class_labels:
+            if not label.isdigit() or int(label) >= config.num_classes:
+                raise UserError(f"--class-labels {label}: not random, balanced or class ids below {config.num_classes}")
+    if Path(config.exp_name).name != config.exp_name:
+        raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --sample-dir)")
+
+
+def guidance(config: GenerateConfig) -> Guidance:
+    """The guidance that the options ask for."""
+    return Guidance(**{name: getattr(config, name) for name in Guidance._fields})
+
+
+def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
+    """Class ids (B,) of the images `indices`: random by index, balanced, or cycling through a list."""
+    if config.class_labels == ["random"]:
+        return image_labels(config.global_seed, indices, config.num_classes)
+    cycle = range(config.num_classes) if config.class_labels == ["balanced"] else [int(c) for c in config.class_labels]
+    return torch.tensor([cycle[i % len(cycle)] for i in indices])
+
+
+def draw(config: GenerateConfig, model: nn.Module, vae: nn.Module, shape: Sequence[int], indices: Sequence[int]) -> Tensor:
+    """Images `indices` as uint8 (B, 3, H, W); shape: (C, h, w) of the VAE latents."""
+    device = next(model.parameters()).device
+    noise = image_noise(config.global_seed, indices, shape).to(device)
+    y = labels_of(config, indices).to(device)
+    options = guidance(config)._asdict() | {"num_steps": config.num_steps, "path_type": config.path_type}
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        if config.mode == "sde":
+            step_noise = partial(_noise_of_step, config.global_seed, indices)
+            latents = euler_maruyama_sampler(model, noise, y, noise=step_noise, **options)
+        else:
+            latents = euler_sampler(model, noise, y, heun=config.heun, **options)
+    return decode(vae, latents)
+
+
+def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
+    """Draw what is missing of the images 0 … num_fid_samples − 1, then write the .npz. Returns the folder of the images."""
+    on_cpu = not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)
+    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} process(es) run; start with torchrun"
+        )
+    if on_cpu and config.mixed_precision == "fp16":
+        config.mixed_precision = "no"
+        _say(state, "warning: --mixed-precision fp16 needs a GPU; running as no")
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    model = checkpoint.build_model(found, config.ckpt, state.device)
+    vae, _ = load_vae(config.vae or found.record.vae, state.device, expected=found.record)
+    factor = found.record.downsample_factor
+    shape = (found.record.latent_channels, config.resolution // factor, config.resolution // factor)
+
+    folder = Path(config.sample_dir) / config.exp_name / folder_name(config)
+    if state.is_main_process:
+        open_folder(folder, config, found.step)
+    state.wait_for_everyone()
+
+    # Each process looks at its share of the files; all then agree on what is missing.
+    mine = range(state.process_index, config.num_fid_samples, state.num_processes)
+    missing = sorted(gather_object(list(missing_images(folder, mine, config.resolution))))
+    todo = missing[state.process_index :: state.num_processes]
+    batch_size = config.per_proc_batch_size
+    start = time.perf_counter()
+    with (
+        torch.inference_mode(),
+        ThreadPoolExecutor(WRITERS) as pool,
+        tqdm(total=len(missing), desc="generate", unit="image", disable=not state.is_main_process) as bar,
+    ):
+        writing: list = []
+        for first in range(0, len(todo), batch_size):
+            indices = todo[first : first + batch_size]
+            images = draw(config, model, vae, shape, indices).permute(0, 2, 3, 1).cpu().numpy()
+            for job in writing:  # at most one batch waits to be written
+                job.result()
+            writing = [pool.submit(_write_image, folder, i, image) for i, image in zip(indices, images, strict=True)]
+            bar.update(min(len(indices) * state.num_processes, len(missing) - bar.n))
+        for job in writing:
+            job.result()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        seconds = time.perf_counter() - start
+        rate = f", {len(missing) / seconds:.2f} images/s" if missing else ""
+        kept = config.num_fid_samples - len(missing)
+        write_npz(
+            folder.with_name(folder.name + ".npz"), (folder / image_name(i) for i in range(config.num_fid_samples)), config
+        )
+        print(f"{folder}: {len(missing)} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def image_name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def folder_name(config: GenerateConfig) -> str:
+    """`ckpt-{stem}-cfg-…-steps-…-seed-…-{mode}`, with every other setting that changes the images where it is not the default."""
+    name = (
+        f"ckpt-{Path(config.ckpt).stem}-cfg-{config.cfg_scale}-steps-{config.num_steps}-seed-{config.global_seed}-{config.mode}"
+    )
+    labels = "_".join(config.class_labels)
+    if len(labels) > 40:
+        labels = hashlib.sha256(labels.encode()).hexdigest()[:12]
+    defaults = GenerateConfig()
+    for option, label, value in (
+        ("weights", "weights", config.weights.replace(":", "_")),
+        ("inference_budget", "budget", config.inference_budget),
+        ("unconditional_inference_budget", "uncond", config.unconditional_inference_budget),
+        ("autoguidance", "autoguidance", None),
+        ("guidance_low", "low", config.guidance_low),
+        ("guidance_high", "high", config.guidance_high),
+        ("heun", "heun", None),
+        ("class_labels", "labels", labels),
+        ("mixed_precision", config.mixed_precision, None),
+    ):
+        if getattr(config, option) != getattr(defaults, option):
+            name += f"-{label}" + ("" if value is None else f"-{value}")
+    return name
+
+
+def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
+    """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
+    path = Path(config.ckpt)
+    known_sum = checkpoint.sidecar(path)
+    digest = known_sum.read_text().split()[0] if known_sum.is_file() else checkpoint.file_sha256(path)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in _SETTINGS} | {
+        "ckpt_sha256": digest,
+        "ckpt_step": step,
+    }
+    record = folder.with_name(folder.name + ".json")
+    try:
+        if folder.is_dir() and any(folder.glob("*.png")):
+            made_with = json.loads(record.read_text()) if record.is_file() else {}
+            for name, value in settings.items():
+                if made_with.get(name) != value:
+                    raise UserError(
+                        f"{folder}: holds images made with {name} {made_with.get(name)}, not {value}; move it away or choose another --sample-dir or --exp-name"
+                    )
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+        aside = record.with_suffix(".tmp")
+        aside.write_text(json.dumps(settings, indent=1) + "\n")
+        aside.replace(record)
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--sample-dir {config.sample_dir}: cannot use {folder}: {error}") from None
+
+
+# What an image depends on, beside the checkpoint.
+_SETTINGS = {
+    *("weights", "vae", "mode", "num_steps", "heun", "path_type", "cfg_scale", "guidance_low", "guidance_high", "autoguidance"),
+    *("inference_budget", "unconditional_inference_budget", "global_seed", "class_labels", "mixed_precision"),
+}
+
+
+def missing_images(folder: Path, indices: Iterable[int], resolution: int) -> Iterable[int]:
+    """Those of `indices` whose file is not there or is not a whole PNG of the right size."""
+
+    def good(index: int) -> bool:
+        try:
+            with Image.open(folder / image_name(index)) as image:
+                image.load()
+                return image.size == (resolution, resolution) and image.mode == "RGB"
+        except (OSError, SyntaxError, ValueError):
+            return False
+
+    indices = list(indices)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        return [i for i, ok in zip(indices, pool.map(good, indices), strict=True) if not ok]
+
+
+def write_npz(path: Path, files: Iterable[Path], config: GenerateConfig) -> None:
+    """ADM's sample format: arr_0 uint8 (M, H, W, 3). Image by image, written aside, then renamed."""
+    aside = path.with_suffix(".npz.tmp")
+    shape = (config.num_fid_samples, config.resolution, config.resolution, 3)
+    member = zipfile.ZipInfo("arr_0.npy")  # without a date: the same images make the same file
+    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive, archive.open(member, "w", force_zip64=True) as out:
+        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for file in files:
+            with Image.open(file) as image:
+                out.write(np.asarray(image).tobytes())
+    aside.replace(path)
+
+
+def _write_image(folder: Path, index: int, image: np.ndarray) -> None:
+    save_png(Image.fromarray(image), folder / image_name(index), compress_level=1)
+
+
+def _noise_of_step(seed: int, indices: Sequence[int], step: int, shape: torch.Size) -> Tensor:
+    return sde_noise(seed, indices, step, shape[1:])
+
+
+def _say(state: PartialState, message: str) -> None:
+    if state.is_main_process:
+        print(f"generate.py: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""ODE and SDE samplers with guidance: from noise (t = 1) to data (t = 0), state in float64.
+
+Sources: SiT (arXiv 2401.08740, §2.4 and appendix A) for the probability-flow ODE, the SDE and the score; classifier-free
+guidance (2207.12598); guidance interval (2404.07724); autoguidance (2406.02507); ELIT (2603.12245) for cheap guidance.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import randomness
+from errors import UserError
+from loss import PathType, interpolant
+
+
+class Guidance(NamedTuple):
+    """How the velocity is guided, and at which budget the model runs.
+
+    v = v_low + cfg_scale·(v_cond − v_low) for t in [guidance_low, guidance_high]. v_low is the null label's velocity at the
+    same budget (CFG), at `unconditional_inference_budget` (cheap CFG), or the same label's at that budget (autoguidance).
+    """
+
+    cfg_scale: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    inference_budget: float | None = None
+    unconditional_inference_budget: float | None = None
+    autoguidance: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be computed."""
+        if not self.cfg_scale >= 1:
+            raise UserError(f"cfg_scale {self.cfg_scale}: must be at least 1 (1: no guidance)")
+        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+            raise UserError(
+                f"guidance_low {self.guidance_low} and guidance_high {self.guidance_high}: must be ordered within [0, 1]"
+            )
+        if self.autoguidance and self.unconditional_inference_budget is None:
+            raise UserError("autoguidance needs unconditional_inference_budget, the budget of the guiding pass")
+
+    def active(self, t: float) -> bool:
+        """Whether velocities at time t are guided."""
+        return self.cfg_scale > 1 and self.guidance_low - 1e-9 <= t <= self.guidance_high + 1e-9  # 1 - 8/10 is not 0.2
+
+
+def guided_velocity(model: nn.Module, x: Tensor, t: float, y: Tensor, guidance: Guidance) -> Tensor:
+    """Velocity (B, C, H, W) in float64 at the state x (float64) and time t; one, two or one doubled forward."""
+    g = guidance
+    dtype = next((p.dtype for p in model.parameters()), x.dtype)
+
+    def velocity(x: Tensor, y: Tensor, budget: float | None) -> Tensor:
+        times = torch.full((len(x),), t, dtype=torch.promote_types(dtype, torch.float32), device=x.device)
+        budget_argument = {} if budget is None else {"inference_budget": budget}
+        return model(x, times, y, **budget_argument).double()
+
+    x = x.to(dtype)
+    if not g.active(t):
+        return velocity(x, y, g.inference_budget)
+    null = torch.full_like(y, model.num_classes)
+    low_budget = g.unconditional_inference_budget
+    if not g.autoguidance and low_budget in (None, g.inference_budget):
+        v_cond, v_low = velocity(torch.cat([x, x]), torch.cat([y, null]), g.inference_budget).chunk(2)
+    else:
+        v_cond = velocity(x, y, g.inference_budget)
+        v_low = velocity(x, y if g.autoguidance else null, low_budget)
+    return v_low + g.cfg_scale * (v_cond - v_low)
+
+
+def score_from_velocity(velocity: Tensor, x: Tensor, t: float, path_type: PathType) -> Tensor:
+    """Score ∇ log p_t(x) of the path, from its velocity."""
+    alpha, sigma, d_alpha, d_sigma = (c.item() for c in interpolant(torch.tensor(t, dtype=torch.float64), path_type))
+    ratio = alpha / d_alpha
+    return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
+
+
+@torch.no_grad()
+def euler_sampler(
+    model: nn.Module,
+    latents: Tensor,
+    y: Tensor,
+    *,
+    num_steps: int,
+    heun: bool = False,
+    path_type: PathType = "linear",
+    **guidance,
+) -> Tensor:
+    """Probability-flow ODE on a uniform grid of `num_steps`, by Euler or, with `heun`, second-order steps (but the last).
+
+    Args:
+        latents: (B, C, H, W) noise. y: (B,) class ids.
+        guidance: the fields of `Guidance`: cfg_scale, guidance_low, guidance_high, inference_budget,
+            unconditional_inference_budget, autoguidance.
+    Returns:
+        (B, C, H, W) float64 scaled VAE latents.
+    """
+    g = _checked(guidance, num_steps)
+    x = latents.double()
+    for step, (t, t_next) in enumerate(pairwise([1 - i / num_steps for i in range(num_steps + 1)])):
+        v = guided_velocity(model, x, t, y, g)
+        x_next = x + (t_next - t) * v
+        if heun and step < num_steps - 1:
+            v_next = guided_velocity(model, x_next, t_next, y, g)
+            x_next = x + (t_next - t) * (v + v_next) / 2
+        x = x_next
+    return x
+
+
+@torch.no_grad()
+def euler_maruyama_sampler(
+    model: nn.Module,
+    latents: Tensor,
+    y: Tensor,
+    *,
+    num_steps: int,
+    path_type: PathType = "linear",
+    noise: Callable[[int, torch.Size], Tensor] | None = None,
+    **guidance,
+) -> Tensor:
+    """Reverse SDE with diffusion w(t) = 2t: `num_steps` points from 1 to 0.04, then one noise-free step to 0.
+
+    Args:
+        noise: `noise(step, shape)` → normal noise of that step; default: the draws of seed 0 for images 0 … B − 1.
+        Otherwise as `euler_sampler`.
+    """
+    g = _checked(guidance, num_steps)
+    noise = noise or (lambda step, shape: randomness.sde_noise(0, range(shape[0]), step, shape[1:]))
+    x = latents.double()
+    times = torch.linspace(1.0, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        v, w, dt = guided_velocity(model, x, t, y, g), 2 * t, t_next - t
+        drift = v - 0.5 * w * score_from_velocity(v, x, t, path_type)
+        x_next = x + dt * drift
+        if step < num_steps - 1:
+            x_next = x_next + math.sqrt(w * abs(dt)) * noise(step, x.shape).to(x)
+        x = x_next
+    return x
+
+
+def _checked(guidance: dict, num_steps: int) -> Guidance:
+    if num_steps < 1:
+        raise UserError(f"num_steps {num_steps}: must be at least 1")
+    g = Guidance(**guidance)
+    g.check()
+    return g

@@ -1,0 +1,91 @@
+"""Small real inputs for the tests of whole scripts: a random VAE, a set of latents, a checkpoint with random weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import models
+from config import TrainConfig
+from vae import VAERecord
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDE, CHANNELS, RESOLUTION, CLASSES = 8, 4, 32, 5
+
+
+def make_vae(folder: Path) -> VAERecord:
+    """A random AutoencoderKL of factor 4 with 4 channels, 32 px."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = 3
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
+        latent_channels=CHANNELS,
+        norm_num_groups=4,
+        sample_size=RESOLUTION,
+        scaling_factor=0.5,
+        mid_block_add_attention=False,
+    )
+    vae.save_pretrained(folder)
+    return VAERecord(str(folder), None, 4, CHANNELS, 0.5, 0.0)
+
+
+def make_latents(data_dir: Path, count: int, record: VAERecord | None, labels: bool = True, seed: int = 0) -> Path:
+    """A data set in the published layout, of random moments."""
+    folder = data_dir / "vae-sd" / "00000"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    entries = []
+    for i in range(count):
+        mean = rng.standard_normal((CHANNELS, SIDE, SIDE))
+        std = 0.1 + rng.random((CHANNELS, SIDE, SIDE))
+        name = f"img-mean-std-{i:08d}.npy"
+        np.save(folder / name, np.concatenate([mean, std]).astype(np.float32))
+        entries.append([f"00000/{name}", i % CLASSES])
+    (data_dir / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": entries if labels else None}))
+    if record is not None:
+        (data_dir / "vae-sd" / "vae.json").write_text(json.dumps(record.to_dict()))
+    return data_dir
+
+
+def make_checkpoint(path: Path, record: VAERecord, model: str = "ELIT-SiT-Ti/2", **options) -> Path:
+    """A checkpoint of train.py's format with random, non-zero weights."""
+    config = TrainConfig(model=model, resolution=RESOLUTION, num_classes=CLASSES, exp_name="made", elit_group_size=2, **options)
+    torch.manual_seed(1)
+    net = models.create_model(
+        model,
+        input_size=SIDE,
+        num_classes=CLASSES,
+        **checkpoint.model_options(vars(config)),
+    )
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    state = {"model": net.state_dict(), "ema": {"0.9999": net.state_dict()}, "optimizer": {}, "scheduler": {}, "scaler": None}
+    checkpoint.save(path, state | {"step": 7, "config": vars(config), "vae": record.to_dict()})
+    return path
+
+
+def launch(*command: str, cwd: Path | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script or launcher of this environment, on the CPU, with one thread a process."""
+    return subprocess.run(command_line(*command), cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, **kwargs)
+
+
+def command_line(*command: str) -> list[str]:
+    """`train.py …` by this interpreter; `torchrun …` and `accelerate launch …` as modules of it."""
+    modules = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.accelerate_cli"]}
+    if command[0] in modules:
+        return [sys.executable, "-m", *modules[command[0]], *command[1:]]
+    return [sys.executable, *command]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

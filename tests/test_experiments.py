@@ -1,0 +1,129 @@
+"""The published training and generation configs, and the benchmark script."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import models
+from benchmarks import train_step
+from config import GenerateConfig, TrainConfig, parse, require
+from models.elit import budget_to_k, mask_levels, mask_to_budget
+
+ROOT = Path(__file__).parent.parent / "experiments_updated"
+TRAIN = sorted(p for p in (ROOT / "train").glob("*.yaml") if not p.stem.startswith("quickstart"))
+GENERATION = sorted(p for p in (ROOT / "generation").glob("*.yaml") if not p.stem.startswith("quickstart"))
+
+NAMES = [
+    "sit_b_256",
+    "sit_xl_256",
+    "elit_sit_b_256",
+    "elit_sit_xl_256",
+    "elit_sit_xl_256_multibudget",
+    "elit_sit_xl_512",
+    "elit_sit_xl_512_multibudget",
+    "elit_sit_xl_256_large_scale",
+    "elit_sit_xl_256_large_scale_multibudget",
+]
+
+
+def budgets_of(config: TrainConfig) -> list[float | None]:
+    """The budgets that a training config draws from; [None] for a model without any."""
+    if not config.model.startswith("ELIT"):
+        return [None]
+    J = config.elit_group_size**2
+    return [mask_to_budget(m, J) for m in mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)]
+
+
+def test_all_published_configs_exist():
+    assert {p.stem for p in TRAIN} >= set(NAMES)
+    assert "elit_sit_b_256" in {p.stem for p in GENERATION}
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
+def test_train_config(path):
+    config, _ = parse(TrainConfig, ["--config", str(path)])
+    require(config)
+    assert path.read_text().startswith("# ")
+    assert config.exp_name == path.stem
+    family = models.model_spec(config.model).family
+    side = config.resolution // 8
+    assert config.data_dir == f"../data/imagenet{config.resolution}"
+    assert (config.mixed_precision, config.allow_tf32) == ("bf16", True)
+    assert (config.batch_size, config.max_train_steps, config.checkpointing_steps) == (256, 400_000, 50_000)
+    assert config.weighting == ("lognormal" if family == "ELIT-SiT" else "uniform")
+    budgets = budgets_of(config)
+    assert config.warmup_steps == (10_000 if len(budgets) > 1 else 0)
+    assert path.stem.endswith("multibudget") == (len(budgets) > 1)
+    if family == "ELIT-SiT":
+        assert config.elit_group_size == side // 8  # 16 groups at either resolution
+        assert side // 2 % config.elit_group_size == 0
+
+
+@pytest.mark.parametrize(
+    ("stem", "lowest", "highest", "count"),
+    [
+        ("elit_sit_xl_256", 1.0, 1.0, 1),
+        ("elit_sit_xl_256_multibudget", 1 / 16, 1.0, 16),
+        ("elit_sit_xl_512_multibudget", 1 / 64, 1.0, 64),
+        ("elit_sit_xl_256_large_scale", 1 / 4, 1 / 4, 1),
+        ("elit_sit_xl_256_large_scale_multibudget", 1 / 16, 1 / 4, 4),
+    ],
+)
+def test_trained_budgets(stem, lowest, highest, count):
+    config, _ = parse(TrainConfig, ["--config", str(ROOT / "train" / f"{stem}.yaml")])
+    budgets = budgets_of(config)
+    assert (min(budgets), max(budgets), len(budgets)) == (lowest, highest, count)
+
+
+@pytest.mark.parametrize("path", GENERATION, ids=lambda p: p.stem)
+def test_generation_config(path):
+    config, given = parse(GenerateConfig, ["--config", str(path), "--ckpt", "some.pt"])
+    require(config, "model", "ckpt")
+    assert path.read_text().startswith("# ")
+    assert (config.mode, config.num_steps, config.num_fid_samples) == ("ode", 50, 50_000)
+    family = path.stem.removesuffix("_ccfg").removesuffix("_budget_0.25")
+    trained, _ = parse(TrainConfig, ["--config", str(ROOT / "train" / f"{family}.yaml")])
+    for name in ("model", "resolution", "elit_group_size"):
+        assert getattr(config, name) == getattr(trained, name)
+    budgets = (config.inference_budget, config.unconditional_inference_budget)
+    if path.stem.endswith("_ccfg"):
+        assert (config.cfg_scale, *budgets) == (4.0, 1.0, 0.0625)
+    else:
+        assert (config.cfg_scale, *budgets) == (1.0, 0.25 if path.stem.endswith("_budget_0.25") else None, None)
+    if not config.model.startswith("ELIT"):
+        assert budgets == (None, None)
+    for budget in budgets:
+        J = config.elit_group_size**2
+        if budget is not None:
+            assert budget_to_k(budget, J) == budget * J  # a multiple of 1/J: nothing is rounded
+    assert {"ckpt", "config"} <= given.keys()
+
+
+@pytest.mark.parametrize(
+    ("stem", "teraflops"),
+    [  # published FLOPs per iteration of 256 images; the multibudget ones under the tail policy "drop"
+        ("sit_xl_256", 182),
+        ("elit_sit_xl_256", 188),
+        ("elit_sit_xl_256_multibudget", 125),
+        ("elit_sit_xl_512", 831),
+        ("elit_sit_xl_512_multibudget", 529),
+    ],
+)
+def test_published_training_flops(stem, teraflops):
+    config, _ = parse(TrainConfig, ["--config", str(ROOT / "train" / f"{stem}.yaml")])
+    options = checkpoint.model_options(vars(config))
+    with torch.device("meta"):
+        model = models.create_model(config.model, input_size=config.resolution // 8, **options)
+    budgets = budgets_of(config)
+    forward = sum(models.count_flops(model, b) for b in budgets) / len(budgets)
+    assert 3 * forward * config.batch_size / 1e12 == pytest.approx(teraflops, rel=0.01)
+
+
+def test_benchmark_prints_every_line(capsys):
+    train_step.main(["--model-size", "Ti", "--tokens", "16", "--batch-size", "2", "--repeats", "1", "--warmup", "0"])
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.endswith(("ok", "MISSED"))]
+    assert len(lines) == 8
+    assert "same velocity" in printed

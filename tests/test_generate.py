@@ -1,0 +1,246 @@
+"""generate.py: image i depends on (seed, i) alone, restarts go on, and what it refuses."""
+
+import signal
+import subprocess
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import PartialState
+from PIL import Image
+from runs import CLASSES, RESOLUTION, ROOT, command_line, environment, launch, make_checkpoint, make_vae
+
+import checkpoint
+import generate
+import randomness
+from config import GenerateConfig
+from vae import load_vae
+
+COUNT = 11
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ckpt")
+    return make_checkpoint(folder / "0000007.pt", make_vae(folder / "vae"))
+
+
+def arguments(ckpt, sample_dir, *more):
+    options = {
+        "ckpt": ckpt,
+        "sample-dir": sample_dir,
+        "num-fid-samples": COUNT,
+        "per-proc-batch-size": 3,
+        "num-steps": 3,
+        "inference-budget": 0.5,
+        "cfg-scale": 2,
+    }
+    return [str(part) for name, value in options.items() for part in ("--" + name, value)] + [str(m) for m in more]
+
+
+def folder_of(sample_dir):
+    (folder,) = [p for p in (sample_dir / "made").iterdir() if p.is_dir()]
+    return folder
+
+
+def images_of(folder):
+    return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))])
+
+
+def assert_same_images(a, b):
+    """Equal but for ±1 in at most 0.1% of the values."""
+    difference = np.abs(a.astype(int) - b.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def whole(ckpt, tmp_path_factory):
+    """All images from one undisturbed run of one process."""
+    out = tmp_path_factory.mktemp("whole")
+    generate.main(arguments(ckpt, out))
+    PartialState._reset_state()
+    return folder_of(out)
+
+
+def test_the_set_is_complete_and_the_npz_holds_it(whole):
+    assert whole.name == "ckpt-0000007-cfg-2.0-steps-3-seed-0-ode-budget-0.5"
+    assert sorted(p.name for p in whole.iterdir()) == [f"{i:06d}.png" for i in range(COUNT)]
+    with np.load(whole.with_name(whole.name + ".npz")) as npz:
+        assert list(npz) == ["arr_0"] and npz["arr_0"].dtype == np.uint8
+        assert npz["arr_0"].shape == (COUNT, RESOLUTION, RESOLUTION, 3)
+        assert np.array_equal(npz["arr_0"], images_of(whole))
+    assert len(np.unique(images_of(whole).reshape(COUNT, -1), axis=0)) == COUNT
+
+
+def test_images_are_those_of_a_plain_euler_loop(ckpt, whole):
+    """Written from the definitions: float64 Euler, CFG at the same budget, decode, round to nearest."""
+    model, _ = checkpoint.load_model(ckpt)
+    vae, _ = load_vae(str(ckpt.parent / "vae"))
+    noise = randomness.image_noise(0, [4], (4, 8, 8))
+    y = randomness.image_labels(0, [4], CLASSES)
+    x = noise.double()
+    with torch.no_grad():
+        for step in range(3):
+            t = torch.full((1,), 1 - step / 3)
+            cond = model(x.float(), t, y, inference_budget=0.5).double()
+            null = model(x.float(), t, torch.full_like(y, CLASSES), inference_budget=0.5).double()
+            x = x - (null + 2 * (cond - null)) / 3
+        pixels = vae.decode((x / 0.5).float()).sample[0].permute(1, 2, 0).double().numpy()
+    expected = np.clip(np.floor(127.5 * pixels + 128), 0, 255)
+    assert_same_images(images_of(whole)[4], expected)
+
+
+@pytest.mark.parametrize("how", ["batch", "processes"])
+def test_images_do_not_depend_on_batch_or_processes(ckpt, whole, tmp_path, how):
+    if how == "batch":
+        generate.main(arguments(ckpt, tmp_path, "--per-proc-batch-size", 4))
+    else:
+        done = launch("torchrun", "--nproc_per_node=2", "--master_port=29621", "generate.py", *arguments(ckpt, tmp_path))
+        assert done.returncode == 0, done.stderr
+    folder = folder_of(tmp_path)
+    assert_same_images(images_of(folder), images_of(whole))
+    with np.load(folder.with_name(folder.name + ".npz")) as npz:
+        assert np.array_equal(npz["arr_0"], images_of(folder))
+
+
+def test_a_restart_keeps_what_is_good_and_redoes_what_is_broken(ckpt, whole, tmp_path):
+    generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 7))
+    folder = folder_of(tmp_path)
+    (folder / "000002.png").write_bytes((folder / "000002.png").read_bytes()[:-40])  # cut short
+    (folder / "000005.png").write_bytes(b"")
+    (folder / "000001.png").unlink()
+    (folder / "000009.png.tmp").write_bytes(b"half")
+    kept = (folder / "000003.png").stat().st_mtime_ns
+    generate.main(arguments(ckpt, tmp_path))
+    assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}.png" for i in range(COUNT)]
+    assert (folder / "000003.png").stat().st_mtime_ns == kept
+    assert_same_images(images_of(folder), images_of(whole))
+
+
+def test_asked_for_fewer_than_exist_it_keeps_them_and_uses_the_first(ckpt, tmp_path):
+    generate.main(arguments(ckpt, tmp_path))
+    generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 4))
+    folder = folder_of(tmp_path)
+    assert len(list(folder.glob("*.png"))) == COUNT
+    with np.load(folder.with_name(folder.name + ".npz")) as npz:
+        assert np.array_equal(npz["arr_0"], images_of(folder)[:4])
+
+
+def test_killed_and_restarted_gives_the_same_set(ckpt, whole, tmp_path):
+    slow = arguments(ckpt, tmp_path, "--per-proc-batch-size", 1)
+    process = subprocess.Popen(command_line("generate.py", *slow), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("000002.png")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list(tmp_path.rglob("*.npz"))
+    generate.main(arguments(ckpt, tmp_path))
+    assert_same_images(images_of(folder_of(tmp_path)), images_of(whole))
+
+
+def test_the_npz_is_a_stored_zip_that_repeats_to_the_byte(ckpt, whole, tmp_path):
+    config = GenerateConfig(num_fid_samples=COUNT, resolution=RESOLUTION)
+    generate.write_npz(tmp_path / "again.npz", sorted(whole.glob("*.png")), config)
+    assert (tmp_path / "again.npz").read_bytes() == whole.with_name(whole.name + ".npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "again.npz") as archive:
+        assert [m.compress_type for m in archive.infolist()] == [zipfile.ZIP_STORED]
+
+
+@pytest.mark.parametrize("more", [("--mode", "sde"), ("--heun",), ("--autoguidance", "--unconditional-inference-budget", 0.25),
+                                  ("--inference-budget", 1.0, "--unconditional-inference-budget", 0.25)])  # fmt: skip
+def test_every_sampler_gives_other_images_in_another_folder(ckpt, whole, tmp_path, more):
+    generate.main(arguments(ckpt, tmp_path, *more, "--num-fid-samples", 2))
+    folder = folder_of(tmp_path)
+    assert folder.name != whole.name
+    assert np.abs(images_of(folder).astype(int) - images_of(whole)[:2]).max() > 1
+
+
+def test_sde_noise_belongs_to_the_image(ckpt, tmp_path):
+    generate.main(arguments(ckpt, tmp_path / "a", "--mode", "sde", "--num-fid-samples", 4))
+    generate.main(arguments(ckpt, tmp_path / "b", "--mode", "sde", "--num-fid-samples", 4, "--per-proc-batch-size", 2))
+    assert_same_images(images_of(folder_of(tmp_path / "a")), images_of(folder_of(tmp_path / "b")))
+
+
+def test_class_labels_balanced_or_listed():
+    assert generate.labels_of(GenerateConfig(class_labels=["balanced"], num_classes=3), range(2, 7)).tolist() == [2, 0, 1, 2, 0]
+    assert generate.labels_of(GenerateConfig(class_labels=["4", "1"], num_classes=5), [0, 1, 2, 5]).tolist() == [4, 1, 4, 1]
+    drawn = generate.labels_of(GenerateConfig(class_labels=["random"], num_classes=5), range(500))
+    assert set(drawn.tolist()) == set(range(5))
+
+
+def test_options_come_from_the_checkpoint_unless_it_records_none(ckpt, tmp_path):
+    train_yaml = tmp_path / "train.yaml"
+    train_yaml.write_text(
+        "exp_name: named\nmodel: ELIT-SiT-Ti/2\nresolution: 32\nnum_classes: 5\nelit_group_size: 2\nbatch_size: 4\n"
+    )
+    sample_yaml = tmp_path / "sample.yaml"
+    sample_yaml.write_text("num_fid_samples: 2\nnum_steps: 2\ncfg_scale: 1.0\n")
+    generate.main(["--train-config", str(train_yaml), "--eval-config", str(sample_yaml), "--ckpt", str(ckpt), "--sample-dir", str(tmp_path),
+                   "--num_steps", "1"])  # fmt: skip
+    assert (tmp_path / "named" / "ckpt-0000007-cfg-1.0-steps-1-seed-0-ode.npz").is_file()
+
+
+def refused(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        generate.main([str(a) for a in argv])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--inference-budget", 0.1), ["--inference-budget", "0.1", "0.25"]),
+        (("--inference-budget", 1.5), ["--inference-budget", "1.5"]),
+        (("--unconditional-inference-budget", 0.01), ["--unconditional-inference-budget", "0.25"]),
+        (("--cfg-scale", 0.5), ["--cfg-scale", "0.5", "1"]),
+        (("--autoguidance",), ["unconditional_inference_budget"]),
+        (("--guidance-low", 0.8, "--guidance-high", 0.2), ["guidance_low", "0.8"]),
+        (("--num-steps", 0), ["--num-steps", "0"]),
+        (("--num-fid-samples", 0), ["--num-fid-samples", "0"]),
+        (("--class-labels", 3, 5), ["--class-labels 5", "5"]),
+        (("--heun", "--mode", "sde"), ["--heun"]),
+        (("--mode", "dopri"), ["--mode", "dopri", "ode", "sde"]),
+        (("--model", "SiT-Ti/2"), ["--model SiT-Ti/2", "ELIT-SiT-Ti/2"]),
+        (("--resolution", 64), ["--resolution 64", "32"]),
+        (("--elit-group-size", 4), ["--elit-group-size 4", "2"]),
+        (("--ckpt", "nowhere.pt"), ["nowhere.pt"]),
+        (("--weights", "ema:0.5"), ["--weights ema:0.5", "ema:0.9999"]),
+        (("--vae", "nowhere/at-all"), ["--vae nowhere/at-all"]),
+        (("--inference_budgt", 1), ["--inference-budget"]),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys, more, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = refused(capsys, arguments(ckpt, tmp_path / "out", *more))
+    for word in words:
+        assert word in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sit_checkpoint_has_no_budget(ckpt, tmp_path, capsys):
+    made = make_checkpoint(tmp_path / "sit.pt", checkpoint.read_weights(ckpt).record, model="SiT-Ti/2")
+    assert "no budget" in refused(capsys, arguments(made, tmp_path / "out"))
+
+
+def test_a_folder_of_other_images_is_not_mixed(ckpt, tmp_path, capsys):
+    generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 2))
+    other = make_checkpoint(tmp_path / "other" / ckpt.name, checkpoint.read_weights(ckpt).record, elit_tail="skip")
+    assert "ckpt_sha256" in refused(capsys, arguments(other, tmp_path))
+
+
+def test_a_sample_dir_that_cannot_be_written_is_named(ckpt, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--sample-dir" in refused(capsys, arguments(ckpt, tmp_path / "file"))

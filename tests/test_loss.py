@@ -1,0 +1,181 @@
+"""Interpolants, training times, label dropout and the flow-matching loss."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import inputs, randomize
+from scipy import stats
+
+from loss import dropped_labels, flow_matching_loss, held_out_losses, interpolant, training_times
+from models.elit import ELITSiT
+from randomness import Draws, training_draws
+from vae import SD_VAE, VAERecord
+
+T = torch.linspace(0, 1, 41, dtype=torch.float64)
+
+
+def draws_of(**known):
+    """Draws of which only the given fields are used."""
+    empty = dict.fromkeys(("posterior", "noise", "time_uniform", "time_normal", "label_drop"), torch.zeros(1))
+    return Draws(**(empty | {"level": 0.0} | known))
+
+
+# ----------------------------------------------------------------------------------------------------- interpolants
+
+
+@pytest.mark.parametrize(
+    ("path_type", "alpha", "sigma"),
+    [
+        ("linear", lambda t: 1 - t, lambda t: t),
+        ("cosine", lambda t: np.cos(np.pi * t / 2), lambda t: np.sin(np.pi * t / 2)),
+    ],
+)
+def test_interpolant_has_the_values_of_its_path_and_their_derivatives(path_type, alpha, sigma):
+    path, t, h = interpolant(T, path_type), T.numpy(), 1e-5
+    np.testing.assert_allclose(path.alpha, alpha(t), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(path.sigma, sigma(t), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(path.d_alpha, (alpha(t + h) - alpha(t - h)) / (2 * h), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(path.d_sigma, (sigma(t + h) - sigma(t - h)) / (2 * h), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_path_goes_from_data_to_noise(path_type):
+    path = interpolant(torch.tensor([0.0, 1.0], dtype=torch.float64), path_type)
+    np.testing.assert_allclose(path.alpha, [1, 0], rtol=0, atol=1e-15)
+    np.testing.assert_allclose(path.sigma, [0, 1], rtol=0, atol=1e-15)
+
+
+# ------------------------------------------------------------------------------------------------------------ times
+
+
+def test_uniform_times_are_the_uniform_draws():
+    u = torch.rand(7)
+    for path_type in ("linear", "cosine"):
+        assert torch.equal(training_times(draws_of(time_uniform=u), "uniform", path_type), u)
+
+
+@pytest.mark.parametrize(
+    ("path_type", "time"),
+    [("linear", lambda s: s / (1 + s)), ("cosine", lambda s: 2 / np.pi * np.arctan(s))],
+)
+def test_lognormal_times_put_their_noise_level_on_the_path(path_type, time):
+    n = np.linspace(-6, 6, 49)
+    t = training_times(draws_of(time_normal=torch.from_numpy(n)), "lognormal", path_type)
+    np.testing.assert_allclose(t, time(np.exp(n)), rtol=1e-12)
+    path = interpolant(t, path_type)
+    np.testing.assert_allclose(path.sigma / path.alpha, np.exp(n), rtol=1e-9)  # what lognormal means
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_lognormal_times_have_the_median_one_half_and_their_quantiles(path_type):
+    t = training_times(training_draws(3, 0, range(2000), (1, 1, 1)), "lognormal", path_type).double().numpy()
+    sigma = t / (1 - t) if path_type == "linear" else np.tan(np.pi * t / 2)
+    assert stats.kstest(sigma, stats.lognorm(s=1).cdf).pvalue > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_are_dropped_where_the_draw_is_below_the_probability():
+    y, drop = torch.tensor([3, 0, 9, 5]), torch.tensor([0.05, 0.1, 0.0999, 0.9])
+    assert dropped_labels(y, draws_of(label_drop=drop), 0.1, 10).tolist() == [10, 0, 10, 5]
+    assert dropped_labels(y, draws_of(label_drop=drop), 0.0, 10).tolist() == [3, 0, 9, 5]
+    assert dropped_labels(y, draws_of(label_drop=drop), 1.0, 10).tolist() == [10] * 4
+    assert dropped_labels(y, draws_of(label_drop=drop), 0.1, 10).dtype == torch.int64
+
+
+def test_the_share_of_dropped_labels_is_the_probability():
+    draws = training_draws(0, 5, range(4000), (1, 1, 1))
+    dropped = (dropped_labels(torch.zeros(4000, dtype=torch.long), draws, 0.1, 1000) == 1000).sum().item()
+    assert stats.binomtest(dropped, 4000, 0.1).pvalue > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+class Recorder:
+    """A model that returns what it was told to and keeps what it was given."""
+
+    def __init__(self, velocity):
+        self.velocity = velocity
+
+    def __call__(self, x, t, y, **kwargs):
+        self.x, self.t, self.y, self.kwargs = x, t, y, kwargs
+        return self.velocity
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_loss_is_the_mean_squared_error_of_each_sample_to_the_target_velocity(path_type):
+    rng = np.random.default_rng(0)
+    x, noise, velocity = rng.standard_normal((3, 3, 4, 5, 5))
+    t = np.array([0.1, 0.5, 0.93])
+    model = Recorder(torch.from_numpy(velocity).float())
+    y = torch.tensor([1, 2, 3])
+    single = [torch.from_numpy(a).float() for a in (x, noise, t)]
+    losses = flow_matching_loss(model, *single, y, path_type, inference_budget=0.5)
+    assert losses.shape == (3,) and model.kwargs == {"inference_budget": 0.5} and model.y is y
+    for i in range(3):
+        if path_type == "linear":
+            x_t, target = (1 - t[i]) * x[i] + t[i] * noise[i], noise[i] - x[i]
+        else:
+            a = np.pi * t[i] / 2
+            x_t, target = np.cos(a) * x[i] + np.sin(a) * noise[i], np.pi / 2 * (np.cos(a) * noise[i] - np.sin(a) * x[i])
+        np.testing.assert_allclose(model.x[i], x_t, rtol=0, atol=1e-6)
+        assert losses[i].item() == pytest.approx(((velocity[i] - target) ** 2).mean(), rel=1e-5)
+
+
+def test_loss_of_a_bf16_model_is_made_in_float32():
+    rng = np.random.default_rng(1)
+    x, noise, velocity = torch.from_numpy(rng.standard_normal((3, 2, 4, 16, 16))).float()
+    rounded = velocity.bfloat16()
+    losses = flow_matching_loss(Recorder(rounded), x, noise, torch.tensor([0.2, 0.7]), torch.zeros(2).long(), "linear")
+    wanted = ((rounded.double().numpy() - (noise.double() - x.double()).numpy()) ** 2).mean((1, 2, 3))
+    assert losses.dtype == torch.float32
+    np.testing.assert_allclose(losses, wanted, rtol=1e-6)  # bf16 has 3 digits
+
+
+def test_held_out_losses_depend_on_the_sample_and_its_index_alone():
+    model = ELITSiT(
+        input_size=4, patch_size=1, in_channels=2, hidden_size=16, depth=3, num_heads=2, num_classes=4,
+        head_depth=1, tail_depth=1, elit_group_size=2,
+    )  # fmt: skip
+    randomize(model)
+    rng = np.random.default_rng(2)
+    batch = {"moments": torch.from_numpy(rng.random((6, 4, 4, 4))).float(), "label": torch.tensor([0, 1, 2, 3, 0, 1])}
+    options = {"weighting": "lognormal", "path_type": "linear"}
+    whole = held_out_losses(model, batch, range(10, 16), SD_VAE, [0.25, None], **options)
+    assert whole.shape == (2, 6) and not whole.requires_grad and (whole[0] != whole[1]).all()
+    torch.manual_seed(1234)
+    parts = [
+        held_out_losses(model, {k: v[a:b] for k, v in batch.items()}, range(10 + a, 10 + b), SD_VAE, [0.25, None], **options)
+        for a, b in ((0, 1), (1, 4), (4, 6))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+    moved = held_out_losses(model, batch, range(11, 17), SD_VAE, [0.25, None], **options)
+    assert (moved != whole).all()
+
+
+def test_held_out_losses_use_the_same_noise_at_every_budget_and_the_record_of_the_vae():
+    seen = []
+
+    def model(x, t, y, inference_budget=None):
+        seen.append((x, t, y, inference_budget))
+        return torch.zeros_like(x)
+
+    mean = np.random.default_rng(3).standard_normal((2, 2, 3, 3))
+    moments = torch.from_numpy(np.concatenate([mean, np.zeros_like(mean)], axis=1)).float()
+    record = VAERecord("a", None, 8, 2, 0.5, 0.25)
+    y = torch.tensor([1, 2])
+    losses = held_out_losses(
+        model, {"moments": moments, "label": y}, range(2), record, [None, 0.5], weighting="uniform", path_type="linear"
+    )
+    (x_a, t_a, y_a, b_a), (x_b, t_b, y_b, b_b) = seen
+    assert torch.equal(x_a, x_b) and torch.equal(t_a, t_b) and torch.equal(y_a, y) and torch.equal(y_b, y)
+    assert (b_a, b_b) == (None, 0.5)
+    data = (mean - 0.25) * 0.5
+    t = t_a.double().numpy()[:, None, None, None]
+    noise = (x_a.double().numpy() - (1 - t) * data) / t
+    np.testing.assert_allclose(losses[0], ((noise - data) ** 2).mean((1, 2, 3)), rtol=1e-3)
+    assert math.isclose(losses[0, 0], losses[1, 0])

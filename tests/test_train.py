@@ -1,0 +1,329 @@
+"""train.py: what a step computes, what a run leaves, resume, several processes, and what it refuses."""
+
+import json
+import math
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from runs import CLASSES, RESOLUTION, command_line, environment, launch, make_latents, make_vae
+
+import checkpoint
+import train
+from config import TrainConfig
+from randomness import epoch_order, training_draws
+from train import StepBatches, learning_rate_factor
+
+COUNT = 24
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps process-wide state; each run in this process starts anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return make_latents(folder / "set", COUNT, make_vae(folder / "vae"))
+
+
+def arguments(data, output_dir, *more, model="ELIT-SiT-Ti/2"):
+    options = {
+        "model": model,
+        "exp-name": "run",
+        "output-dir": output_dir,
+        "data-dir": data,
+        "resolution": RESOLUTION,
+        "num-classes": CLASSES,
+        "batch-size": 8,
+        "max-train-steps": 4,
+        "checkpointing-steps": 2,
+        "learning-rate": 1e-3,
+        "sampling-steps": 0,
+        "num-workers": 0,
+        "mixed-precision": "no",
+        "report-to": "none",
+        "log-every": 1,
+    }
+    elit = {"elit-group-size": 2, "elit-min-mask-prob": 0, "elit-max-mask-prob": 0.75} if model.startswith("ELIT") else {}
+    return [str(part) for name, value in (options | elit).items() for part in ("--" + name, value)] + [str(m) for m in more]
+
+
+def metrics(output_dir, name="loss"):
+    lines = (output_dir / "run" / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry[name] for entry in map(json.loads, lines) if name in entry}
+
+
+def final_state(output_dir, step=4):
+    return checkpoint.load(output_dir / "run" / "checkpoints" / f"{step:07d}.pt", verify=True)
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """One run of 4 steps by one process, and its folder."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = launch("train.py", *arguments(data, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_leaves_its_folder(undisturbed):
+    run = undisturbed / "run"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "0000002.pt",
+        "0000002.pt.sha256",
+        "0000004.pt",
+        "0000004.pt.sha256",
+    ]
+    assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 4}
+    assert set(metrics(undisturbed)) == {1, 2, 3, 4}
+    assert "model: ELIT-SiT-Ti/2" in (run / "config.yaml").read_text()
+    assert "step 4" in (run / "log.txt").read_text()
+    state = final_state(undisturbed)
+    assert set(state) == {"format", "model", "ema", "optimizer", "scheduler", "scaler", "step", "config", "vae"}
+    assert state["step"] == 4 and list(state["ema"]) == ["0.9999"] and state["vae"]["downsample_factor"] == 4
+
+
+def test_first_loss_is_the_velocity_error_of_the_draws(data, undisturbed):
+    """An untrained model predicts 0, so the first loss is the mean square of the target, here in NumPy."""
+    order = epoch_order(0, 0, COUNT)[:8]
+    moments = np.stack([np.load(data / "vae-sd" / "00000" / f"img-mean-std-{i:08d}.npy") for i in order]).astype(np.float64)
+    draws = training_draws(0, 0, range(8), (4, 8, 8))
+    latents = (moments[:, :4] + moments[:, 4:] * draws.posterior.numpy()) * 0.5  # the record's scale
+    expected = np.mean((draws.noise.numpy() - latents) ** 2)
+    assert metrics(undisturbed)[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path):
+    """SIGKILL after the first checkpoint, then the same command: weights, EMA, optimizer and losses are the same bits."""
+    command = command_line("train.py", *arguments(data, tmp_path, "--resume-step", -1))
+    process = subprocess.Popen(command, env=environment(), cwd=train.Path(train.__file__).parent, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "0000002.pt").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    train.main(arguments(data, tmp_path, "--resume-step", -1))
+    resumed, whole = final_state(tmp_path), final_state(undisturbed)
+    assert_same_tensors(resumed["model"], whole["model"])
+    assert_same_tensors(resumed["ema"]["0.9999"], whole["ema"]["0.9999"])
+    for a, b in zip(resumed["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True):
+        assert_same_tensors(a, b)
+    assert metrics(tmp_path) == metrics(undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, tmp_path, capsys):
+    train.main(arguments(data, tmp_path))
+    newest = tmp_path / "run" / "checkpoints" / "0000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    train.main(arguments(data, tmp_path, "--resume-step", -1))
+    assert "0000004.pt: damaged" in capsys.readouterr().err
+    assert_same_tensors(final_state(tmp_path)["model"], final_state(undisturbed)["model"])
+
+
+@pytest.mark.parametrize("launcher", [("torchrun", "--nproc_per_node=2", "--master_port=29611"),
+                                      ("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29612")])  # fmt: skip
+def test_two_processes_train_as_one(data, undisturbed, tmp_path, launcher):
+    done = launch(*launcher, "train.py", *arguments(data, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "= 2 processes × 4 × 1" in (tmp_path / "run" / "log.txt").read_text()
+    one, two = metrics(undisturbed), metrics(tmp_path)
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5)
+    one, two = final_state(undisturbed)["model"], final_state(tmp_path)["model"]
+    # Adam turns float rounding of near-zero gradients into steps of its learning rate: means agree, not each entry.
+    for key in one:
+        assert (one[key] - two[key]).abs().mean() < 2e-5, key
+
+
+def test_averaged_weights_follow_every_step(data, tmp_path):
+    train.main(arguments(data, tmp_path, "--checkpointing-steps", 1, "--ema-decay", 0.5, 0.9, model="SiT-Ti/2"))
+    states = [final_state(tmp_path, step) for step in (1, 2, 3, 4)]
+    for decay in ("0.5", "0.9"):
+        name = "blocks.3.mlp.fc1.weight"
+        d = float(decay)
+        expected = states[0]["ema"][decay][name].double()
+        for state in states[1:]:
+            expected = d * expected + (1 - d) * state["model"][name].double()
+            torch.testing.assert_close(state["ema"][decay][name].double(), expected, rtol=0, atol=1e-7)
+    assert not torch.equal(states[3]["ema"]["0.5"][name], states[3]["ema"]["0.9"][name])
+
+
+def test_accumulation_averages_its_micro_steps(data, tmp_path):
+    """Two micro-steps of 4: the first logged loss is the mean of forwards 0 and 1 of an untrained model."""
+    options = ("--batch-size", 4, "--gradient-accumulation-steps", 2, "--max-train-steps", 1)
+    train.main(arguments(data, tmp_path, *options))
+    order, losses = epoch_order(0, 0, COUNT), []
+    for n in range(2):
+        files = [f"img-mean-std-{i:08d}.npy" for i in order[4 * n : 4 * n + 4]]
+        moments = np.stack([np.load(data / "vae-sd" / "00000" / f) for f in files])
+        draws = training_draws(0, n, range(4), (4, 8, 8))
+        latents = (moments[:, :4] + moments[:, 4:] * draws.posterior.numpy()) * 0.5
+        losses.append(np.mean((draws.noise.numpy() - latents) ** 2))
+    assert metrics(tmp_path)[1] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_pictures_held_out_loss_and_tracker(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PICTURE_STEPS", 2)
+    options = ("--val-data-dir", data, "--sampling-steps", 2, "--max-train-steps", 2, "--report-to", "tensorboard")
+    train.main(arguments(data, tmp_path, *options))
+    run = tmp_path / "run"
+    from PIL import Image
+
+    for step in (1, 2):
+        with Image.open(run / "samples" / f"{step:07d}.png") as image:
+            assert image.size == (16 * (RESOLUTION + 2) - 2, 8 * (RESOLUTION + 2) - 2)  # full and lowest budget, 8 × 8 each
+    assert set(metrics(tmp_path, "val_loss_budget_0.25")) == {1, 2}
+    assert set(metrics(tmp_path, "val_loss_budget_1")) == {1, 2}
+    assert list((run / "logs").rglob("events.out.tfevents*"))
+
+
+def test_wandb_without_a_login_goes_offline(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train.main(arguments(data, tmp_path, "--report-to", "wandb", "--max-train-steps", 1, model="SiT-Ti/4"))
+    assert "offline" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "logs").rglob("offline-run-*"))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+
+
+def test_bf16_trains(data, tmp_path):
+    train.main(arguments(data, tmp_path, "--mixed-precision", "bf16", "--max-train-steps", 2))
+    state = final_state(tmp_path, 2)
+    assert all(v.dtype == torch.float32 for v in state["model"].values())
+    assert all(math.isfinite(v) for v in metrics(tmp_path).values())
+
+
+def test_fp16_on_a_cpu_runs_as_no_and_says_so(data, tmp_path, capsys):
+    train.main(arguments(data, tmp_path, "--mixed-precision", "fp16", "--max-train-steps", 1))
+    assert "fp16 needs a GPU" in capsys.readouterr().err
+    assert final_state(tmp_path, 1)["config"]["mixed_precision"] == "no"
+
+
+def test_training_ends_after_its_epochs(data, tmp_path):
+    train.main(arguments(data, tmp_path, "--epochs", 1, "--max-train-steps", 100, model="SiT-Ti/4"))
+    assert set(metrics(tmp_path)) == {1, 2, 3}  # 24 samples in batches of 8
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_every_sample_of_an_epoch_is_used_once_whatever_the_process_count(world):
+    num_samples, batch = 50, 8  # the last two are dropped
+    local = batch // world
+    seen = []
+    for rank in range(world):
+        places = range(rank * local, (rank + 1) * local)
+        seen.append(list(StepBatches(num_samples, batch, places, seed=3, start=0, stop=12)))
+    steps = [[i for rank in seen for i in rank[n]] for n in range(12)]
+    for epoch in (steps[:6], steps[6:]):
+        used = [i for step in epoch for i in step]
+        assert len(used) == len(set(used)) == 48
+    assert steps[:6] != steps[6:]
+    late = list(StepBatches(num_samples, batch, range(batch), seed=3, start=7, stop=12))
+    assert late == steps[7:]  # a resumed run goes on at its place
+
+
+def test_learning_rate_is_that_of_the_spec():
+    warm = learning_rate_factor(TrainConfig(warmup_steps=10), 100)
+    for n in range(1, 31):
+        assert warm(n - 1) == pytest.approx(1 / 10 + (1 - 1 / 10) * min(n - 1, 10) / 10)
+    assert {learning_rate_factor(TrainConfig(), 100)(n) for n in range(100)} == {1.0}
+    assert learning_rate_factor(TrainConfig(warmup_steps=10, lr_scheduler_type="constant"), 100)(0) == 1.0
+    cosine = learning_rate_factor(TrainConfig(lr_scheduler_type="cosine"), 100)
+    assert cosine(0) == 1 and cosine(50) == pytest.approx(0.5) and cosine(100) == pytest.approx(0)
+    cooled = learning_rate_factor(TrainConfig(lr_cooldown=0.25), 100)
+    assert cooled(75) == 1 and cooled(100) == pytest.approx(0.02) and cooled(80) == pytest.approx(1 - 0.98 / 5)
+
+
+def refused(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(a) for a in argv])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--resolution", 36), ["36"]),  # latents of another size than the resolution says
+        (("--resolution", 30), ["resolution", "30"]),  # not divisible by the VAE's factor
+        (("--model", "ELIT-SiT-Ti/8", "--elit-group-size", 2), ["elit_group_size 2", "1×1"]),
+        (("--elit-group-size", 3), ["elit_group_size 3", "4×4"]),
+        (("--elit-max-mask-prob", 1.5), ["--elit-max-mask-prob", "1.5", "1"]),
+        (("--elit-max-mask-prob", 0.9), ["0.9", "0.75"]),
+        (("--elit-min-mask-prob", 0.75, "--elit-max-mask-prob", 0.25), ["minimum", "0.75", "0.25"]),
+        (("--elit-min-mask-prob", 0.3, "--elit-max-mask-prob", 0.4), ["0.3", "0.4", "0.25", "0.5"]),
+        (("--model", "ELIT-SiT-XXL/2"), ["ELIT-SiT-XXL/2", "ELIT-SiT-XL/2"]),
+        (("--model", "DFM-SiT-B/2"), ["not available yet"]),
+        (("--learning-rte", 1), ["--learning-rte", "--learning-rate"]),
+        (("--batch-size", "many"), ["--batch-size", "many", "whole number"]),
+        (("--batch-size", 32), ["--batch-size 32", "24"]),
+        (("--num-classes", 3), ["--num-classes 3", "dataset.json"]),
+        (("--data-dir", "nowhere"), ["nowhere"]),
+        (("--val-data-dir", "nowhere"), ["nowhere"]),
+        (("--enc-type", "dinov2-vit-b", "--proj-coeff", 0.5), ["REPA", "not available yet"]),
+        (("--exp-name", "a/b"), ["--exp-name", "a/b"]),
+        (("--resume-step", 3), ["--resume-step 3", "none"]),
+        (("--config", "nowhere.yaml"), ["nowhere.yaml"]),
+        (("--vae", "nowhere/at-all", "--sampling-steps", 2), ["--vae", "nowhere/at-all"]),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(data, tmp_path, capsys, more, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = refused(capsys, arguments(data, tmp_path / "out", *more))
+    for word in words:
+        assert word in line, line
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_bad_data_is_named(data, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, arguments(tmp_path / "empty", tmp_path / "out"))
+    unlabelled = make_latents(tmp_path / "unlabelled", 8, None, labels=False)
+    assert "unlabelled" in refused(capsys, arguments(unlabelled, tmp_path / "out"))
+    yaml = tmp_path / "my.yaml"
+    yaml.write_text("lerning_rate: 1\n")
+    line = refused(capsys, arguments(data, tmp_path / "out", "--config", yaml))
+    assert "my.yaml" in line and "learning_rate" in line
+
+
+def test_a_run_folder_with_checkpoints_needs_resume_and_the_same_model(data, undisturbed, capsys, tmp_path):
+    line = refused(capsys, arguments(data, undisturbed))
+    assert "--resume-step -1" in line
+    line = refused(capsys, arguments(data, undisturbed, "--resume-step", -1, model="SiT-Ti/2"))
+    assert "--model" in line and "ELIT-SiT-Ti/2" in line
+    assert "--seed" in refused(capsys, arguments(data, undisturbed, "--resume-step", 2, "--seed", 5))
+    assert "2, 4" in refused(capsys, arguments(data, undisturbed, "--resume-step", 3))
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--output-dir" in refused(capsys, arguments(data, tmp_path / "file"))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_once(data, tmp_path):
+    done = launch(
+        "torchrun", "--nproc_per_node=2", "--master_port=29613", "train.py", *arguments(data, tmp_path, "--batch-size", 7)
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: error:") == 1 and "--batch-size 7" in done.stderr

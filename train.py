@@ -1,0 +1,576 @@
+"""Train a diffusion transformer on VAE latents: `accelerate launch train.py --config …` on one process or hundreds.
+
+Build, loop, save. Every random number belongs to (seed, forward), so a run does not depend on the number of processes.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import models
+from config import TrainConfig, parse, require
+from data import LatentDataset
+from errors import UserError, command
+from loss import dropped_labels, flow_matching_loss, held_out_losses, training_times
+from models.elit import mask_levels, mask_to_budget
+from pictures import image_grid, save_png
+from randomness import epoch_order, image_labels, image_noise, training_draws
+from samplers import euler_sampler
+from vae import decode, load_vae, sample_latents
+
+PICTURES = 64  # images drawn in training, over all processes
+PICTURE_STEPS, PICTURE_CFG = 50, 4.0
+HELD_OUT = 2048  # held-out samples measured, at most
+
+log = logging.getLogger("train")  # to log.txt alone; what a user must see is printed too
+log.addHandler(logging.NullHandler())
+log.propagate = False
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config, given = parse(TrainConfig, argv, prog="train.py")
+    require(config)
+    check(config, given)
+    Trainer(config).run()
+
+
+def check(config: TrainConfig, given: dict) -> None:
+    """Refuse what cannot work, before anything is loaded or written."""
+    if config.enc_type != "none" and config.proj_coeff > 0:
+        raise UserError(f"--enc-type {config.enc_type}: REPA is not available yet; use --enc-type none")
+    family = models.model_spec(config.model).family
+    masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
+    if family != "ELIT-SiT" and any(masks):
+        raise UserError(f"--elit-max-mask-prob: {config.model} has no latents to mask; only ELIT models do")
+    if family == "ELIT-SiT":
+        mask_levels(config.elit_group_size**2, *masks)
+    if Path(config.exp_name).name != config.exp_name:
+        raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --output-dir)")
+    if config.legacy:
+        _warn("--legacy has no effect")
+    if family == "ELIT-SiT" and "encoder_depth" in given and config.head_depth is None:
+        head = models.model_spec(config.model).sizes["head_depth"]
+        _warn(
+            f"--encoder-depth {config.encoder_depth} is the block that REPA reads; the head of {config.model} has {head} blocks "
+            f"(the published code would take {config.encoder_depth}: --head-depth {config.encoder_depth})"
+        )
+    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        _warn("--mixed-precision fp16 needs a GPU; running as no")
+        config.mixed_precision = "no"
+
+
+class StepBatches:
+    """For each forward from `start` on, the indices of this process's slice of the global batch.
+
+    The order of an epoch is a permutation from (seed, epoch); its last partial batch is dropped.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, places: range, seed: int, start: int, stop: int):
+        self.num_samples, self.batch_size, self.places = num_samples, batch_size, places
+        self.seed, self.start, self.stop = seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self.num_samples // self.batch_size
+        order = epoch = None
+        for n in range(self.start, self.stop):
+            if epoch != n // per_epoch:
+                epoch = n // per_epoch
+                order = epoch_order(self.seed, epoch, self.num_samples)
+            first = n % per_epoch * self.batch_size
+            yield order[first + self.places.start : first + self.places.stop].tolist()
+
+
+def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at optimizer step n − 1 (PyTorch counts from 0): warm-up, schedule, cool-down."""
+    warmup = 0 if config.lr_scheduler_type == "constant" else config.warmup_steps
+    cooldown = round(config.lr_cooldown * total_steps)
+
+    def factor(done: int) -> float:
+        value = 1 / warmup + (1 - 1 / warmup) * min(done, warmup) / warmup if warmup else 1.0
+        if config.lr_scheduler_type == "cosine":
+            value *= 0.5 * (1 + math.cos(math.pi * min(max(0, done - warmup) / max(1, total_steps - warmup), 1)))
+        if cooldown and done > total_steps - cooldown:
+            value *= 1 - 0.98 * (done - (total_steps - cooldown)) / cooldown
+        return value
+
+    return factor
+
+
+class EMA:
+    """Averaged copies of the weights, one for each decay; each starts as a copy and follows every optimizer step."""
+
+    def __init__(self, model: nn.Module, decays: list[float]):
+        self.models = {f"{d:g}": copy.deepcopy(model).eval().requires_grad_(False) for d in decays}
+        self.sources = [p.detach() for p in model.parameters()]
+        self.updates = [
+            (get_ema_multi_avg_fn(d), list(m.parameters())) for d, m in zip(decays, self.models.values(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for average, parameters in self.updates:
+            average(parameters, self.sources, None)
+
+    @property
+    def first(self) -> nn.Module:
+        """The copy that pictures and the held-out loss use."""
+        return next(iter(self.models.values()))
+
+
+class Trainer:
+    """One run: its parts, its loop and its folder (config.yaml, metrics.jsonl, log.txt, status.json, checkpoints/, samples/)."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.accelerator = accelerator = _accelerator(config)
+        self.main = accelerator.is_main_process
+        self.run_dir = Path(config.output_dir) / config.exp_name
+        if config.batch_size % accelerator.num_processes:
+            raise UserError(f"--batch-size {config.batch_size}: must be divisible by the {accelerator.num_processes} processes")
+        local = config.batch_size // accelerator.num_processes
+        self.places = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+        self._load_data()
+        self._build_model()
+        state = self._open_run()
+        self._optimize(state)
+        self._prepare_pictures()
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    def _load_data(self) -> None:
+        config = self.config
+        self.dataset = LatentDataset(config.data_dir)
+        self.dataset.check(num_classes=config.num_classes, resolution=config.resolution)
+        self.record = self.dataset.record
+        self.held_out = None
+        if config.val_data_dir:
+            self.held_out = LatentDataset(config.val_data_dir)
+            self.held_out.check(num_classes=config.num_classes, resolution=config.resolution)
+            if self.held_out.record != self.record:
+                raise UserError(
+                    f"--val-data-dir {config.val_data_dir}: its latents were made by another VAE than those of --data-dir"
+                )
+        if len(self.dataset) < config.batch_size:
+            raise UserError(f"--batch-size {config.batch_size}: more than the {len(self.dataset)} samples in {config.data_dir}")
+        if config.resolution % self.record.downsample_factor:
+            raise UserError(
+                f"--resolution {config.resolution}: not divisible by the VAE's factor {self.record.downsample_factor}"
+            )
+        side = config.resolution // self.record.downsample_factor
+        self.shape = (self.record.latent_channels, side, side)
+        per_epoch = len(self.dataset) // config.batch_size
+        self.total_steps = min(config.max_train_steps, config.epochs * per_epoch // config.gradient_accumulation_steps)
+        if self.total_steps == 0:
+            raise UserError(
+                f"--epochs {config.epochs}: {config.epochs * per_epoch} batches are less than --gradient-accumulation-steps {config.gradient_accumulation_steps}"
+            )
+
+    def _build_model(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        options = checkpoint.model_options(dataclasses.asdict(config))
+        self.model = models.create_model(
+            config.model,
+            input_size=self.shape[1],
+            in_channels=self.record.latent_channels,
+            num_classes=config.num_classes,
+            fused_attn=config.fused_attn,
+            **options,
+        ).to(self.accelerator.device)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.budgets: list[float | None] = [None]
+        if models.model_spec(config.model).family == "ELIT-SiT":
+            J = config.elit_group_size**2
+            levels = mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)
+            self.budgets = [mask_to_budget(m, J) for m in levels]
+
+    def _open_run(self) -> dict | None:
+        """Make the run folder, or the state to go on from. Rank 0 writes; every process reads the same state."""
+        config, folder = self.config, self.run_dir / "checkpoints"
+        steps = checkpoint.saved_steps(folder)
+        if config.resume_step == 0 and steps:
+            raise UserError(
+                f"{self.run_dir}: already holds checkpoints (newest: step {steps[-1]}); use --resume-step -1 to go on, or another --exp-name"
+            )
+        state = None
+        if config.resume_step == -1:
+            state = checkpoint.load_newest(folder, _warn)
+        elif config.resume_step > 0:
+            if config.resume_step not in steps:
+                raise UserError(
+                    f"--resume-step {config.resume_step}: no such checkpoint in {folder}; there are: {', '.join(map(str, steps)) or 'none'}"
+                )
+            state = checkpoint.load(folder / f"{config.resume_step:07d}.pt", verify=True)
+        if state is not None:
+            self._check_same_run(state)
+        self.start_step = state["step"] if state else 0
+        self.accelerator.wait_for_everyone()  # all have looked before anything is written
+        if self.main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (self.run_dir / "samples").mkdir(exist_ok=True)
+                self._start_log()
+                _write_aside(self.run_dir / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+                self._trim_metrics()
+                self.status("running", self.start_step)
+            except OSError as error:
+                raise UserError(
+                    f"--output-dir {config.output_dir}: cannot write {error.filename or self.run_dir}: {error.strerror}"
+                ) from None
+        self.accelerator.wait_for_everyone()
+        return state
+
+    def _check_same_run(self, state: dict) -> None:
+        """Going on with another model, data order or VAE would silently be another run."""
+        if "optimizer" not in state:
+            raise UserError(f"{self.run_dir}: its checkpoints hold no training state")
+        own, recorded = dataclasses.asdict(self.config), state["config"]
+        same = (
+            "model",
+            "resolution",
+            "num_classes",
+            "path_type",
+            "weighting",
+            "seed",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "ema_decay",
+        )
+        for name in (*same, *checkpoint.MODEL_OPTIONS):
+            if name in recorded and own[name] != recorded[name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {own[name]}: the run in {self.run_dir} was started with {recorded[name]}"
+                )
+        if self.record.to_dict() != state["vae"]:
+            raise UserError(f"--data-dir {self.config.data_dir}: its latents were made by another VAE than those of the run")
+
+    def _optimize(self, state: dict | None) -> None:
+        """Optimizer, schedule and data, at the place where `state` stands."""
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, self.total_steps))
+        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if state is not None:
+            checkpoint.load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], self.run_dir)
+            for decay, model in self.ema.models.items():
+                checkpoint.load_state_dict(model, state["ema"][decay], self.run_dir)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler is not None and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        accumulation = config.gradient_accumulation_steps
+        start, stop = self.start_step * accumulation, self.total_steps * accumulation
+        batches = StepBatches(len(self.dataset), config.batch_size, self.places, config.seed, start, stop)
+        self.loader = DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=config.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            persistent_workers=config.num_workers > 0,
+        )
+
+    def _prepare_pictures(self) -> None:
+        """The VAE for pictures. One that the user named must load; the data set's own may be missing, with a warning."""
+        self.vae = None
+        if not self.config.sampling_steps or self.start_step >= self.total_steps:
+            return
+        try:
+            name = self.config.vae or self.record.vae
+            self.vae, _ = load_vae(name, self.accelerator.device, expected=self.record)
+        except UserError as error:
+            if self.config.vae:
+                raise
+            _warn(f"no pictures in training: {error}")
+
+    def _start_log(self) -> None:
+        handler = logging.FileHandler(self.run_dir / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.handlers[:] = [handler]
+        log.setLevel(logging.INFO)
+
+    def _trim_metrics(self) -> None:
+        """Drop the lines after the step that the run goes on from: they will be written again."""
+        path = self.run_dir / "metrics.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.start_step]
+            _write_aside(path, "".join(line + "\n" for line in lines))
+
+    # -------------------------------------------------------------------------------------------------------- loop
+
+    def run(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        self._start_trackers()
+        parameters = sum(p.numel() for p in self.model.parameters())
+        log.info(
+            f"{config.model}: {parameters:,} parameters; {len(self.dataset):,} samples; steps {self.start_step} to {self.total_steps}; "
+            f"global batch {config.batch_size * config.gradient_accumulation_steps} = {accelerator.num_processes} processes × "
+            f"{len(self.places)} × {config.gradient_accumulation_steps}; {accelerator.device.type}, {config.mixed_precision}"
+        )
+        try:
+            self._loop()
+        except BaseException:
+            self.status("failed", getattr(self, "step", self.start_step))
+            raise
+        self.status("finished", self.total_steps)
+        _never_stop(accelerator.end_training)
+
+    def _loop(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        accumulation = config.gradient_accumulation_steps
+        batches = iter(self.loader)
+        bar = tqdm(
+            total=self.total_steps, initial=self.start_step, desc="train", unit="step", disable=not self.main, mininterval=1
+        )
+        loss_sum, steps_summed = torch.zeros((), device=accelerator.device), 0
+        grad_norm = torch.zeros((), device=accelerator.device)
+        since = time.perf_counter()
+        for step in range(self.start_step + 1, self.total_steps + 1):
+            self.step = step
+            for micro in range(accumulation):
+                with accelerator.accumulate(self.model):
+                    loss = self.forward((step - 1) * accumulation + micro, next(batches))
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                loss_sum += loss.detach() / accumulation
+            steps_summed += 1
+            self.schedule.step()
+            self.ema.update()
+            bar.update()
+
+            if step % config.log_every == 0 or step in (1, self.total_steps):
+                mean = accelerator.reduce(loss_sum / steps_summed, reduction="mean").item()  # waits for the device
+                rate = steps_summed * config.batch_size * accumulation / (time.perf_counter() - since)
+                lr = self.schedule.optimizer.param_groups[0]["lr"]
+                self.report({"loss": mean, "grad_norm": float(grad_norm), "lr": lr, "images_per_second": rate})
+                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.1f} images/s")
+                loss_sum.zero_()
+                steps_summed = 0
+                since = time.perf_counter()
+            if config.sampling_steps and (step % config.sampling_steps == 0 or step == 1):
+                self.look()
+                since = time.perf_counter()
+            if step % config.checkpointing_steps == 0 or step == self.total_steps:
+                self.save()
+                since = time.perf_counter()
+        bar.close()
+
+    def forward(self, n: int, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of this process's images in forward `n` (counted over micro-steps)."""
+        config, device = self.config, self.accelerator.device
+        draws = training_draws(config.seed, n, self.places, self.shape).to(device)
+        moments, y = (batch[k].to(device, non_blocking=True) for k in ("moments", "label"))
+        x = sample_latents(moments, draws.posterior, self.record)
+        y = dropped_labels(y, draws, config.cfg_prob, config.num_classes)
+        t = training_times(draws, config.weighting, config.path_type)
+        budget = self.budgets[int(draws.level * len(self.budgets))]
+        arguments = {} if budget is None else {"inference_budget": budget}
+        return flow_matching_loss(self.model, x, draws.noise, t, y, config.path_type, **arguments).mean()
+
+    # ----------------------------------------------------------------------------------------------------- reports
+
+    def report(self, values: dict[str, float]) -> None:
+        """One line in metrics.jsonl and in the tracker."""
+        if not self.main:
+            return
+        with (self.run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": self.step} | values) + "\n")
+        log.info(f"step {self.step}: " + ", ".join(f"{k} {v:.6g}" for k, v in values.items()))
+        for tracker in self.accelerator.trackers:
+            _never_stop(lambda t=tracker: t.log(values, step=self.step))
+        self.status("running", self.step)
+
+    def look(self) -> None:
+        """Pictures of fixed noise and labels, and the held-out loss by budget, with the averaged weights."""
+        if self.held_out is not None:
+            self.report(self.measure_held_out())
+        if self.vae is not None:
+            self.draw_pictures()
+
+    def measure_held_out(self) -> dict[str, float]:
+        """Mean held-out loss at each budget that is a power of two (all trained ones count); samples split over processes."""
+        config, accelerator = self.config, self.accelerator
+        shown = [b for b in self.budgets if b is None or math.log2(b).is_integer()] or [self.budgets[0]]
+        count = min(len(self.held_out), HELD_OUT)
+        sums = torch.zeros(len(shown), device=accelerator.device)
+        bounds = [count * r // accelerator.num_processes for r in range(accelerator.num_processes + 1)]
+        first, last = bounds[accelerator.process_index : accelerator.process_index + 2]
+        batch_size = len(self.places)
+        for start in range(first, last, batch_size):
+            indices = range(start, min(start + batch_size, last))
+            batch = torch.utils.data.default_collate(self.held_out.__getitems__(list(indices)))
+            batch = {k: batch[k].to(accelerator.device) for k in ("moments", "label")}
+            with accelerator.autocast():
+                losses = held_out_losses(
+                    self.ema.first, batch, indices, self.record, shown, weighting=config.weighting, path_type=config.path_type
+                )
+            sums += losses.sum(dim=1)
+        means = (accelerator.reduce(sums, reduction="sum") / count).tolist()
+        return {"val_loss" if b is None else f"val_loss_budget_{b:g}": m for b, m in zip(shown, means, strict=True)}
+
+    def draw_pictures(self) -> None:
+        """samples/{step}.png: 64 images at full budget and, beside them, at the lowest trained one."""
+        accelerator = self.accelerator
+        indices = range(accelerator.process_index, PICTURES, accelerator.num_processes)
+        grids = []
+        for budget in sorted({self.budgets[0], self.budgets[-1]}, key=lambda b: -(b or 1)):
+            images = torch.zeros((PICTURES, 3, self.config.resolution, self.config.resolution), dtype=torch.uint8)
+            if len(indices):
+                images[list(indices)] = self._pictures(indices, budget).cpu()
+            images = accelerator.reduce(images.to(accelerator.device, torch.int32)).cpu()  # each process fills its own
+            grids.append(images.to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        if self.main:
+            rows = np.concatenate([g.reshape(-1, 8, *g.shape[1:]) for g in grids], axis=1)  # budgets side by side
+            picture = image_grid(rows.reshape(-1, *grids[0].shape[1:]), columns=8 * len(grids))
+            save_png(picture, self.run_dir / "samples" / f"{self.step:07d}.png")
+            for tracker in accelerator.trackers:
+                _never_stop(lambda t=tracker: t.log_images({"samples": grids[0]}, step=self.step))
+
+    def _pictures(self, indices: range, budget: float | None) -> Tensor:
+        config, device = self.config, self.accelerator.device
+        noise = image_noise(config.seed, indices, self.shape).to(device)
+        y = image_labels(config.seed, indices, config.num_classes).to(device)
+        with self.accelerator.autocast():
+            latents = euler_sampler(
+                self.ema.first,
+                noise,
+                y,
+                num_steps=PICTURE_STEPS,
+                cfg_scale=PICTURE_CFG if config.cfg_prob else 1.0,
+                path_type=config.path_type,
+                inference_budget=budget,
+            )
+        return decode(self.vae, latents)
+
+    def save(self) -> None:
+        """checkpoints/{step}.pt with everything that a resumed run needs. A failing write stops nothing already saved."""
+        self.accelerator.wait_for_everyone()
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "ema": {decay: model.state_dict() for decay, model in self.ema.models.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "vae": self.record.to_dict(),
+        }
+        checkpoint.save(self.run_dir / "checkpoints" / f"{self.step:07d}.pt", state)
+        log.info(f"step {self.step}: saved")
+
+    def status(self, state: str, step: int) -> None:
+        """status.json: running, preempted, finished or failed, and the step."""
+        if self.main:
+            _write_aside(self.run_dir / "status.json", json.dumps({"state": state, "step": step}) + "\n")
+
+    def _start_trackers(self) -> None:
+        config = self.config
+        if config.report_to == "none":
+            return
+        run = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()}
+        folder = self.run_dir / config.logging_dir
+        arguments = {}
+        if config.report_to == "wandb":
+            arguments = {"wandb": {"name": config.exp_name, "dir": str(folder), "mode": _wandb_mode()}}
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+        _never_stop(lambda: self.accelerator.init_trackers("elit", config=run, init_kwargs=arguments))
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    on_cpu = not torch.accelerator.is_available()  # several processes on a CPU must be told, or each trains alone
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world != accelerator.num_processes:
+        raise UserError(
+            f"WORLD_SIZE is {world}, but accelerate runs {accelerator.num_processes} process(es); start with torchrun --nproc_per_node {world}"
+        )
+    if config.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def _wandb_mode() -> str:
+    """online, or offline with a warning where nobody is logged in."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    import wandb
+
+    if wandb.api.api_key:
+        return "online"
+    _warn("wandb has no login: writing offline (wandb login, then wandb sync, uploads it)")
+    return "offline"
+
+
+def _never_stop(action: Callable[[], None]) -> None:
+    """A tracker that fails is a warning, never the end of a run."""
+    try:
+        action()
+    except Exception as error:
+        _warn(f"tracker: {error}")
+
+
+def _warn(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: warning: {message}", file=sys.stderr, flush=True)
+        log.warning(message)
+
+
+def _write_aside(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    shutil.move(aside, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line cut short by a kill
+        return math.inf
+
+
+if __name__ == "__main__":
+    main()
