@@ -6,11 +6,13 @@ carries code is refused and nothing of it runs.
 
 import argparse
 import hashlib
+import json
+import math
 import os
 import pickle
 import re
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +127,25 @@ class Weights:
     config: dict[str, Any]  # the recorded options; empty where the file records none
     record: VAERecord = SD_VAE
     step: int = 0
-    extras: dict[str, Any] = field(default_factory=dict)  # constructor arguments that no option of ours holds
 
 
-def read_weights(path: str | Path, weights: str = "ema") -> Weights:
-    """One set of weights (`ema`, `ema:DECAY` or `model`) of our or the published format, REPA projectors left aside."""
-    state = load(path)
-    if "format" in state:
-        found = _ours(Path(path), state, weights)
-    elif isinstance(state.get("args"), argparse.Namespace):
-        found = _published(Path(path), state, weights)
+def read_weights(path: str | Path, weights: str = "ema", given: dict[str, Any] | None = None) -> Weights:
+    """One set of weights (`ema`, `ema:DECAY` or `model`) of a checkpoint file, REPA projectors left aside.
+
+    Formats: ours, its safetensors form, the published ELIT code's, and bare state dicts (REPA's `last.pt`, original SiT's); a
+    path `hf://owner/repo/file` is fetched from the hub. `given`: options by hand, for what a bare state dict does not record.
+    """
+    path = local_file(path)
+    if path.suffix == ".safetensors":
+        found = _safetensors(path, weights, given or {})
     else:
-        raise UserError(
-            f"{path}: neither a checkpoint of train.py nor of the published code (bare state dicts: not available yet)"
-        )
+        state = load(path)
+        if "format" in state:
+            found = _ours(path, state, weights)
+        elif isinstance(state.get("args"), argparse.Namespace):
+            found = _published(path, state, weights)
+        else:
+            found = _bare(path, state, weights, given or {})
     found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
     return found
 
@@ -186,8 +193,8 @@ def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str 
     own = model.state_dict()
     wrong = [f"{k} is missing" for k in own if k not in state_dict]
     wrong += [f"{k} is unknown" for k in state_dict if k not in own]
-    for k in own.keys() & state_dict.keys():
-        if own[k].shape != state_dict[k].shape:
+    for k in own:
+        if k in state_dict and own[k].shape != state_dict[k].shape:
             wrong.append(f"{k} has shape {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -214,51 +221,164 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
 
 # ------------------------------------------------------------------------------------------------ published format
 
-_PUBLISHED_NAMES = [
-    (r"input_token_editor\.adapters\.0\.learned_query_embed", "interface.query"),
-    (r"input_token_editor\.adapters\.0\.pos_embed", "interface.read_pos"),
-    (r"input_token_editor\.adapters\.0\.latent_pos_embed", "interface.latent_pos"),
-    (r"input_token_editor\.adapters\.0\.fit_layer\.adaLN_modulation\.", "interface.reader.adaLN_modulation."),
-    (r"input_token_editor\.adapters\.0\.fit_layer\.latents_attend_to_patches\.", "interface.reader.attn."),
-    (r"input_token_editor\.adapters\.0\.fit_layer\.read_ff\.", "interface.reader.mlp."),
-    (r"output_token_editor\.adapters\.0\.pos_embed", "interface.write_pos"),
-    (r"output_token_editor\.adapters\.0\.patches_attend_to_latents\.", "interface.writer.attn."),
-    (r"output_token_editor\.adapters\.0\.write_ff\.", "interface.writer.mlp."),
-]
+_PUBLISHED_NAMES = {
+    "input_token_editor.adapters.0.learned_query_embed": "interface.query",
+    "input_token_editor.adapters.0.pos_embed": "interface.read_pos",
+    "input_token_editor.adapters.0.latent_pos_embed": "interface.latent_pos",
+    "input_token_editor.adapters.0.fit_layer.adaLN_modulation.": "interface.reader.adaLN_modulation.",
+    "input_token_editor.adapters.0.fit_layer.latents_attend_to_patches.": "interface.reader.attn.",
+    "input_token_editor.adapters.0.fit_layer.read_ff.": "interface.reader.mlp.",
+    "output_token_editor.adapters.0.pos_embed": "interface.write_pos",
+    "output_token_editor.adapters.0.patches_attend_to_latents.": "interface.writer.attn.",
+    "output_token_editor.adapters.0.write_ff.": "interface.writer.mlp.",
+}
+PUBLISHED_HEAD_DEPTH = 8  # of an ELIT model whose checkpoint records no encoder_depth
 
 
 def _published(path: Path, state: dict[str, Any], weights: str) -> Weights:
     """The published ELIT code's format: `model`, `ema`, `steps` and an argparse Namespace of the options."""
+    if weights not in ("ema", "model") or weights not in state:
+        raise UserError(f"--weights {weights}: not in {path}; it holds {', '.join(k for k in ('model', 'ema') if k in state)}")
+    recorded = {k: v for k, v in vars(state["args"]).items() if k in ARCHITECTURE_KEYS}
+    recorded = {k: coerce(TrainConfig, k, v, f"{path}: {k}") for k, v in recorded.items() if v is not None}
+    found = _bare(path, state[weights], "model", recorded)
+    return Weights(found.state_dict, recorded | found.config, step=int(state.get("steps", 0)))
+
+
+def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
+    """Weights in a safetensors file: ours where its metadata hold the configuration, else a bare state dict."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
+    if "config" not in metadata:
+        return _bare(path, state_dict, weights, given)
+    try:
+        config, record = json.loads(metadata["config"]), json.loads(metadata["vae"])
+    except (ValueError, KeyError):
+        raise UserError(f"{path}: its metadata config and vae must hold JSON") from None
+    return Weights(state_dict, config, VAERecord.from_dict(record, str(path)), int(metadata.get("step", 0)))
+
+
+def _bare(path: Path, state_dict: dict[str, Any], weights: str, given: dict[str, Any]) -> Weights:
+    """A state dict under the published names: what its shapes tell, and for what they don't, the options `given`."""
     if weights not in ("ema", "model"):
-        raise UserError(f"--weights {weights}: not in {path}; it holds model, ema")
-    args = vars(state["args"])
-    config = {k: coerce(TrainConfig, k, v, f"{path}: {k}") for k, v in args.items() if k in ARCHITECTURE_KEYS}
-    spec = models.model_spec(config.get("model") or "")
-    config = {"resolution": 256, "num_classes": 1000} | config
-    state_dict = dict(state[weights])
-    if spec.family == "ELIT-SiT":
+        raise UserError(f"--weights {weights}: {path} is a bare state dict, which holds one set of weights")
+    if not all(isinstance(v, Tensor) for v in state_dict.values()) or "x_embedder.proj.weight" not in state_dict:
+        if any(k.startswith("x_embedder.embedders.") for k in state_dict):
+            raise UserError(f"{path}: a DFM model; DFM models are not available yet")
+        raise UserError(f"{path}: not a checkpoint of a SiT or ELIT-SiT model (it holds {', '.join(list(state_dict)[:3])})")
+    state_dict = dict(state_dict)
+    if any(k.startswith("decoder_blocks.") for k in state_dict):  # old REPA files
+        first = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("blocks."))
+        state_dict = {
+            re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", k): v for k, v in state_dict.items()
+        }
+    config = _shapes(path, state_dict, given)
+    channels, patch_size = state_dict["x_embedder.proj.weight"].shape[1:3]
+    if state_dict["final_layer.linear.weight"].shape[0] == 2 * channels * patch_size**2:
+        _turn_original_sit(state_dict, channels)
+    if config["model"].startswith("ELIT-"):
+        spec = models.model_spec(config["model"])
         # There the head is `encoder_depth` blocks, and the tail latents bypass the core.
-        config |= {"head_depth": config.get("encoder_depth", 8), "tail_depth": spec.sizes["tail_depth"], "elit_tail": "skip"}
+        head = given.get("head_depth") or given.get("encoder_depth") or PUBLISHED_HEAD_DEPTH
+        config |= {"head_depth": head, "tail_depth": given.get("tail_depth") or spec.sizes["tail_depth"]}
+        config["elit_tail"] = given.get("elit_tail") or "skip"
         state_dict = _rename_interface(state_dict, config, spec)
-    return Weights(state_dict, config, step=state.get("steps", 0))
+    return Weights(state_dict, config)
+
+
+def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
+    """The architecture options that the shapes of a published state dict tell; `given` fills what they do not."""
+    config = {"path_type": given.get("path_type") or "linear"}
+    width, _, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
+    depth = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("blocks.")), default=-1)
+    elit = any(k.startswith("input_token_editor.") for k in state_dict)
+    family = "ELIT-SiT" if elit else "SiT"
+    sizes = {"depth": depth, "hidden_size": width, "patch_size": patch_size}
+    fits = [n for n, s in models.MODELS.items() if s.family == family and sizes.items() <= s.sizes.items()]
+    if given.get("model"):
+        config["model"] = given["model"]
+        if fits and given["model"] not in fits:
+            raise UserError(f"--model {given['model']}: {path} holds a {fits[0]}")
+    elif fits:
+        config["model"] = fits[0]
+    else:
+        raise UserError(f"{path}: a {family} of depth {depth} and width {width} is no registered size; give --model")
+    if "y_embedder.embedding_table.weight" in state_dict:
+        config["num_classes"] = len(state_dict["y_embedder.embedding_table.weight"]) - 1
+    if "pos_embed" in state_dict:
+        config["resolution"] = math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size * SD_VAE.downsample_factor
+    elif given.get("resolution"):
+        config["resolution"] = given["resolution"]
+    else:
+        raise UserError(f"{path}: does not tell the resolution; give --resolution")
+    config["qk_norm"] = "blocks.0.attn.q_norm.weight" in state_dict
+    if elit:
+        config["elit_group_size"] = math.isqrt(len(state_dict["input_token_editor.adapters.0.learned_query_embed"]))
+        for name, layers in (
+            ("elit_read_depth", "latents_attend_to_patches"),
+            ("elit_write_depth", "patches_attend_to_latents"),
+        ):
+            config[name] = len({k for k in state_dict if k.endswith("q_proj.weight") and f".{layers}." in k})
+    return config
+
+
+def _turn_original_sit(state_dict: dict[str, Tensor], channels: int) -> None:
+    """Fold original SiT's conventions into the weights: v(x, t) = −v_SiT(x, 1 − t), and of 2C output channels the first C.
+
+    The sinusoidal features of 1 − t are a rotation of those of t, since cos((1−t)f) = cos f·cos tf + sin f·sin tf and
+    sin((1−t)f) = sin f·cos tf − cos f·sin tf; the rotation goes into the time MLP's first Linear, the sign into the last one.
+    """
+    for kind in ("weight", "bias"):
+        value = state_dict[f"final_layer.linear.{kind}"]
+        kept = value.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+        state_dict[f"final_layer.linear.{kind}"] = -kept
+    weight = state_dict["t_embedder.mlp.0.weight"]
+    half = weight.shape[1] // 2
+    f = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64))
+    of_cos, of_sin = weight.double().chunk(2, dim=1)
+    turned = torch.cat([of_cos * f.cos() + of_sin * f.sin(), of_cos * f.sin() - of_sin * f.cos()], dim=1)
+    state_dict["t_embedder.mlp.0.weight"] = turned.to(weight.dtype)
 
 
 def _rename_interface(state_dict: dict[str, Tensor], config: dict[str, Any], spec: models.ModelSpec) -> dict[str, Tensor]:
+    """The published names of the elastic interface → ours, and its tables in our order."""
     renamed = {}
     for name, value in state_dict.items():
-        for pattern, ours in _PUBLISHED_NAMES:
-            name = re.sub("^" + pattern, ours, name)
-        renamed[name] = value
-    width = spec.sizes["hidden_size"]
+        published = next((p for p in _PUBLISHED_NAMES if name.startswith(p)), "")
+        renamed[_PUBLISHED_NAMES.get(published, "") + name[len(published) :]] = value
     for kind in ("weight", "bias"):
         key = f"interface.reader.adaLN_modulation.1.{kind}"
         if key in renamed:
-            renamed[key] = renamed[key][: 6 * width]  # nothing uses the seventh part
+            renamed[key] = renamed[key][: 6 * spec.sizes["hidden_size"]]  # nothing uses the seventh part
     side = config["resolution"] // SD_VAE.downsample_factor // spec.sizes["patch_size"]
-    g = config.get("elit_group_size", 4)
+    g = config["elit_group_size"]
     table = renamed.get("interface.latent_pos")
     if table is not None and side % g == 0 and table.dim() == 2 and len(table) >= side * side:
         # Raster order of the token grid there, group order here.
         grid = table[: side * side].reshape(side // g, g, side // g, g, -1)
         renamed["interface.latent_pos"] = grid.transpose(1, 2).reshape(-1, g * g, table.shape[1])
     return renamed
+
+
+def local_file(path: str | Path) -> Path:
+    """A path as it is; `hf://owner/repo/file` as the local copy of that file of the Hugging Face hub."""
+    text = str(path)
+    if not text.startswith("hf://"):
+        return Path(path)
+    owner, _, rest = text.removeprefix("hf://").partition("/")
+    repository, _, file = rest.partition("/")
+    if not (owner and repository and file):
+        raise UserError(f"{text}: must be hf://owner/repo/file")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    except Exception as error:  # network, authentication, no such repository or file, no space …
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{text}: could not be downloaded ({type(error).__name__}: {reason}); give a local file") from None

@@ -104,7 +104,7 @@ class TrainConfig(Architecture):
 class Sampling:
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
-    ckpt: str = option(..., "checkpoint file")
+    ckpt: str = option(..., "checkpoint: a file of ours, a published one, safetensors, or hf://owner/repo/file")
     config: str | None = option(None, "YAML file with any of these options", aliases=("eval_config",))
     train_config: str | None = option(None, "training YAML, read for the architecture only")
     weights: str = option("ema", "which weights: ema, ema:DECAY or model")
@@ -131,10 +131,60 @@ class GenerateConfig(Sampling, Architecture):
     num_fid_samples: int = option(50000, "number of images", ge=1)
     class_labels: list[str] = option(["random"], "random, balanced, or class ids to cycle through")
     cfg_scale: float = option(1.5, "guidance scale; 1: none", ge=1)
-    inference_budget: float | None = option(None, "ELIT: share of the latents to compute (default: all)")
+    inference_budget: str | None = option(
+        None, "ELIT: share of the latents to compute, or 0.25@1.0-0.5,1.0@0.5-0.0 (default: all)"
+    )
     unconditional_inference_budget: float | None = option(None, "ELIT: budget of the guiding pass (cheap guidance)")
     enable_repa: bool = option(False, "accepted from old command lines; no effect")
     projector_embed_dims: str | None = option(None, "accepted from old command lines; no effect")
+
+
+@dataclasses.dataclass
+class InferenceTool(Sampling, Architecture):
+    """What the two inference tools share."""
+
+    class_label: list[int] = option([207], "class id, or several: one image of each", ge=0)
+    seed: int = option(42, "seed of the noise: image i has that of (seed, i), whatever the budget and guidance", ge=0)
+    per_proc_batch_size: int = option(32, "images per forward", ge=1)
+    enable_repa: bool = option(False, "accepted from old command lines; no effect")
+    projector_embed_dims: str | None = option(None, "accepted from old command lines; no effect")
+
+
+@dataclasses.dataclass
+class MultibudgetConfig(InferenceTool):
+    """Options of elit_multibudget_inference.py: one checkpoint at every budget."""
+
+    output_dir: str = option("multibudget_results", "folder of the pictures and results.json")
+    budgets: list[float] | None = option(None, "budgets to compare (default: every k/J, k = 1 … J)")
+    inference_budget: str | None = option(None, "one more column: a budget, or a schedule like 0.25@1.0-0.5,1.0@0.5-0.0")
+    cfg_scale: float = option(1.5, "guidance scale; 1: none", ge=1)
+    unconditional_inference_budget: float | None = option(None, "budget of the guiding pass (cheap guidance)")
+    attention: bool = option(False, "also show what each latent reads: attention maps and their entropy")
+    attention_time: float = option(0.5, "time t at which the attention is looked at", ge=0, le=1)
+
+
+@dataclasses.dataclass
+class CCFGConfig(InferenceTool):
+    """Options of elit_ccfg_inference.py: CFG, cheap CFG and autoguidance side by side."""
+
+    output_dir: str = option("ccfg_results", "folder of the pictures and results.json")
+    cfg_scales: list[float] = option([1.0, 2.0, 3.0, 4.0, 5.0], "guidance scales", ge=1)
+    inference_budget: str = option("1.0", "share of the latents to compute, or a schedule like 0.25@1.0-0.5,1.0@0.5-0.0")
+    unconditional_inference_budget: float = option(0.0625, "budget of the guiding pass of cheap CFG and autoguidance")
+    autoguidance: bool = option(False, "no effect: all three kinds of guidance are always compared")
+
+
+@dataclasses.dataclass
+class ConvertCheckpointConfig(Architecture):
+    """convert_checkpoint.py IN [OUT]: any checkpoint that is read → ours or safetensors, and what is in a file."""
+
+    source: str = option(..., "IN: checkpoint of ours, a published one, safetensors, or hf://owner/repo/file")
+    dest: str | None = option(None, "OUT: new file")
+    safetensors: bool = option(False, "write a safetensors file with the configuration in its metadata")
+    show: bool = option(False, "print what is in IN")
+    weights: str | None = option(
+        None, "which weights to write: ema, ema:DECAY or model (default: all; for safetensors, which holds one set, ema)"
+    )
 
 
 @dataclasses.dataclass

@@ -32,7 +32,7 @@ from errors import UserError, command
 from models.elit import budget_to_k
 from pictures import save_png
 from randomness import image_labels, image_noise, sde_noise
-from samplers import Guidance, euler_maruyama_sampler, euler_sampler
+from samplers import BudgetSchedule, Guidance, euler_maruyama_sampler, euler_sampler, evaluation_times, parse_budget
 from vae import decode, load_vae
 
 WRITERS = 4  # threads that write PNG files
@@ -42,7 +42,7 @@ WRITERS = 4  # threads that write PNG files
 def main(argv: list[str] | None = None) -> None:
     config, given = parse(GenerateConfig, argv, prog="generate.py")
     require(config, "ckpt")
-    found = checkpoint.read_weights(config.ckpt, config.weights)
+    found = checkpoint.read_weights(config.ckpt, config.weights, given)
     settle_architecture(config, given, found)
     check(config)
     generate(config, found)
@@ -70,18 +70,11 @@ def settle_architecture(config: GenerateConfig, given: dict, found: checkpoint.W
 
 def check(config: GenerateConfig) -> None:
     """Refuse what cannot be sampled, before anything is loaded or written."""
-    spec = models.model_spec(config.model)
     guidance(config).check()
     for name in ("inference_budget", "unconditional_inference_budget"):
-        budget = getattr(config, name)
-        if budget is None:
-            continue
-        if spec.family != "ELIT-SiT":
-            raise UserError(f"--{name.replace('_', '-')} {budget:g}: {config.model} has no budget; only ELIT models do")
-        try:
-            budget_to_k(budget, config.elit_group_size**2)
-        except UserError as error:
-            raise UserError(f"--{name.replace('_', '-')}: {error}") from None
+        check_budget(config, "--" + name.replace("_", "-"), getattr(config, name))
+    if config.inference_budget is not None:
+        config.inference_budget = str(parse_budget(config.inference_budget))  # one spelling, for records and names
     if config.heun and config.mode == "sde":
         raise UserError("--heun: Heun's correction belongs to --mode ode")
     if config.class_labels not in (["random"], ["balanced"]):
@@ -92,9 +85,24 @@ def check(config: GenerateConfig) -> None:
         raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --sample-dir)")
 
 
+def check_budget(config: GenerateConfig, option: str, value: str | float | None) -> None:
+    """Refuse a budget, or a schedule of budgets, that the model cannot run at."""
+    if value is None:
+        return
+    if models.model_spec(config.model).family != "ELIT-SiT":
+        raise UserError(f"{option} {value}: {config.model} has no budget; only ELIT models do")
+    try:
+        budget = parse_budget(value)
+        for piece in [b for b, *_ in budget.pieces] if isinstance(budget, BudgetSchedule) else [budget]:
+            budget_to_k(piece, config.elit_group_size**2)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
 def guidance(config: GenerateConfig) -> Guidance:
     """The guidance that the options ask for."""
-    return Guidance(**{name: getattr(config, name) for name in Guidance._fields})
+    options = {name: getattr(config, name) for name in Guidance._fields}
+    return Guidance(**options | {"inference_budget": parse_budget(config.inference_budget)})
 
 
 def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
@@ -119,6 +127,14 @@ def draw(config: GenerateConfig, model: nn.Module, vae: nn.Module, shape: Sequen
         else:
             latents = euler_sampler(model, noise, y, heun=config.heun, **options)
     return decode(vae, latents)
+
+
+def mean_flops_per_step(config: GenerateConfig, model: nn.Module) -> float:
+    """FLOPs of one image's velocity evaluations, per step of the sampler: guiding passes, schedule and Heun's counted in."""
+    g = guidance(config)
+    passes = [b for t in evaluation_times(config.num_steps, config.mode, config.heun) for b in g.passes(t)]
+    flops = {budget: models.count_flops(model, budget) for budget in set(passes)}
+    return sum(flops[budget] for budget in passes) / config.num_steps
 
 
 def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
@@ -174,6 +190,7 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
             folder.with_name(folder.name + ".npz"), (folder / image_name(i) for i in range(config.num_fid_samples)), config
         )
         print(f"{folder}: {len(missing)} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
+        print(f"{mean_flops_per_step(config, model) / 1e9:.2f} GFLOPs per image and step, guidance included")
     state.wait_for_everyone()
     state.destroy_process_group()
     return folder
@@ -197,7 +214,7 @@ def folder_name(config: GenerateConfig) -> str:
     defaults = GenerateConfig()
     for option, label, value in (
         ("weights", "weights", config.weights.replace(":", "_")),
-        ("inference_budget", "budget", config.inference_budget),
+        ("inference_budget", "budget", parse_budget(config.inference_budget)),
         ("unconditional_inference_budget", "uncond", config.unconditional_inference_budget),
         ("autoguidance", "autoguidance", None),
         ("guidance_low", "low", config.guidance_low),
@@ -213,7 +230,7 @@ def folder_name(config: GenerateConfig) -> str:
 
 def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
     """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
-    path = Path(config.ckpt)
+    path = checkpoint.local_file(config.ckpt)
     known_sum = checkpoint.sidecar(path)
     digest = known_sum.read_text().split()[0] if known_sum.is_file() else checkpoint.file_sha256(path)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in _SETTINGS} | {

@@ -5,6 +5,7 @@ guidance (2207.12598); guidance interval (2404.07724); autoguidance (2406.02507)
 """
 
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,6 +18,54 @@ from errors import UserError
 from loss import PathType, interpolant
 
 
+class BudgetSchedule(NamedTuple):
+    """A budget for each time: pieces (budget, start, end), from t = 1 down to 0; a piece holds for start ≥ t > end."""
+
+    pieces: tuple[tuple[float, float, float], ...]
+
+    def at(self, t: float) -> float:
+        """The budget at time t; the last piece holds at 0 too."""
+        return next((budget for budget, _, end in self.pieces if t > end + 1e-9), self.pieces[-1][0])
+
+    @classmethod
+    def parse(cls, text: str) -> "BudgetSchedule":
+        """`0.25@1.0-0.5,1.0@0.5-0.0`. Raises UserError for gaps, overlaps or anything that is not such a list."""
+        found = [re.fullmatch(r"([\d.]+)@([\d.]+)-([\d.]+)", part.strip()) for part in text.split(",")]
+        try:
+            pieces = tuple((float(m[1]), float(m[2]), float(m[3])) for m in found)  # type: ignore[index]
+        except (TypeError, ValueError):
+            raise UserError(f"budget schedule {text!r}: must be BUDGET@START-END,… e.g. 0.25@1.0-0.5,1.0@0.5-0.0") from None
+        bounds = [1.0, *(end for *_, end in pieces)]
+        for (budget, start, end), before in zip(pieces, bounds, strict=False):
+            if start <= end:
+                raise UserError(
+                    f"budget schedule {text!r}: the piece {budget:g}@{start:g}-{end:g} must run from a later to an earlier time"
+                )
+            if start != before:
+                kind = "a gap" if start < before else "an overlap"
+                raise UserError(
+                    f"budget schedule {text!r}: {kind} at {before:g}: the piece that starts there starts at {start:g}"
+                )
+        if bounds[-1] != 0:
+            raise UserError(f"budget schedule {text!r}: a gap: it must end at 0, not {bounds[-1]:g}")
+        return cls(pieces)
+
+    def __str__(self) -> str:
+        return ",".join(f"{budget}@{start}-{end}" for budget, start, end in self.pieces)
+
+
+def parse_budget(text: str | None) -> "float | BudgetSchedule | None":
+    """`None`, a number, or a schedule as text → what samplers take. Raises UserError for anything else."""
+    if text is None:
+        return None
+    if "@" in str(text):
+        return BudgetSchedule.parse(text)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"inference budget {text!r}: must be a number, or a schedule like 0.25@1.0-0.5,1.0@0.5-0.0") from None
+
+
 class Guidance(NamedTuple):
     """How the velocity is guided, and at which budget the model runs.
 
@@ -27,7 +76,7 @@ class Guidance(NamedTuple):
     cfg_scale: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
-    inference_budget: float | None = None
+    inference_budget: float | BudgetSchedule | None = None
     unconditional_inference_budget: float | None = None
     autoguidance: bool = False
 
@@ -46,6 +95,16 @@ class Guidance(NamedTuple):
         """Whether velocities at time t are guided."""
         return self.cfg_scale > 1 and self.guidance_low - 1e-9 <= t <= self.guidance_high + 1e-9  # 1 - 8/10 is not 0.2
 
+    def budget(self, t: float) -> float | None:
+        """The conditional pass's budget at time t."""
+        return self.inference_budget.at(t) if isinstance(self.inference_budget, BudgetSchedule) else self.inference_budget
+
+    def passes(self, t: float) -> list[float | None]:
+        """The budgets of the forwards that a velocity at time t costs: the conditional one, then the guiding one, if any."""
+        budget = self.budget(t)
+        low = self.unconditional_inference_budget
+        return [budget] + ([budget if low is None else low] if self.active(t) else [])
+
 
 def guided_velocity(model: nn.Module, x: Tensor, t: float, y: Tensor, guidance: Guidance) -> Tensor:
     """Velocity (B, C, H, W) in float64 at the state x (float64) and time t; one, two or one doubled forward."""
@@ -58,16 +117,30 @@ def guided_velocity(model: nn.Module, x: Tensor, t: float, y: Tensor, guidance: 
         return model(x, times, y, **budget_argument).double()
 
     x = x.to(dtype)
-    if not g.active(t):
-        return velocity(x, y, g.inference_budget)
-    null = torch.full_like(y, model.num_classes)
-    low_budget = g.unconditional_inference_budget
-    if not g.autoguidance and low_budget in (None, g.inference_budget):
-        v_cond, v_low = velocity(torch.cat([x, x]), torch.cat([y, null]), g.inference_budget).chunk(2)
+    budget, *low = g.passes(t)
+    if not low:
+        return velocity(x, y, budget)
+    y_low = y if g.autoguidance else torch.full_like(y, model.num_classes)
+    if low == [budget]:
+        v_cond, v_low = velocity(torch.cat([x, x]), torch.cat([y, y_low]), budget).chunk(2)
     else:
-        v_cond = velocity(x, y, g.inference_budget)
-        v_low = velocity(x, y if g.autoguidance else null, low_budget)
+        v_cond, v_low = velocity(x, y, budget), velocity(x, y_low, *low)
     return v_low + g.cfg_scale * (v_cond - v_low)
+
+
+def sampling_times(num_steps: int, mode: str = "ode") -> list[float]:
+    """The times of a sampler, from 1 (noise) to 0: a uniform grid (ODE), or 1 … 0.04 and then 0 (SDE)."""
+    if num_steps < 1:
+        raise UserError(f"num_steps {num_steps}: must be at least 1")
+    if mode == "sde":
+        return [*torch.linspace(1.0, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
+    return [1 - i / num_steps for i in range(num_steps + 1)]
+
+
+def evaluation_times(num_steps: int, mode: str = "ode", heun: bool = False) -> list[float]:
+    """The times at which a sampler evaluates the velocity."""
+    times = sampling_times(num_steps, mode)
+    return times[:-1] + (times[1:-1] if heun else [])
 
 
 def score_from_velocity(velocity: Tensor, x: Tensor, t: float, path_type: PathType) -> Tensor:
@@ -97,9 +170,10 @@ def euler_sampler(
     Returns:
         (B, C, H, W) float64 scaled VAE latents.
     """
-    g = _checked(guidance, num_steps)
+    g = Guidance(**guidance)
+    g.check()
     x = latents.double()
-    for step, (t, t_next) in enumerate(pairwise([1 - i / num_steps for i in range(num_steps + 1)])):
+    for step, (t, t_next) in enumerate(pairwise(sampling_times(num_steps))):
         v = guided_velocity(model, x, t, y, g)
         x_next = x + (t_next - t) * v
         if heun and step < num_steps - 1:
@@ -126,11 +200,11 @@ def euler_maruyama_sampler(
         noise: `noise(step, shape)` → normal noise of that step; default: the draws of seed 0 for images 0 … B − 1.
         Otherwise as `euler_sampler`.
     """
-    g = _checked(guidance, num_steps)
+    g = Guidance(**guidance)
+    g.check()
     noise = noise or (lambda step, shape: randomness.sde_noise(0, range(shape[0]), step, shape[1:]))
     x = latents.double()
-    times = torch.linspace(1.0, 0.04, num_steps, dtype=torch.float64).tolist() + [0.0]
-    for step, (t, t_next) in enumerate(pairwise(times)):
+    for step, (t, t_next) in enumerate(pairwise(sampling_times(num_steps, "sde"))):
         v, w, dt = guided_velocity(model, x, t, y, g), 2 * t, t_next - t
         drift = v - 0.5 * w * score_from_velocity(v, x, t, path_type)
         x_next = x + dt * drift
@@ -138,11 +212,3 @@ def euler_maruyama_sampler(
             x_next = x_next + math.sqrt(w * abs(dt)) * noise(step, x.shape).to(x)
         x = x_next
     return x
-
-
-def _checked(guidance: dict, num_steps: int) -> Guidance:
-    if num_steps < 1:
-        raise UserError(f"num_steps {num_steps}: must be at least 1")
-    g = Guidance(**guidance)
-    g.check()
-    return g

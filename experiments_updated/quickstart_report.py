@@ -40,7 +40,7 @@ class ReportConfig(GenerateConfig):
 def main(argv: list[str] | None = None) -> None:
     config, given = parse(ReportConfig, argv, prog="quickstart_report.py")
     require(config, "ckpt", "val_data_dir")
-    found = checkpoint.read_weights(config.ckpt, config.weights)
+    found = checkpoint.read_weights(config.ckpt, config.weights, given)
     generate.settle_architecture(config, given, found)
     generate.check(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _with_budget(config: ReportConfig, budget: float) -> ReportConfig:
-    return dataclasses.replace(config, inference_budget=budget)
+    return dataclasses.replace(config, inference_budget=str(budget))
 
 
 def _samples(config: ReportConfig, budget: float) -> np.ndarray:

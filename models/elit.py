@@ -93,12 +93,22 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        x = attend(*self.heads(queries, context), self.fused)  # (B·G, heads, Q, D/heads)
+        return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, context.shape[:2])
+
+    def heads(self, queries: Tensor, context: Tensor) -> list[Tensor]:
+        """Queries, keys and values by head: (B·G, heads, Q, D/heads), and twice (B·G, heads, K, D/heads)."""
         B, G = context.shape[:2]
         q = self.q_norm(self.q_proj(queries)).expand(B, G, -1, -1)  # queries that all groups share are projected once
         k, v = self.kv_proj(context).chunk(2, dim=-1)
-        q, k, v = (a.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in (q, self.k_norm(k), v))
-        x = attend(q, k, v, self.fused)  # (B·G, heads, Q, D/heads)
-        return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, (B, G))
+        return [a.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in (q, self.k_norm(k), v)]
+
+    def weights(self, queries: Tensor, context: Tensor) -> Tensor:
+        """The attention weights of a forward, (B, G, heads, Q, K), in float32 or better; each row sums to 1."""
+        q, k, _ = self.heads(queries, context)
+        q, k = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (q, k))
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        return weights.unflatten(0, context.shape[:2])
 
 
 class Read(nn.Module):
@@ -208,12 +218,29 @@ class LatentInterface(nn.Module):
         """Tokens (B, N, D) and condition (B, cond_dim) → tokens in group order (B, G, J, D), to be handed to `write`; the kept
         latents (B, G·k, D) for the core; and the tail latents (B, G, J−k, D), `None` where they do not exist.
         """
+        return self.read_k(x, c, budget_to_k(budget, self.latents_per_group))
+
+    def read_k(self, x: Tensor, c: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`read` with the budget as k, the latents kept per group."""
         J = self.latents_per_group
-        k = budget_to_k(budget, J)
         made = k if self.tail == "drop" else J  # latents that Read computes
         tokens = self.group(x) + self.read_pos
         z = self.reader(self.query[:made], tokens, c) + self.latent_pos[:, :made]  # (B, G, made, D)
         return tokens, z[:, :, :k].flatten(1, 2), z[:, :, k:] if made > k else None
+
+    def read_attention(self, x: Tensor, c: Tensor) -> Tensor:
+        """How much each latent reads from each token of its group, in the last layer of Read at the full budget.
+
+        Tokens (B, N, D) and condition (B, cond_dim) → attention weights (B, G, heads, J latents, J tokens).
+        """
+        layer = self.reader.attn[-1]
+        inputs: list[tuple[Tensor, Tensor]] = []
+        hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
+        try:
+            self.read(x, c)
+        finally:
+            hook.remove()
+        return layer.weights(*inputs[0])
 
     def write(self, tokens: Tensor, kept: Tensor, tail: Tensor | None = None) -> Tensor:
         """Tokens and tail as `read` gave them, and the kept latents (B, G·k, D) after the core → row-major tokens (B, N, D)."""
@@ -263,6 +290,10 @@ class ELITSiT(SiT):
         self, x: Tensor, t: Tensor, y: Tensor, inference_budget: float | None = None, return_features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """As SiT's, at `inference_budget` in [1/J, 1], the share of latents that the core works on (`None`: all)."""
+        return self.run(x, t, y, budget_to_k(inference_budget, self.interface.latents_per_group), return_features)
+
+    def run(self, x: Tensor, t: Tensor, y: Tensor, k: int, return_features: bool = False):
+        """`forward` with the budget as k, an integer that `torch.compile` can leave open: one graph for many budgets."""
         features: list[Tensor] = []
         core_end = len(self.blocks) - self.tail_depth
         x, c = self.embed(x, t, y)  # (B, N, D), (B, D)
@@ -270,7 +301,7 @@ class ELITSiT(SiT):
             x = block(x, c)
             if return_features and i == min(self.encoder_depth, self.head_depth):
                 features = self.project(x)
-        tokens, latents, tail = self.interface.read(x, c, inference_budget)  # (B, G, J, D), (B, G·k, D)
+        tokens, latents, tail = self.interface.read_k(x, c, k)  # (B, G, J, D), (B, G·k, D)
         for block in self.blocks[self.head_depth : core_end]:
             latents = block(latents, c)
         x = self.interface.write(tokens, latents, tail)  # (B, N, D)
@@ -278,3 +309,10 @@ class ELITSiT(SiT):
             x = block(x, c)
         velocity = self.unpatchify(self.final_layer(x, c))
         return (velocity, features) if return_features else velocity
+
+    def read_attention(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """What each latent reads at the state x: `LatentInterface.read_attention` of the tokens after the head blocks."""
+        x, c = self.embed(x, t, y)  # (B, N, D), (B, D)
+        for block in self.blocks[: self.head_depth]:
+            x = block(x, c)
+        return self.interface.read_attention(x, c)

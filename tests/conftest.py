@@ -12,6 +12,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
+torch.set_num_threads(1)  # for models this small, more threads only wait for each other
+
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Random weights in every parameter (in place), so that no term of a forward vanishes; returns the model."""

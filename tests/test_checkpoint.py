@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import hashlib
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +16,12 @@ from errors import UserError
 from vae import VAERecord
 
 RECORD = VAERecord("some-vae", "ab12", 4, 3, 0.5, 0.25)  # 32 pixels → 8×8×3
+SMALL = {"hidden_size": 32, "num_heads": 4, "depth": 5}  # constructor arguments beyond the registered size
 OPTIONS = {"elit_group_size": 2, "elit_read_depth": 2, "elit_tail": "skip", "head_depth": 3, "qk_norm": True}
 
 
 def tiny(name="ELIT-SiT-Ti/2", seed=0, **options):
-    sizes = {"input_size": 8, "in_channels": 3, "num_classes": 5}
+    sizes = {"input_size": 8, "in_channels": 3, "num_classes": 5, **SMALL}
     return randomize(models.create_model(name, **(sizes | (OPTIONS if name.startswith("ELIT") else {}) | options)), seed)
 
 
@@ -103,7 +103,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path):
 
 
 def test_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(UserError, match="none.pt: no such checkpoint"):
+    with pytest.raises(UserError, match=r"none\.pt: no such checkpoint"):
         checkpoint.load(tmp_path / "none.pt")
     with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint.load_model(tmp_path)
@@ -174,7 +174,7 @@ class Bomb:
         self.path = path
 
     def __reduce__(self):
-        return Path.touch, (Path(self.path),)
+        return open, (str(self.path), "w")
 
 
 class Shell(Bomb):
@@ -186,7 +186,7 @@ class Shell(Bomb):
 
 def write_bomb(path, state, kind):
     if kind == "pickle":
-        path.write_bytes(pickle.dumps(state))
+        path.write_bytes(pickle.dumps(state, protocol=2))
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
 
@@ -195,13 +195,10 @@ def write_bomb(path, state, kind):
 @pytest.mark.parametrize("bomb", [Bomb, Shell])
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, kind, bomb):
     path, trace = tmp_path / "evil.pt", tmp_path / "ran"
-    write_bomb(path, {"format": 1, "model": {"w": torch.zeros(2)}, "config": bomb(trace)}, kind)
+    write_bomb(path, {"format": 1, "model": {"w": 1.0}, "config": bomb(trace)}, kind)
     assert not trace.exists()
-    if kind != "pickle":
-        with pytest.raises(UserError, match=r"evil\.pt: refused: it carries code \(.*(touch|system|Path)"):
-            checkpoint.load(path)
     for read in (checkpoint.load, checkpoint.read_weights, checkpoint.load_model):
-        with pytest.raises(UserError, match=r"evil\.pt"):
+        with pytest.raises(UserError, match=r"evil\.pt: refused: it carries code \(.*(open|system)\)"):
             read(path)
     assert not trace.exists()
     if kind != "pickle":  # the file does run what it carries, where it is trusted
@@ -231,7 +228,7 @@ def test_other_classes_are_refused_by_name(tmp_path):
     ("weights", "kind"), [("ema", "0.9999"), ("ema:0.9999", "0.9999"), ("ema:0.999", "0.999"), ("model", "model")]
 )
 def test_weights_are_chosen_by_name(saved, trained, weights, kind):
-    model, config = checkpoint.load_model(saved, weights)
+    model, config = checkpoint.load_model(saved, weights, **SMALL)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert (model.head_depth, model.interface.tail, model.interface.latents_per_group) == (3, "skip", 4)
     assert config["model"] == "ELIT-SiT-Ti/2" and config["resolution"] == 32
@@ -255,22 +252,22 @@ def test_published_files_have_ema_and_model(golden_checkpoint):
 
 
 def test_loading_takes_overrides_and_the_device(saved):
-    model, _ = checkpoint.load_model(saved, elit_tail="drop", fused_attn=False)
+    model, _ = checkpoint.load_model(saved, elit_tail="drop", fused_attn=False, **SMALL)
     assert model.interface.tail == "drop" and not model.blocks[0].attn.fused
     assert next(model.parameters()).device.type == "cpu"
 
 
 def test_loading_leaves_the_random_state_alone(saved):
     before = torch.random.get_rng_state()
-    checkpoint.load_model(saved)
+    checkpoint.load_model(saved, **SMALL)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_projectors_are_left_aside(trained, tmp_path):
-    with_projectors = tiny(z_dims=(7,))
+    with_projectors = tiny(z_dims=(7,), encoder_depth=2)
     path = tmp_path / "a.pt"
     checkpoint.save(path, state_of(trained, model=with_projectors.state_dict()))
-    model, _ = checkpoint.load_model(path, "model")
+    model, _ = checkpoint.load_model(path, "model", **SMALL)
     assert not any("projector" in name for name, _ in model.named_parameters())
     arguments = inputs(model, [0.5], dtype=torch.float32)
     assert torch.equal(model(*arguments), with_projectors(*arguments))
@@ -287,7 +284,7 @@ def test_wrong_keys_and_shapes_are_named():
     for change, said in (
         ({k: v for k, v in good.items() if k != bias}, f"{bias} is missing"),
         (good | {"blocks.9.odd": torch.zeros(1)}, "blocks.9.odd is unknown"),
-        (good | {table: torch.zeros(1001, 192)}, f"{table} has shape (1001, 192) instead of (6, 192)"),
+        (good | {table: torch.zeros(1001, 32)}, f"{table} has shape (1001, 32) instead of (6, 32)"),
     ):
         changed = {k: v + 1 if v.shape == before.get(k, v).shape else v for k, v in change.items()}
         with pytest.raises(UserError) as error:
@@ -298,11 +295,19 @@ def test_wrong_keys_and_shapes_are_named():
 
 def test_a_state_of_another_model_is_refused(saved, trained, tmp_path):
     state = checkpoint.load(saved)
-    for name, other in (("SiT-Ti/2", {}), ("ELIT-SiT-S/2", {}), ("ELIT-SiT-Ti/4", {}), ("ELIT-SiT-Ti/2", {"elit_group_size": 4})):
-        path = tmp_path / "other.pt"
-        checkpoint.save(path, state_of(trained, config=state["config"] | {"model": name} | other))
-        with pytest.raises(UserError, match=r"other\.pt: not a checkpoint of this model"):
-            checkpoint.load_model(path)
+    path = tmp_path / "other.pt"
+    for changes, small, said in (
+        ({"model": "SiT-Ti/2"}, SMALL, "interface.query is unknown"),
+        ({"model": "ELIT-SiT-Ti/4"}, SMALL, "x_embedder.proj.weight has shape (32, 3, 2, 2) instead of (32, 3, 4, 4)"),
+        ({"elit_group_size": 4}, SMALL, "interface.query has shape (4, 32) instead of (16, 32)"),
+        ({"qk_norm": False}, SMALL, "blocks.0.attn.q_norm.weight is unknown"),
+        ({}, SMALL | {"depth": 6}, "blocks.5.attn.qkv.weight is missing"),
+        ({}, {}, "blocks.5.attn.qkv.weight is missing"),
+    ):
+        checkpoint.save(path, state_of(trained, config=state["config"] | changes))
+        with pytest.raises(UserError) as error:
+            checkpoint.load_model(path, **small)
+        assert "other.pt: not a checkpoint of this model" in str(error.value) and said in str(error.value), error.value
 
 
 def test_an_unknown_model_or_format_and_a_missing_part_are_named(saved, trained, tmp_path):

@@ -27,7 +27,9 @@ def test_every_multiple_of_the_smallest_budget_keeps_as_many_latents(J):
     assert budget_to_k(None, J) == J
 
 
-@pytest.mark.parametrize(("budget", "J", "k"), [(0.1, 16, 1), (0.9999, 16, 15), (0.5, 9, 4), (0.34, 9, 3), (0.0625, 64, 4), (1, 4, 4)])
+@pytest.mark.parametrize(
+    ("budget", "J", "k"), [(0.1, 16, 1), (0.9999, 16, 15), (0.5, 9, 4), (0.34, 9, 3), (0.0625, 64, 4), (1, 4, 4)]
+)
 def test_a_budget_between_multiples_keeps_the_number_below(budget, J, k):
     assert budget_to_k(budget, J) == k
 
@@ -185,7 +187,7 @@ def test_initial_weights_of_the_interface_follow_the_rules():
         values = parameter.detach()
         if name in ("query", "read_pos", "write_pos", "latent_pos"):
             assert abs(values.std() / 0.02 - 1) < 0.1 and values.abs().max() > 0.05
-        elif "adaLN" in name or (name.startswith("writer") and ("attn" in name and ".proj." in name or "fc2" in name)):
+        elif "adaLN" in name or (name.startswith("writer") and (("attn" in name and ".proj." in name) or "fc2" in name)):
             assert (values == 0).all(), name
             ruled.add(name)
         elif name.endswith("norm.scale"):
@@ -219,7 +221,12 @@ def test_interface_wraps_any_stack_of_blocks():
 
 def elit_pair(*, read_depth=1, write_depth=1, tail="drop", head_depth=1, tail_depth=1, group_size=2, **options):
     """ELIT-SiT with random weights in float64, and its reference."""
-    interface = {"elit_group_size": group_size, "elit_read_depth": read_depth, "elit_write_depth": write_depth, "elit_tail": tail}
+    interface = {
+        "elit_group_size": group_size,
+        "elit_read_depth": read_depth,
+        "elit_write_depth": write_depth,
+        "elit_tail": tail,
+    }
     model = ELITSiT(**(TINY | options | interface), head_depth=head_depth, tail_depth=tail_depth)
     model = randomize(model).double()
     elit = {"group_size": group_size, "head_depth": head_depth, "tail_depth": tail_depth}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import inputs, randomize
+from conftest import randomize
 from scipy import stats
 
 from loss import dropped_labels, flow_matching_loss, held_out_losses, interpolant, training_times

@@ -62,7 +62,11 @@ def test_unknown_model_offers_the_nearest_name(wrong, near):
 
 @pytest.mark.parametrize(
     ("name", "wrong", "near"),
-    [("SiT-Ti/2", "qknorm", "qk_norm"), ("ELIT-SiT-Ti/2", "headdepth", "head_depth"), ("ELIT-SiT-Ti/2", "elit_tails", "elit_tail")],
+    [
+        ("SiT-Ti/2", "qknorm", "qk_norm"),
+        ("ELIT-SiT-Ti/2", "headdepth", "head_depth"),
+        ("ELIT-SiT-Ti/2", "elit_tails", "elit_tail"),
+    ],
 )
 def test_unknown_model_option_offers_the_nearest_name(name, wrong, near):
     with pytest.raises(UserError) as error:

@@ -38,7 +38,7 @@ def test_draws_of_an_image_do_not_depend_on_the_batch_it_is_in(draw):
 def test_draws_do_not_depend_on_the_global_generators_nor_touch_them():
     noise, labels = image_noise(0, [5], SHAPE), image_labels(0, range(20), 1000)
     torch.manual_seed(99)
-    np.random.seed(99)  # noqa: NPY002
+    np.random.seed(99)
     state, numpy_state = torch.random.get_rng_state(), str(np.random.get_state())
     assert torch.equal(image_noise(0, [5], SHAPE), noise) and torch.equal(image_labels(0, range(20), 1000), labels)
     training_draws(0, 0, range(2), SHAPE)

@@ -127,7 +127,9 @@ def test_guided_samplers_are_the_numpy_loops():
         found = sample(euler_sampler, GaussianModel(), num_steps=9, heun=heun, **options)
         np.testing.assert_allclose(found, numpy_ode(velocity, 9, heun), rtol=0, atol=1e-12)
     noises = np.random.default_rng(2).standard_normal((9, *NOISE.shape))
-    found = sample(euler_maruyama_sampler, GaussianModel(), num_steps=9, noise=lambda i, _: torch.from_numpy(noises[i]), **options)
+    found = sample(
+        euler_maruyama_sampler, GaussianModel(), num_steps=9, noise=lambda i, _: torch.from_numpy(noises[i]), **options
+    )
     np.testing.assert_allclose(found, numpy_sde(velocity, 9, noises, "linear"), rtol=0, atol=1e-11)
 
 
@@ -253,7 +255,9 @@ def test_guided_velocity_starts_from_the_low_one(options, low):
     np.testing.assert_allclose(found, v_low + 3.0 * (conditional - v_low), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.2, 0.3), (0.3, 0.3), (0.0, 0.2), (0.7, 1.0), (0.15, 0.85), (0.4, 0.6), (0.1, 0.9)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.2, 0.3), (0.3, 0.3), (0.0, 0.2), (0.7, 1.0), (0.15, 0.85), (0.4, 0.6), (0.1, 0.9)]
+)
 def test_guidance_interval_includes_both_ends(low, high):
     found = calls_of(num_steps=10, cfg_scale=2.0, guidance_low=low, guidance_high=high)
     tenths = range(10, 0, -1)

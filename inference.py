@@ -1,0 +1,229 @@
+"""From options to images and what they cost: what generation and the inference tools share."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import models
+from config import GenerateConfig, InferenceTool
+from errors import UserError
+from models.elit import budget_to_k
+from randomness import image_noise, sde_noise
+from samplers import BudgetSchedule, Guidance, euler_maruyama_sampler, euler_sampler, evaluation_times, parse_budget
+from vae import decode, load_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+Options = GenerateConfig | InferenceTool
+Job = TypeVar("Job", bound=Hashable)
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+
+def settle_architecture(config: Options, given: dict, found: checkpoint.Weights) -> None:
+    """Take the architecture from the checkpoint; what is given by hand fills gaps in it and may not contradict it."""
+    recorded = found.config
+    if recorded.get("model"):  # the depths that "by size" stands for
+        recorded = {k: v for k, v in models.model_spec(recorded["model"]).sizes.items() if k.endswith("_depth")} | {
+            k: v for k, v in recorded.items() if v is not None
+        }
+    for name in ("model", "resolution", "num_classes", "path_type", *checkpoint.MODEL_OPTIONS):
+        if name in given and recorded.get(name) is not None and given[name] not in (None, recorded[name]):
+            raise UserError(
+                f"--{name.replace('_', '-')} {given[name]} contradicts {config.ckpt}, which records {recorded[name]}"
+            )
+        value = recorded.get(name, getattr(config, name))
+        setattr(config, name, value)
+        found.config[name] = value
+    found.config["fused_attn"] = config.fused_attn
+
+
+def check_sampler(config: Options) -> None:
+    """Refuse a sampler that does not exist."""
+    if config.heun and config.mode == "sde":
+        raise UserError("--heun: Heun's correction belongs to --mode ode")
+
+
+def check_elit(config: Options) -> None:
+    """Refuse a model without budgets."""
+    if models.model_spec(config.model).family != "ELIT-SiT":
+        raise UserError(f"--ckpt {config.ckpt}: holds a {config.model}, which has no budget; only ELIT models do")
+
+
+def check_labels(config: Options, option: str, labels: Sequence[int]) -> None:
+    """Refuse class ids that the model does not know."""
+    for label in labels:
+        if label >= config.num_classes:
+            raise UserError(f"{option} {label}: class ids of this model lie below {config.num_classes}")
+
+
+def check_budget(config: Options, option: str, value: str | float | None) -> None:
+    """Refuse a budget, or a schedule of budgets, that the model cannot run at."""
+    if value is None:
+        return
+    if models.model_spec(config.model).family != "ELIT-SiT":
+        raise UserError(f"{option} {value}: {config.model} has no budget; only ELIT models do")
+    J = config.elit_group_size**2
+    try:
+        budget = parse_budget(value)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
+    for piece in [b for b, *_ in budget.pieces] if isinstance(budget, BudgetSchedule) else [budget]:
+        try:
+            budget_to_k(piece, J)
+        except UserError as error:
+            raise UserError(f"{option}: {error}; valid values: {', '.join(f'{b:g}' for b in all_budgets(J))}") from None
+
+
+def check_folder(option: str, folder: str | Path) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{option} {folder}: cannot write there: {there} is no folder that can be written to")
+
+
+def all_budgets(J: int) -> list[float]:
+    """Every budget of a model with J latents per group: k/J, k = 1 … J."""
+    return [k / J for k in range(1, J + 1)]
+
+
+def guidance(config: Options, **changes) -> Guidance:
+    """The guidance that the options ask for; `changes` are fields of `Guidance` that go before them."""
+    asked = {name: getattr(config, name) for name in Guidance._fields if name not in changes} | changes
+    return Guidance(**asked | {"inference_budget": parse_budget(asked["inference_budget"])})
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """For people: the GPU's name, or how many threads of a CPU."""
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} thread(s)"
+    )
+
+
+def set_precision(config: Options, device: torch.device, warn: Callable[[str], None]) -> None:
+    """Apply `tf32`; on a CPU, where there is no fp16, change `mixed_precision` to no with a warning."""
+    if device.type == "cpu" and config.mixed_precision == "fp16":
+        config.mixed_precision = "no"
+        warn("--mixed-precision fp16 needs a GPU; running as no")
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+
+
+def autocast(config: Options, device: torch.device) -> AbstractContextManager:
+    """The context of the model's forward passes: automatic mixed precision where it is asked for."""
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def load(
+    config: Options, found: checkpoint.Weights, device: torch.device
+) -> tuple[nn.Module, "AutoencoderKL", tuple[int, int, int]]:
+    """Model and VAE on `device`, and the shape (C, h, w) of the VAE latents."""
+    model = checkpoint.build_model(found, config.ckpt, device)
+    vae, _ = load_vae(config.vae or found.record.vae, device, expected=found.record)
+    side = config.resolution // found.record.downsample_factor
+    return model, vae, (found.record.latent_channels, side, side)
+
+
+def sample(
+    config: Options, g: Guidance, model: nn.Module, shape: Sequence[int], seed: int, indices: Sequence[int], y: Tensor
+) -> Tensor:
+    """Scaled VAE latents (B, C, h, w), float64, of the images `indices` with labels y (B,).
+
+    All noise of image i comes from (seed, i), whatever the budget, guidance and batch. shape: (C, h, w).
+    """
+    device = next(model.parameters()).device
+    noise, y = image_noise(seed, indices, shape).to(device), y.to(device)
+    options = g._asdict() | {"num_steps": config.num_steps, "path_type": config.path_type}
+    with autocast(config, device):
+        if config.mode == "sde":
+            return euler_maruyama_sampler(model, noise, y, noise=partial(_noise_of_step, seed, indices), **options)
+        return euler_sampler(model, noise, y, heun=config.heun, **options)
+
+
+def sample_all(
+    config: InferenceTool, g: Guidance, model: nn.Module, vae: "AutoencoderKL", shape: Sequence[int]
+) -> tuple[Tensor, np.ndarray]:
+    """One image of each class label, in batches: latents (n, C, h, w), and the decoded images as uint8 (n, H, W, 3)."""
+    latents, images = [], []
+    for first in range(0, len(config.class_label), config.per_proc_batch_size):
+        labels = torch.tensor(config.class_label[first : first + config.per_proc_batch_size])
+        latents.append(sample(config, g, model, shape, config.seed, range(first, first + len(labels)), labels))
+        images.append(decode(vae, latents[-1]).permute(0, 2, 3, 1).cpu().numpy())
+    return torch.cat(latents), np.concatenate(images)
+
+
+def _noise_of_step(seed: int, indices: Sequence[int], step: int, shape: torch.Size) -> Tensor:
+    return sde_noise(seed, indices, step, shape[1:])
+
+
+# -------------------------------------------------------------------------------------------------------------- cost
+
+
+def passes_of_run(config: Options, g: Guidance) -> list[tuple[float | None, ...]]:
+    """The budgets of the forward passes of each velocity evaluation of a run, the conditional pass first."""
+    return [tuple(g.passes(t)) for t in evaluation_times(config.num_steps, config.mode, config.heun)]
+
+
+def mean_flops_per_step(config: Options, g: Guidance, model: nn.Module) -> float:
+    """FLOPs of one image's velocity evaluations, per step of the sampler: guiding passes, schedule and Heun's counted in."""
+    passes = [budget for evaluation in passes_of_run(config, g) for budget in evaluation]
+    flops = {budget: models.count_flops(model, budget) for budget in set(passes)}
+    return sum(flops[budget] for budget in passes) / config.num_steps
+
+
+WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 25, 30
+
+
+def interleaved_times(jobs: Mapping[Job, Callable[[], object]], device: torch.device) -> dict[Job, tuple[float, float, float]]:
+    """Wall time of each job in milliseconds: (lower quartile, median, upper quartile).
+
+    The jobs take turns, so that a busy spell of the machine falls on all alike: after `WARM_UP` rounds that do not count,
+    `MOST_ROUNDS` rounds, or fewer (at least `LEAST_ROUNDS`) where they would take more than `SECONDS`. The device is
+    synchronised before and after each job.
+    """
+    times: dict[Job, list[float]] = {name: [] for name in jobs}
+    start = time.perf_counter()
+    for turn in range(-WARM_UP, MOST_ROUNDS):
+        if turn >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
+            break
+        for name, job in jobs.items():
+            _synchronize(device)
+            begin = time.perf_counter()
+            job()
+            _synchronize(device)
+            if turn >= 0:
+                times[name].append(1000 * (time.perf_counter() - begin))
+    return {name: tuple(statistics.quantiles(t, n=4, method="inclusive")) for name, t in times.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def write_json(values: object, path: str | Path) -> None:
+    """A JSON file, written aside and then renamed."""
+    aside = Path(path).with_suffix(".json.tmp")
+    aside.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    aside.replace(path)
