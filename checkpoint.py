@@ -75,7 +75,7 @@ def load(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    if verify and sidecar(path).is_file() and [file_sha256(path)] != sidecar(path).read_text().split()[:1]:
+    if verify and sidecar(path).is_file() and file_sha256(path) != recorded_sha256(path):
         raise UserError(f"{path}: damaged: it does not match its checksum {sidecar(path).name}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -93,6 +93,12 @@ def load(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     return state
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """What the checkpoint's sidecar says, `None` where there is none or it is empty."""
+    words = sidecar(path).read_text().split() if sidecar(path).is_file() else []
+    return words[0] if words else None
 
 
 def file_sha256(path: str | Path) -> str:

@@ -283,13 +283,14 @@ def parse_command_line(cls: type, argv: list[str] | None, *, prog: str | None = 
 def read_yaml(path: str, cls: type, *, others: Iterable[str] = ()) -> dict[str, Any]:
     """The options in a YAML file, by name.
 
-    Keys of the other scripts' options (`others`, for a training config) are passed over; a key that is no option at all is a `UserError` that names the file, the
-    key and the nearest known one.
+    Keys of the other scripts' options (`others`, for a training config) are passed over; a key that is no option at all is a
+    `UserError` that names the file, the key and the nearest known one.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file")
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # As text: the option's type decides what a value is, so that `no` and `007` stay what they are.
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(loaded or {}, dict):
@@ -314,14 +315,11 @@ def coerce(cls: type, name: str, value: Any, where: str) -> Any:
     field = next(f for f in dataclasses.fields(cls) if f.name == name)
     hint = typing.get_type_hints(cls)[name]
     kind, items = _base_type(hint)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and kind is not str):
-        if type(None) in typing.get_args(hint) or (value is None and field.metadata["required"]):
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "~", "null", "none")):
+        if type(None) in typing.get_args(hint) or field.metadata["required"]:
             return None
-        if kind is str and not items:  # report_to: null in YAML means none
-            value = "none"
+        value = "none"
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
-    if value is False and choices and "no" in choices:
-        value = "no"  # YAML reads a bare no as false
     if items:
         value = list(value) if isinstance(value, (list, tuple)) else str(value).replace(",", " ").split()
         value = [part for v in value for part in (v.replace(",", " ").split() if isinstance(v, str) else [v])]
@@ -330,8 +328,6 @@ def coerce(cls: type, name: str, value: Any, where: str) -> Any:
     except (ValueError, TypeError):
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
         raise UserError(f"{where}: {value!r} is not {wanted}{' (or a list of them)' if items else ''}") from None
-    if kind is str and not items and found.lower() in ("none", "null") and type(None) in typing.get_args(hint):
-        return None
     if choices and found not in choices:
         raise UserError(f"{where}: {found!r} is not valid; choose from {', '.join(choices)}")
     for v in found if items else [found]:

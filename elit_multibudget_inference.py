@@ -255,7 +255,7 @@ def _name(entry: dict) -> str:
 
 def _heading(entry: dict) -> str:
     name = _name(entry).replace(",", ",\n")
-    return f"{name}\n{entry['gflops_per_forward']:.3g} GFLOPs\n{entry['latency_ms']:.3g} ms"
+    return f"budget {name}\n{entry['gflops_per_forward']:.3g} GFLOPs\n{entry['latency_ms']:.3g} ms"
 
 
 def _warn(message: str) -> None:

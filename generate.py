@@ -231,8 +231,7 @@ def folder_name(config: GenerateConfig) -> str:
 def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
     """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
     path = checkpoint.local_file(config.ckpt)
-    known_sum = checkpoint.sidecar(path)
-    digest = known_sum.read_text().split()[0] if known_sum.is_file() else checkpoint.file_sha256(path)
+    digest = checkpoint.recorded_sha256(path) or checkpoint.file_sha256(path)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in _SETTINGS} | {
         "ckpt_sha256": digest,
         "ckpt_step": step,
