@@ -117,6 +117,7 @@ class Sampling:
     guidance_low: float = option(0.0, "guide at times from here …", ge=0, le=1)
     guidance_high: float = option(1.0, "… to here, both included", ge=0, le=1)
     autoguidance: bool = option(False, "guide with the same label at the unconditional budget")
+    compile: bool = option(False, "torch.compile the model: slower to start, faster to sample")
     legacy: bool = option(False, "accepted from old command lines; no effect")
 
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 import checkpoint
 import inference
-import models
 from config import CCFGConfig, parse, require
 from errors import command
 from models.elit import budget_to_k
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     config, given = parse(CCFGConfig, argv, prog="elit_ccfg_inference.py")
     require(config, "ckpt")
     found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    inference.settle_architecture(config, given, found)
+    inference.settle_architecture(config, given, found, config.ckpt)
     check(config, given)
     compare(config, found)
 
@@ -132,7 +131,8 @@ def measure(
     y = torch.tensor(config.class_label[:count], device=device)
 
     # What a step costs depends on its passes alone, not on the scale: (mode, passes) → a job to be timed.
-    flops: dict[float | None, int] = {}
+    whole = {key: inference.passes_of_run(config, g) for key, g in runs.items()}
+    flops = inference.pass_flops(model, whole.values())
     jobs, steps = {}, {}
     for (mode, scale), g in runs.items():
         times = evaluation_times(config.num_steps, config.mode, config.heun)
@@ -141,8 +141,6 @@ def measure(
         steps[mode, scale] = [(mode if len(p) > 1 else "", p) for p in passes]
         for t, step in zip(times, steps[mode, scale], strict=True):
             jobs.setdefault(step, lambda t=t, g=g: guided_velocity(model, x, t, y, g))
-            for budget in step[1]:
-                flops[budget] = flops.get(budget) or models.count_flops(model, budget)
     with inference.autocast(config, device):
         latency = inference.interleaved_times(jobs, device)
 
@@ -160,7 +158,7 @@ def measure(
                 "gflops_per_forward": forward / 1e9,
                 "flops_per_forward": round(forward),
                 "gflops_per_guided_step": sum(flops[b] for _, passes in guided for b in passes) / len(guided) / 1e9,
-                "gflops_per_step": inference.mean_flops_per_step(config, g, model) / 1e9,
+                "gflops_per_step": inference.flops_per_step(config, whole[mode, scale], flops) / 1e9,
                 "latency_ms": median,
                 "latency_ms_quartiles": [low, high],
                 "batch_size": count,

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import checkpoint
 import inference
-import models
 from config import MultibudgetConfig, parse, require
 from errors import command
 from loss import interpolant
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     config, given = parse(MultibudgetConfig, argv, prog="elit_multibudget_inference.py")
     require(config, "ckpt")
     found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    inference.settle_architecture(config, given, found)
+    inference.settle_architecture(config, given, found, config.ckpt)
     check(config)
     compare(config, found)
 
@@ -111,7 +110,7 @@ def measure(
     """FLOPs and latency of each column: the entries of results.json but for `psnr`."""
     device = next(model.parameters()).device
     runs = [inference.passes_of_run(config, asked._replace(inference_budget=column)) for column in columns]
-    flops = {b: models.count_flops(model, b) for b in {b for run in runs for passes in run for b in passes}}
+    flops = inference.pass_flops(model, runs)
 
     count = min(len(config.class_label), config.per_proc_batch_size)
     x = image_noise(config.seed, range(count), shape).to(device)
@@ -130,7 +129,7 @@ def measure(
                 "budget": str(column) if isinstance(column, BudgetSchedule) else column,
                 "gflops_per_forward": forward / 1e9,
                 "flops_per_forward": round(forward),
-                "gflops_per_step": sum(flops[b] for passes in run for b in passes) / config.num_steps / 1e9,
+                "gflops_per_step": inference.flops_per_step(config, run, flops) / 1e9,
                 "latency_ms": median,
                 "latency_ms_quartiles": [low, high],
                 "batch_size": count,

@@ -13,8 +13,6 @@ import time
 import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-import models
+import inference
 from config import GenerateConfig, parse, require
 from errors import UserError, command
-from models.elit import budget_to_k
 from pictures import save_png
-from randomness import image_labels, image_noise, sde_noise
-from samplers import BudgetSchedule, Guidance, euler_maruyama_sampler, euler_sampler, evaluation_times, parse_budget
-from vae import decode, load_vae
+from randomness import image_labels
+from samplers import parse_budget
+from vae import decode
 
 WRITERS = 4  # threads that write PNG files
 
@@ -43,66 +40,28 @@ def main(argv: list[str] | None = None) -> None:
     config, given = parse(GenerateConfig, argv, prog="generate.py")
     require(config, "ckpt")
     found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    settle_architecture(config, given, found)
+    inference.settle_architecture(config, given, found, config.ckpt)
+    if config.exp_name is None:
+        config.exp_name = found.config.get("exp_name") or config.model.replace("/", "-")
     check(config)
     generate(config, found)
 
 
-def settle_architecture(config: GenerateConfig, given: dict, found: checkpoint.Weights) -> None:
-    """Take the architecture from the checkpoint; what is given by hand fills gaps in it and may not contradict it."""
-    recorded = found.config
-    if recorded.get("model"):  # the depths that "by size" stands for
-        recorded = {k: v for k, v in models.model_spec(recorded["model"]).sizes.items() if k.endswith("_depth")} | {
-            k: v for k, v in recorded.items() if v is not None
-        }
-    for name in ("model", "resolution", "num_classes", "path_type", *checkpoint.MODEL_OPTIONS):
-        if name in given and recorded.get(name) is not None and given[name] not in (None, recorded[name]):
-            raise UserError(
-                f"--{name.replace('_', '-')} {given[name]} contradicts {config.ckpt}, which records {recorded[name]}"
-            )
-        value = recorded.get(name, getattr(config, name))
-        setattr(config, name, value)
-        found.config[name] = value
-    found.config["fused_attn"] = config.fused_attn
-    if "exp_name" not in given or config.exp_name is None:
-        config.exp_name = recorded.get("exp_name") or (config.model or "").replace("/", "-")
-
-
 def check(config: GenerateConfig) -> None:
     """Refuse what cannot be sampled, before anything is loaded or written."""
-    guidance(config).check()
+    inference.check_sampler(config)
     for name in ("inference_budget", "unconditional_inference_budget"):
-        check_budget(config, "--" + name.replace("_", "-"), getattr(config, name))
+        inference.check_budget(config, "--" + name.replace("_", "-"), getattr(config, name))
+    inference.guidance(config).check()
     if config.inference_budget is not None:
         config.inference_budget = str(parse_budget(config.inference_budget))  # one spelling, for records and names
-    if config.heun and config.mode == "sde":
-        raise UserError("--heun: Heun's correction belongs to --mode ode")
     if config.class_labels not in (["random"], ["balanced"]):
         for label in config.class_labels:
-            if not label.isdigit() or int(label) >= config.num_classes:
+            if not label.isdigit():
                 raise UserError(f"--class-labels {label}: not random, balanced or class ids below {config.num_classes}")
+        inference.check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
     if Path(config.exp_name).name != config.exp_name:
         raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --sample-dir)")
-
-
-def check_budget(config: GenerateConfig, option: str, value: str | float | None) -> None:
-    """Refuse a budget, or a schedule of budgets, that the model cannot run at."""
-    if value is None:
-        return
-    if models.model_spec(config.model).family != "ELIT-SiT":
-        raise UserError(f"{option} {value}: {config.model} has no budget; only ELIT models do")
-    try:
-        budget = parse_budget(value)
-        for piece in [b for b, *_ in budget.pieces] if isinstance(budget, BudgetSchedule) else [budget]:
-            budget_to_k(piece, config.elit_group_size**2)
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from None
-
-
-def guidance(config: GenerateConfig) -> Guidance:
-    """The guidance that the options ask for."""
-    options = {name: getattr(config, name) for name in Guidance._fields}
-    return Guidance(**options | {"inference_budget": parse_budget(config.inference_budget)})
 
 
 def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
@@ -115,26 +74,9 @@ def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
 
 def draw(config: GenerateConfig, model: nn.Module, vae: nn.Module, shape: Sequence[int], indices: Sequence[int]) -> Tensor:
     """Images `indices` as uint8 (B, 3, H, W); shape: (C, h, w) of the VAE latents."""
-    device = next(model.parameters()).device
-    noise = image_noise(config.global_seed, indices, shape).to(device)
-    y = labels_of(config, indices).to(device)
-    options = guidance(config)._asdict() | {"num_steps": config.num_steps, "path_type": config.path_type}
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    with torch.autocast(device.type, dtype) if dtype else nullcontext():
-        if config.mode == "sde":
-            step_noise = partial(_noise_of_step, config.global_seed, indices)
-            latents = euler_maruyama_sampler(model, noise, y, noise=step_noise, **options)
-        else:
-            latents = euler_sampler(model, noise, y, heun=config.heun, **options)
+    labels = labels_of(config, indices)
+    latents = inference.sample(config, inference.guidance(config), model, shape, config.global_seed, indices, labels)
     return decode(vae, latents)
-
-
-def mean_flops_per_step(config: GenerateConfig, model: nn.Module) -> float:
-    """FLOPs of one image's velocity evaluations, per step of the sampler: guiding passes, schedule and Heun's counted in."""
-    g = guidance(config)
-    passes = [b for t in evaluation_times(config.num_steps, config.mode, config.heun) for b in g.passes(t)]
-    flops = {budget: models.count_flops(model, budget) for budget in set(passes)}
-    return sum(flops[budget] for budget in passes) / config.num_steps
 
 
 def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
@@ -145,15 +87,8 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} process(es) run; start with torchrun"
         )
-    if on_cpu and config.mixed_precision == "fp16":
-        config.mixed_precision = "no"
-        _say(state, "warning: --mixed-precision fp16 needs a GPU; running as no")
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.tf32
-    model = checkpoint.build_model(found, config.ckpt, state.device)
-    vae, _ = load_vae(config.vae or found.record.vae, state.device, expected=found.record)
-    factor = found.record.downsample_factor
-    shape = (found.record.latent_channels, config.resolution // factor, config.resolution // factor)
+    inference.set_precision(config, state.device, lambda message: _warn(state, message))
+    model, vae, shape = inference.load(config, found, state.device)
 
     folder = Path(config.sample_dir) / config.exp_name / folder_name(config)
     if state.is_main_process:
@@ -190,7 +125,8 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
             folder.with_name(folder.name + ".npz"), (folder / image_name(i) for i in range(config.num_fid_samples)), config
         )
         print(f"{folder}: {len(missing)} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
-        print(f"{mean_flops_per_step(config, model) / 1e9:.2f} GFLOPs per image and step, guidance included")
+        flops = inference.mean_flops_per_step(config, inference.guidance(config), model)
+        print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
     state.wait_for_everyone()
     state.destroy_process_group()
     return folder
@@ -295,13 +231,9 @@ def _write_image(folder: Path, index: int, image: np.ndarray) -> None:
     save_png(Image.fromarray(image), folder / image_name(index), compress_level=1)
 
 
-def _noise_of_step(seed: int, indices: Sequence[int], step: int, shape: torch.Size) -> Tensor:
-    return sde_noise(seed, indices, step, shape[1:])
-
-
-def _say(state: PartialState, message: str) -> None:
+def _warn(state: PartialState, message: str) -> None:
     if state.is_main_process:
-        print(f"generate.py: {message}", file=sys.stderr, flush=True)
+        print(f"generate.py: warning: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

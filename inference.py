@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-from config import GenerateConfig, InferenceTool
+from config import Architecture, GenerateConfig, InferenceTool
 from errors import UserError
 from models.elit import budget_to_k
 from randomness import image_noise, sde_noise
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 Options = GenerateConfig | InferenceTool
+Run = list[tuple[float | None, ...]]  # the budgets of the passes of each velocity evaluation
 Job = TypeVar("Job", bound=Hashable)
 
 # ---------------------------------------------------------------------------------------------------------- options
 
 
-def settle_architecture(config: Options, given: dict, found: checkpoint.Weights) -> None:
-    """Take the architecture from the checkpoint; what is given by hand fills gaps in it and may not contradict it."""
+def settle_architecture(config: Architecture, given: dict, found: checkpoint.Weights, where: str | Path) -> None:
+    """Take the architecture from the checkpoint `where`; what is given by hand fills gaps in it and may not contradict it."""
     recorded = found.config
     if recorded.get("model"):  # the depths that "by size" stands for
         recorded = {k: v for k, v in models.model_spec(recorded["model"]).sizes.items() if k.endswith("_depth")} | {
@@ -41,9 +42,7 @@ def settle_architecture(config: Options, given: dict, found: checkpoint.Weights)
         }
     for name in ("model", "resolution", "num_classes", "path_type", *checkpoint.MODEL_OPTIONS):
         if name in given and recorded.get(name) is not None and given[name] not in (None, recorded[name]):
-            raise UserError(
-                f"--{name.replace('_', '-')} {given[name]} contradicts {config.ckpt}, which records {recorded[name]}"
-            )
+            raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts {where}, which records {recorded[name]}")
         value = recorded.get(name, getattr(config, name))
         setattr(config, name, value)
         found.config[name] = value
@@ -115,9 +114,10 @@ def device() -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """For people: the GPU's name, or how many threads of a CPU."""
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} thread(s)"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    count = torch.get_num_threads()
+    return f"CPU with {count} thread{'s' if count > 1 else ''}" if device.type == "cpu" else device.type
 
 
 def set_precision(config: Options, device: torch.device, warn: Callable[[str], None]) -> None:
@@ -138,8 +138,10 @@ def autocast(config: Options, device: torch.device) -> AbstractContextManager:
 def load(
     config: Options, found: checkpoint.Weights, device: torch.device
 ) -> tuple[nn.Module, "AutoencoderKL", tuple[int, int, int]]:
-    """Model and VAE on `device`, and the shape (C, h, w) of the VAE latents."""
+    """Model (compiled where that is asked for) and VAE on `device`, and the shape (C, h, w) of the VAE latents."""
     model = checkpoint.build_model(found, config.ckpt, device)
+    if config.compile:
+        models.compile_model(model)
     vae, _ = load_vae(config.vae or found.record.vae, device, expected=found.record)
     side = config.resolution // found.record.downsample_factor
     return model, vae, (found.record.latent_channels, side, side)
@@ -180,16 +182,25 @@ def _noise_of_step(seed: int, indices: Sequence[int], step: int, shape: torch.Si
 # -------------------------------------------------------------------------------------------------------------- cost
 
 
-def passes_of_run(config: Options, g: Guidance) -> list[tuple[float | None, ...]]:
+def passes_of_run(config: Options, g: Guidance) -> Run:
     """The budgets of the forward passes of each velocity evaluation of a run, the conditional pass first."""
     return [tuple(g.passes(t)) for t in evaluation_times(config.num_steps, config.mode, config.heun)]
 
 
-def mean_flops_per_step(config: Options, g: Guidance, model: nn.Module) -> float:
+def pass_flops(model: nn.Module, runs: Iterable[Run]) -> dict[float | None, int]:
+    """Budget → FLOPs of one forward of one image, for every budget in the runs."""
+    return {b: models.count_flops(model, b) for b in {b for run in runs for passes in run for b in passes}}
+
+
+def flops_per_step(config: Options, run: Run, flops: Mapping[float | None, int]) -> float:
     """FLOPs of one image's velocity evaluations, per step of the sampler: guiding passes, schedule and Heun's counted in."""
-    passes = [budget for evaluation in passes_of_run(config, g) for budget in evaluation]
-    flops = {budget: models.count_flops(model, budget) for budget in set(passes)}
-    return sum(flops[budget] for budget in passes) / config.num_steps
+    return sum(flops[b] for passes in run for b in passes) / config.num_steps
+
+
+def mean_flops_per_step(config: Options, g: Guidance, model: nn.Module) -> float:
+    """`flops_per_step` of the run with guidance g."""
+    run = passes_of_run(config, g)
+    return flops_per_step(config, run, pass_flops(model, [run]))
 
 
 WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 25, 30

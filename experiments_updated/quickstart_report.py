@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import checkpoint
 import generate
+import inference
 import models
 from config import GenerateConfig, option, parse, require
 from data import LatentDataset
@@ -21,7 +22,6 @@ from experiments_updated import digit_classifier
 from loss import held_out_losses
 from metrics import frechet_distance
 from pictures import labelled_grid
-from vae import load_vae
 
 TIMED_IMAGES, TIMED_ROUNDS = 25, 2
 HELD_OUT_REPEATS = 4  # noise and times drawn for each held-out canvas
@@ -41,11 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     config, given = parse(ReportConfig, argv, prog="quickstart_report.py")
     require(config, "ckpt", "val_data_dir")
     found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    generate.settle_architecture(config, given, found)
+    inference.settle_architecture(config, given, found, config.ckpt)
+    config.exp_name = config.exp_name or found.config["exp_name"]
     generate.check(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = checkpoint.build_model(found, config.ckpt, device)
-    vae, _ = load_vae(config.vae or found.record.vae, device, expected=found.record)
+    model, vae, shape = inference.load(config, found, inference.device())
 
     out = Path(config.output_dir)
     classifier = digit_classifier.load_or_train(out / "classifier.pt")
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     samples = [_samples(config, budget) for budget in config.budgets]  # (n, H, W, 3) each
     labels = generate.labels_of(config, range(len(samples[0]))).numpy()
-    rates = _images_per_second(config, model, vae, found)
+    rates = _images_per_second(config, model, vae, shape)
     losses = _held_out(config, model, found)
     reference = _statistics(classifier, held_out_digits)
     rows = []
@@ -100,9 +99,8 @@ def _samples(config: ReportConfig, budget: float) -> np.ndarray:
     return np.load(path)["arr_0"]
 
 
-def _images_per_second(config: ReportConfig, model, vae, found: checkpoint.Weights) -> list[float]:
+def _images_per_second(config: ReportConfig, model, vae, shape) -> list[float]:
     """Sampling and decoding at each budget, the budgets by turns; the best of the rounds."""
-    shape = (model.in_channels, model.input_size, model.input_size)
     best = [float("inf")] * len(config.budgets)
     with torch.inference_mode():
         for _ in range(TIMED_ROUNDS):

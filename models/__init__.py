@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +80,10 @@ def create_model(
     )
 
 
-def compile_model(model: nn.Module) -> nn.Module:
-    """Let `torch.compile` make the forward's graph, in place: at most 2 graphs serve every budget and batch size."""
-    entry = "run" if hasattr(model, "run") else "forward"  # an ELIT model's `run` has the budget as an integer
-    setattr(model, entry, torch.compile(getattr(model, entry), dynamic=True))
+def compile_model(model: nn.Module, backend: str | Callable = "inductor") -> nn.Module:
+    """`torch.compile` the transformer blocks, in place: one graph that all of them share, for every budget and batch size."""
+    for block in model.blocks:
+        block.compile(dynamic=True, backend=backend)
     return model
 
 
@@ -95,10 +96,7 @@ def count_flops(model: nn.Module, inference_budget: float | None = None, batch_s
     model = getattr(model, "_orig_mod", model)
     memo = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
-    memo |= {id(entry): None for entry in (vars(model).get("run"), vars(model).get("forward")) if entry}  # compiled: left out
     shadow = copy.deepcopy(model, memo)  # the memo puts meta tensors in place of the weights
-    for entry in ("run", "forward"):
-        vars(shadow).pop(entry, None)
     size = model.input_size
     rows, columns = (size, size) if isinstance(size, int) else size
     dtype = next(model.parameters()).dtype

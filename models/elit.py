@@ -218,11 +218,8 @@ class LatentInterface(nn.Module):
         """Tokens (B, N, D) and condition (B, cond_dim) → tokens in group order (B, G, J, D), to be handed to `write`; the kept
         latents (B, G·k, D) for the core; and the tail latents (B, G, J−k, D), `None` where they do not exist.
         """
-        return self.read_k(x, c, budget_to_k(budget, self.latents_per_group))
-
-    def read_k(self, x: Tensor, c: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`read` with the budget as k, the latents kept per group."""
         J = self.latents_per_group
+        k = budget_to_k(budget, J)
         made = k if self.tail == "drop" else J  # latents that Read computes
         tokens = self.group(x) + self.read_pos
         z = self.reader(self.query[:made], tokens, c) + self.latent_pos[:, :made]  # (B, G, made, D)
@@ -290,10 +287,6 @@ class ELITSiT(SiT):
         self, x: Tensor, t: Tensor, y: Tensor, inference_budget: float | None = None, return_features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """As SiT's, at `inference_budget` in [1/J, 1], the share of latents that the core works on (`None`: all)."""
-        return self.run(x, t, y, budget_to_k(inference_budget, self.interface.latents_per_group), return_features)
-
-    def run(self, x: Tensor, t: Tensor, y: Tensor, k: int, return_features: bool = False):
-        """`forward` with the budget as k, an integer that `torch.compile` can leave open: one graph for many budgets."""
         features: list[Tensor] = []
         core_end = len(self.blocks) - self.tail_depth
         x, c = self.embed(x, t, y)  # (B, N, D), (B, D)
@@ -301,7 +294,7 @@ class ELITSiT(SiT):
             x = block(x, c)
             if return_features and i == min(self.encoder_depth, self.head_depth):
                 features = self.project(x)
-        tokens, latents, tail = self.interface.read_k(x, c, k)  # (B, G, J, D), (B, G·k, D)
+        tokens, latents, tail = self.interface.read(x, c, inference_budget)  # (B, G, J, D), (B, G·k, D)
         for block in self.blocks[self.head_depth : core_end]:
             latents = block(latents, c)
         x = self.interface.write(tokens, latents, tail)  # (B, N, D)

@@ -7,6 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from errors import UserError
@@ -50,7 +51,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -174,8 +175,8 @@ def projector(dim: int, z_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
     return layers
 
 
-class SiT(nn.Module):
-    """Velocity model v(x, t, y) on VAE latents.
+class SiT(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mit", tags=["diffusion", "class-conditional"]):
+    """Velocity model v(x, t, y) on VAE latents. `save_pretrained`, `from_pretrained` and `push_to_hub` are the hub mixin's.
 
     Args:
         input_size: side of the VAE latents, or (rows, columns).

@@ -237,6 +237,7 @@ def test_a_sit_checkpoint_has_no_budget(ckpt, tmp_path, capsys):
 
 def test_a_folder_of_other_images_is_not_mixed(ckpt, tmp_path, capsys):
     generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 2))
+    capsys.readouterr()
     other = make_checkpoint(tmp_path / "other" / ckpt.name, checkpoint.read_weights(ckpt).record, elit_tail="skip")
     assert "ckpt_sha256" in refused(capsys, arguments(other, tmp_path))
 
