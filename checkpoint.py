@@ -151,7 +151,8 @@ def read_weights(path: str | Path, weights: str = "ema", given: dict[str, Any] |
         elif isinstance(state.get("args"), argparse.Namespace):
             found = _published(path, state, weights)
         else:
-            found = _bare(path, state, weights, given or {})
+            _check_single(path, weights)
+            found = _bare(path, state, given or {})
     found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
     return found
 
@@ -247,7 +248,7 @@ def _published(path: Path, state: dict[str, Any], weights: str) -> Weights:
         raise UserError(f"--weights {weights}: not in {path}; it holds {', '.join(k for k in ('model', 'ema') if k in state)}")
     recorded = {k: v for k, v in vars(state["args"]).items() if k in ARCHITECTURE_KEYS}
     recorded = {k: coerce(TrainConfig, k, v, f"{path}: {k}") for k, v in recorded.items() if v is not None}
-    found = _bare(path, state[weights], "model", recorded)
+    found = _bare(path, state[weights], recorded)
     return Weights(found.state_dict, recorded | found.config, step=int(state.get("steps", 0)))
 
 
@@ -255,6 +256,7 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
     """Weights in a safetensors file: ours where its metadata hold the configuration, else a bare state dict."""
     from safetensors import SafetensorError, safe_open
 
+    _check_single(path, weights)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -262,7 +264,7 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
     if "config" not in metadata:
-        return _bare(path, state_dict, weights, given)
+        return _bare(path, state_dict, given)
     try:
         config, record = json.loads(metadata["config"]), json.loads(metadata["vae"])
     except (ValueError, KeyError):
@@ -270,10 +272,13 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
     return Weights(state_dict, config, VAERecord.from_dict(record, str(path)), int(metadata.get("step", 0)))
 
 
-def _bare(path: Path, state_dict: dict[str, Any], weights: str, given: dict[str, Any]) -> Weights:
-    """A state dict under the published names: what its shapes tell, and for what they don't, the options `given`."""
+def _check_single(path: Path, weights: str) -> None:
     if weights not in ("ema", "model"):
-        raise UserError(f"--weights {weights}: {path} is a bare state dict, which holds one set of weights")
+        raise UserError(f"--weights {weights}: {path} holds one set of weights")
+
+
+def _bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> Weights:
+    """A state dict under the published names: what its shapes tell, and for what they don't, the options `given`."""
     if not all(isinstance(v, Tensor) for v in state_dict.values()) or "x_embedder.proj.weight" not in state_dict:
         if any(k.startswith("x_embedder.embedders.") for k in state_dict):
             raise UserError(f"{path}: a DFM model; DFM models are not available yet")

@@ -119,6 +119,8 @@ class Sampling:
     autoguidance: bool = option(False, "guide with the same label at the unconditional budget")
     compile: bool = option(False, "torch.compile the model: slower to start, faster to sample")
     legacy: bool = option(False, "accepted from old command lines; no effect")
+    enable_repa: bool = option(False, "accepted from old command lines; no effect")
+    projector_embed_dims: str | None = option(None, "accepted from old command lines; no effect")
 
 
 @dataclasses.dataclass
@@ -136,8 +138,6 @@ class GenerateConfig(Sampling, Architecture):
         None, "ELIT: share of the latents to compute, or 0.25@1.0-0.5,1.0@0.5-0.0 (default: all)"
     )
     unconditional_inference_budget: float | None = option(None, "ELIT: budget of the guiding pass (cheap guidance)")
-    enable_repa: bool = option(False, "accepted from old command lines; no effect")
-    projector_embed_dims: str | None = option(None, "accepted from old command lines; no effect")
 
 
 @dataclasses.dataclass
@@ -147,8 +147,6 @@ class InferenceTool(Sampling, Architecture):
     class_label: list[int] = option([207], "class id, or several: one image of each", ge=0)
     seed: int = option(42, "seed of the noise: image i has that of (seed, i), whatever the budget and guidance", ge=0)
     per_proc_batch_size: int = option(32, "images per forward", ge=1)
-    enable_repa: bool = option(False, "accepted from old command lines; no effect")
-    projector_embed_dims: str | None = option(None, "accepted from old command lines; no effect")
 
 
 @dataclasses.dataclass

@@ -47,6 +47,8 @@ def settle_architecture(config: Architecture, given: dict, found: checkpoint.Wei
         setattr(config, name, value)
         found.config[name] = value
     found.config["fused_attn"] = config.fused_attn
+    if config.model is None:
+        raise UserError(f"{where}: the checkpoint records no model; give --model")
 
 
 def check_sampler(config: Options) -> None:

@@ -23,7 +23,7 @@ from loss import held_out_losses
 from metrics import frechet_distance
 from pictures import labelled_grid
 
-TIMED_IMAGES, TIMED_ROUNDS = 25, 2
+TIMED_IMAGES, TIMED_ROUNDS = 20, 2
 HELD_OUT_REPEATS = 4  # noise and times drawn for each held-out canvas
 
 
