@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-quickstart}
 VAE=experiments_updated/quickstart_vae
-CKPT=$OUT/quickstart/checkpoints/0002000.pt
+CKPT=$OUT/quickstart/checkpoints/0001800.pt
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }
 

@@ -24,7 +24,7 @@ from metrics import frechet_distance
 from pictures import labelled_grid
 
 TIMED_IMAGES, TIMED_ROUNDS = 20, 2
-HELD_OUT_REPEATS = 4  # noise and times drawn for each held-out canvas
+HELD_OUT_REPEATS = 2  # noise and times drawn for each held-out canvas
 
 
 @dataclasses.dataclass
