@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import checkpoint
@@ -89,3 +90,13 @@ def command_line(*command: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def refused(main, capsys, argv) -> str:
+    """The one line on stderr with which a script's `main(argv)` refuses a user's mistake; its exit code is 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert len(lines) == 1, lines
+    return lines[0]

@@ -4,9 +4,11 @@ import signal
 import subprocess
 import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
+import runs
 import torch
 from accelerate.state import PartialState
 from PIL import Image
@@ -190,13 +192,7 @@ def test_options_come_from_the_checkpoint_unless_it_records_none(ckpt, tmp_path)
     assert (tmp_path / "named" / "ckpt-0000007-cfg-1.0-steps-1-seed-0-ode.npz").is_file()
 
 
-def refused(capsys, argv):
-    with pytest.raises(SystemExit) as stop:
-        generate.main([str(a) for a in argv])
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
-    assert len(lines) == 1, lines
-    return lines[0]
+refused = partial(runs.refused, generate.main)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import math
 import signal
 import subprocess
 import time
+from functools import partial
 
 import numpy as np
 import pytest
+import runs
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from runs import CLASSES, RESOLUTION, command_line, environment, launch, make_latents, make_vae
@@ -253,13 +255,7 @@ def test_learning_rate_is_that_of_the_spec():
     assert cooled(75) == 1 and cooled(100) == pytest.approx(0.02) and cooled(80) == pytest.approx(1 - 0.98 / 5)
 
 
-def refused(capsys, argv):
-    with pytest.raises(SystemExit) as stop:
-        train.main([str(a) for a in argv])
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
-    assert len(lines) == 1, lines
-    return lines[0]
+refused = partial(runs.refused, train.main)
 
 
 @pytest.mark.parametrize(
