@@ -252,17 +252,21 @@ def _published(path: Path, state: dict[str, Any], weights: str) -> Weights:
     return Weights(found.state_dict, recorded | found.config, step=int(state.get("steps", 0)))
 
 
-def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
-    """Weights in a safetensors file: ours where its metadata hold the configuration, else a bare state dict."""
+def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises UserError where it is none."""
     from safetensors import SafetensorError, safe_open
 
-    _check_single(path, weights)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state_dict = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
+
+
+def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
+    """Weights in a safetensors file: ours where its metadata hold the configuration, else a bare state dict."""
+    _check_single(path, weights)
+    state_dict, metadata = load_safetensors(path)
     if "config" not in metadata:
         return _bare(path, state_dict, given)
     try:

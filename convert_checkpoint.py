@@ -145,14 +145,7 @@ class Held:
 def look(path: Path) -> Held:
     """The sets of weights in a checkpoint file. Raises UserError for what is no checkpoint or carries code."""
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
+        tensors, metadata = checkpoint.load_safetensors(path)
         kind = "with its configuration" if "config" in metadata else "a bare state dict"
         return Held(f"safetensors, {kind}", {"ema": tensors}, sorted(metadata))
     state = checkpoint.load(path)
