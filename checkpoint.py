@@ -26,7 +26,8 @@ from vae import SD_VAE, VAERecord
 
 FORMAT = 1
 # The architecture options that the state dict's shapes depend on, or that change what a forward computes.
-MODEL_OPTIONS = ("qk_norm", "head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail")
+ELIT_OPTIONS = ("head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail")
+MODEL_OPTIONS = ("qk_norm", *ELIT_OPTIONS, "stages_count")
 
 # ---------------------------------------------------------------------------------------------------- training state
 
@@ -191,8 +192,9 @@ def load_model(path: str | Path, weights: str = "ema", device: str | torch.devic
 
 def model_options(config: dict[str, Any]) -> dict[str, Any]:
     """The constructor arguments among recorded options that this model family knows."""
-    elit = config["model"].startswith("ELIT-")
-    return {k: config[k] for k in MODEL_OPTIONS if k in config and (elit or k == "qk_norm")}
+    spec = models.model_spec(config["model"])
+    known = ["qk_norm", *(ELIT_OPTIONS if spec.elastic else []), *(["stages_count"] if spec.staged else [])]
+    return {k: config[k] for k in known if k in config}
 
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:
@@ -239,6 +241,7 @@ _PUBLISHED_NAMES = {
     "output_token_editor.adapters.0.patches_attend_to_latents.": "interface.writer.attn.",
     "output_token_editor.adapters.0.write_ff.": "interface.writer.mlp.",
 }
+_PATCH_EMBEDDING = re.compile(r"x_embedder\.(embedders\.\d+\.)?proj\.weight")
 PUBLISHED_HEAD_DEPTH = 8  # of an ELIT model whose checkpoint records no encoder_depth
 
 
@@ -283,10 +286,8 @@ def _check_single(path: Path, weights: str) -> None:
 
 def _bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> Weights:
     """A state dict under the published names: what its shapes tell, and for what they don't, the options `given`."""
-    if not all(isinstance(v, Tensor) for v in state_dict.values()) or "x_embedder.proj.weight" not in state_dict:
-        if any(k.startswith("x_embedder.embedders.") for k in state_dict):
-            raise UserError(f"{path}: a DFM model; DFM models are not available yet")
-        raise UserError(f"{path}: not a checkpoint of a SiT or ELIT-SiT model (it holds {', '.join(list(state_dict)[:3])})")
+    if not all(isinstance(v, Tensor) for v in state_dict.values()) or not any(map(_PATCH_EMBEDDING.fullmatch, state_dict)):
+        raise UserError(f"{path}: not a checkpoint of a SiT, ELIT or DFM model (it holds {', '.join(list(state_dict)[:3])})")
     state_dict = dict(state_dict)
     if any(k.startswith("decoder_blocks.") for k in state_dict):  # old REPA files
         first = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("blocks."))
@@ -294,11 +295,12 @@ def _bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> Weig
             re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", k): v for k, v in state_dict.items()
         }
     config = _shapes(path, state_dict, given)
-    channels, patch_size = state_dict["x_embedder.proj.weight"].shape[1:3]
-    if state_dict["final_layer.linear.weight"].shape[0] == 2 * channels * patch_size**2:
-        _turn_original_sit(state_dict, channels)
-    if config["model"].startswith("ELIT-"):
-        spec = models.model_spec(config["model"])
+    spec = models.model_spec(config["model"])
+    if not spec.staged:
+        channels, patch_size = state_dict["x_embedder.proj.weight"].shape[1:3]
+        if state_dict["final_layer.linear.weight"].shape[0] == 2 * channels * patch_size**2:
+            _turn_original_sit(state_dict, channels)
+    if spec.elastic:
         # There the head is `encoder_depth` blocks, and the tail latents bypass the core.
         head = given.get("head_depth") or given.get("encoder_depth") or PUBLISHED_HEAD_DEPTH
         config |= {"head_depth": head, "tail_depth": given.get("tail_depth") or spec.sizes["tail_depth"]}
@@ -310,10 +312,12 @@ def _bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> Weig
 def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
     """The architecture options that the shapes of a published state dict tell; `given` fills what they do not."""
     config = {"path_type": given.get("path_type") or "linear"}
-    width, _, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
+    embeddings = [v.shape for k, v in state_dict.items() if _PATCH_EMBEDDING.fullmatch(k)]  # of DFM, one for each stage
+    width, patch_size = embeddings[0][0], max(shape[-1] for shape in embeddings)
     depth = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("blocks.")), default=-1)
     elit = any(k.startswith("input_token_editor.") for k in state_dict)
-    family = "ELIT-SiT" if elit else "SiT"
+    staged = "x_embedder.proj.weight" not in state_dict
+    family = ("DFM-" if staged else "") + ("ELIT-SiT" if elit else "SiT")
     sizes = {"depth": depth, "hidden_size": width, "patch_size": patch_size}
     fits = [n for n, s in models.MODELS.items() if s.family == family and sizes.items() <= s.sizes.items()]
     if given.get("model"):
@@ -333,6 +337,8 @@ def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any]) ->
     else:
         raise UserError(f"{path}: does not tell the resolution; give --resolution")
     config["qk_norm"] = "blocks.0.attn.q_norm.weight" in state_dict
+    if staged:
+        config["stages_count"] = len(embeddings)
     if elit:
         config["elit_group_size"] = math.isqrt(len(state_dict["input_token_editor.adapters.0.learned_query_embed"]))
         for name, layers in (

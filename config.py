@@ -53,8 +53,8 @@ class Architecture:
     tail_depth: int | None = option(None, "ELIT: blocks after Write (default: by size)", ge=0)
     stages_count: int = option(2, "DFM: stages of the pyramid", ge=2)
     stage_weights: list[float] = option([0.9, 0.1], "DFM: how often each stage is trained")
-    stage_sampling_thresholds: list[float] = option([0.1], "DFM: time at which each next stage starts")
-    num_steps_per_scale: list[int] = option([40, 10], "DFM: sampling steps of each stage")
+    stage_sampling_thresholds: list[float] = option([0.1], "DFM: time of a stage at which the next one starts")
+    num_steps_per_scale: list[int] = option([40, 10], "DFM: sampling steps of each stage", ge=1)
 
 
 @dataclasses.dataclass
@@ -138,6 +138,7 @@ class GenerateConfig(Sampling, Architecture):
         None, "ELIT: share of the latents to compute, or 0.25@1.0-0.5,1.0@0.5-0.0 (default: all)"
     )
     unconditional_inference_budget: float | None = option(None, "ELIT: budget of the guiding pass (cheap guidance)")
+    preview: bool = option(False, "DFM: also write each coarser stage's images, as soon as they are ready")
 
 
 @dataclasses.dataclass

@@ -25,11 +25,13 @@ from tqdm import tqdm
 
 import checkpoint
 import inference
+import models
 from config import GenerateConfig, parse, require
 from errors import UserError, command
+from models.dfm import recompose
 from pictures import save_png
 from randomness import image_labels
-from samplers import parse_budget
+from samplers import OnStage, parse_budget
 from vae import decode
 
 WRITERS = 4  # threads that write PNG files
@@ -53,6 +55,8 @@ def check(config: GenerateConfig) -> None:
     for name in ("inference_budget", "unconditional_inference_budget"):
         inference.check_budget(config, "--" + name.replace("_", "-"), getattr(config, name))
     inference.guidance(config).check()
+    if config.preview and not models.model_spec(config.model).staged:
+        raise UserError(f"--preview: {config.model} has no coarser stages; only DFM models do")
     if config.inference_budget is not None:
         config.inference_budget = str(parse_budget(config.inference_budget))  # one spelling, for records and names
     if config.class_labels not in (["random"], ["balanced"]):
@@ -72,11 +76,17 @@ def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
     return torch.tensor([cycle[i % len(cycle)] for i in indices])
 
 
-def draw(config: GenerateConfig, model: nn.Module, vae: nn.Module, shape: Sequence[int], indices: Sequence[int]) -> Tensor:
-    """Images `indices` as uint8 (B, 3, H, W); shape: (C, h, w) of the VAE latents."""
-    labels = labels_of(config, indices)
-    latents = inference.sample(config, inference.guidance(config), model, shape, config.global_seed, indices, labels)
-    return decode(vae, latents)
+def draw(
+    config: GenerateConfig,
+    model: nn.Module,
+    vae: nn.Module,
+    shape: Sequence[int],
+    indices: Sequence[int],
+    on_stage: OnStage | None = None,
+) -> Tensor:
+    """Images `indices` as uint8 (B, 3, H, W); shape: (C, h, w) of the VAE latents. on_stage: see `samplers.dfm_sampler`."""
+    labels, g = labels_of(config, indices), inference.guidance(config)
+    return decode(vae, inference.sample(config, g, model, shape, config.global_seed, indices, labels, on_stage))
 
 
 def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
@@ -91,13 +101,18 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
     model, vae, shape = inference.load(config, found, state.device)
 
     folder = Path(config.sample_dir) / config.exp_name / folder_name(config)
+    folders = {-1: folder} | {s: folder.with_name(f"{folder.name}-stage{s}") for s in coarser_stages(config)}
     if state.is_main_process:
         open_folder(folder, config, found.step)
+        for where in folders.values():
+            where.mkdir(exist_ok=True)
     state.wait_for_everyone()
 
     # Each process looks at its share of the files; all then agree on what is missing.
     mine = range(state.process_index, config.num_fid_samples, state.num_processes)
-    missing = sorted(gather_object(list(missing_images(folder, mine, config.resolution))))
+    sides = {-1: config.resolution} | coarser_stages(config)
+    lacking = {i for s, where in folders.items() for i in missing_images(where, mine, sides[s])}
+    missing = sorted(gather_object(list(lacking)))
     todo = missing[state.process_index :: state.num_processes]
     batch_size = config.per_proc_batch_size
     start = time.perf_counter()
@@ -107,12 +122,20 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
         tqdm(total=len(missing), desc="generate", unit="image", disable=not state.is_main_process) as bar,
     ):
         writing: list = []
-        for first in range(0, len(todo), batch_size):
-            indices = todo[first : first + batch_size]
-            images = draw(config, model, vae, shape, indices).permute(0, 2, 3, 1).cpu().numpy()
+
+        def write(images: Tensor, stage: int = -1) -> None:
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
             for job in writing:  # at most one batch waits to be written
                 job.result()
-            writing = [pool.submit(_write_image, folder, i, image) for i, image in zip(indices, images, strict=True)]
+            pairs = zip(indices, images, strict=True)
+            writing[:] = [pool.submit(_write_image, folders[stage], i, image) for i, image in pairs]
+
+        def preview(stage: int, clean: list[Tensor]) -> None:
+            write(decode(vae, recompose(clean)), stage)
+
+        for first in range(0, len(todo), batch_size):
+            indices = todo[first : first + batch_size]
+            write(draw(config, model, vae, shape, indices, preview if config.preview else None))
             bar.update(min(len(indices) * state.num_processes, len(missing) - bar.n))
         for job in writing:
             job.result()
@@ -135,15 +158,22 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
+def coarser_stages(config: GenerateConfig) -> dict[int, int]:
+    """The stages whose images are written beside the finished ones, and the side of those in pixels."""
+    if not config.preview:
+        return {}
+    last = config.stages_count - 1
+    return {s: config.resolution // 2 ** (last - s) for s in range(last)}
+
+
 def image_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
 def folder_name(config: GenerateConfig) -> str:
     """`ckpt-{stem}-cfg-…-steps-…-seed-…-{mode}`, with every other setting that changes the images where it is not the default."""
-    name = (
-        f"ckpt-{Path(config.ckpt).stem}-cfg-{config.cfg_scale}-steps-{config.num_steps}-seed-{config.global_seed}-{config.mode}"
-    )
+    steps = inference.steps_of_run(config)
+    name = f"ckpt-{Path(config.ckpt).stem}-cfg-{config.cfg_scale}-steps-{steps}-seed-{config.global_seed}-{config.mode}"
     labels = "_".join(config.class_labels)
     if len(labels) > 40:
         labels = hashlib.sha256(labels.encode()).hexdigest()[:12]
@@ -158,6 +188,11 @@ def folder_name(config: GenerateConfig) -> str:
         ("heun", "heun", None),
         ("class_labels", "labels", labels),
         ("mixed_precision", config.mixed_precision, None),
+        *(
+            (option, label, "_".join(map(str, getattr(config, option))))
+            for option, label in (("num_steps_per_scale", "scales"), ("stage_sampling_thresholds", "thresholds"))
+            if models.model_spec(config.model).staged
+        ),
     ):
         if getattr(config, option) != getattr(defaults, option):
             name += f"-{label}" + ("" if value is None else f"-{value}")
@@ -168,7 +203,8 @@ def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
     """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
     path = checkpoint.local_file(config.ckpt)
     digest = checkpoint.recorded_sha256(path) or checkpoint.file_sha256(path)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in _SETTINGS} | {
+    names = _SETTINGS | (_STAGE_SETTINGS if models.model_spec(config.model).staged else set())
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names} | {
         "ckpt_sha256": digest,
         "ckpt_step": step,
     }
@@ -196,6 +232,7 @@ _SETTINGS = {
     *("weights", "vae", "mode", "num_steps", "heun", "path_type", "cfg_scale", "guidance_low", "guidance_high", "autoguidance"),
     *("inference_budget", "unconditional_inference_budget", "global_seed", "class_labels", "mixed_precision"),
 }
+_STAGE_SETTINGS = {"num_steps_per_scale", "stage_sampling_thresholds"}
 
 
 def missing_images(folder: Path, indices: Iterable[int], resolution: int) -> Iterable[int]:

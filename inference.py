@@ -18,9 +18,21 @@ import checkpoint
 import models
 from config import Architecture, GenerateConfig, InferenceTool
 from errors import UserError
+from models.dfm import recompose
 from models.elit import budget_to_k
-from randomness import image_noise, sde_noise
-from samplers import BudgetSchedule, Guidance, euler_maruyama_sampler, euler_sampler, evaluation_times, parse_budget
+from randomness import image_noise, pyramid_noise, sde_noise
+from samplers import (
+    BudgetSchedule,
+    Guidance,
+    OnStage,
+    check_schedule,
+    dfm_sampler,
+    dfm_schedule,
+    euler_maruyama_sampler,
+    euler_sampler,
+    evaluation_times,
+    parse_budget,
+)
 from vae import decode, load_vae
 
 if TYPE_CHECKING:
@@ -46,6 +58,12 @@ def settle_architecture(config: Architecture, given: dict, found: checkpoint.Wei
         value = recorded.get(name, getattr(config, name))
         setattr(config, name, value)
         found.config[name] = value
+    for name in (
+        "num_steps_per_scale",
+        "stage_sampling_thresholds",
+    ):  # how the model was made to be sampled, if nothing else is asked
+        if name not in given and recorded.get(name):
+            setattr(config, name, recorded[name])
     found.config["fused_attn"] = config.fused_attn
     if config.model is None:
         raise UserError(f"{where}: the checkpoint records no model; give --model")
@@ -55,11 +73,16 @@ def check_sampler(config: Options) -> None:
     """Refuse a sampler that does not exist."""
     if config.heun and config.mode == "sde":
         raise UserError("--heun: Heun's correction belongs to --mode ode")
+    if models.model_spec(config.model).staged:
+        if config.heun or config.mode == "sde":
+            option = "--heun" if config.heun else "--mode sde"
+            raise UserError(f"{option}: {config.model} is sampled stage by stage with Euler steps; it has neither Heun nor SDE")
+        check_schedule(config.num_steps_per_scale, config.stage_sampling_thresholds, config.stages_count)
 
 
 def check_elit(config: Options) -> None:
     """Refuse a model without budgets."""
-    if models.model_spec(config.model).family != "ELIT-SiT":
+    if not models.model_spec(config.model).elastic:
         raise UserError(f"--ckpt {config.ckpt}: holds a {config.model}, which has no budget; only ELIT models do")
 
 
@@ -74,7 +97,7 @@ def check_budget(config: Options, option: str, value: str | float | None) -> Non
     """Refuse a budget, or a schedule of budgets, that the model cannot run at."""
     if value is None:
         return
-    if models.model_spec(config.model).family != "ELIT-SiT":
+    if not models.model_spec(config.model).elastic:
         raise UserError(f"{option} {value}: {config.model} has no budget; only ELIT models do")
     J = config.elit_group_size**2
     try:
@@ -150,16 +173,30 @@ def load(
 
 
 def sample(
-    config: Options, g: Guidance, model: nn.Module, shape: Sequence[int], seed: int, indices: Sequence[int], y: Tensor
+    config: Options,
+    g: Guidance,
+    model: nn.Module,
+    shape: Sequence[int],
+    seed: int,
+    indices: Sequence[int],
+    y: Tensor,
+    on_stage: OnStage | None = None,
 ) -> Tensor:
     """Scaled VAE latents (B, C, h, w), float64, of the images `indices` with labels y (B,).
 
-    All noise of image i comes from (seed, i), whatever the budget, guidance and batch. shape: (C, h, w).
+    All noise of image i comes from (seed, i), whatever the budget, guidance and batch. shape: (C, h, w). on_stage: see
+    `samplers.dfm_sampler`.
     """
     device = next(model.parameters()).device
-    noise, y = image_noise(seed, indices, shape).to(device), y.to(device)
-    options = g._asdict() | {"num_steps": config.num_steps, "path_type": config.path_type}
+    y = y.to(device)
+    options = g._asdict() | {"path_type": config.path_type}
     with autocast(config, device):
+        if models.model_spec(config.model).staged:
+            noise = [x.to(device) for x in pyramid_noise(seed, indices, model.stage_shapes)]
+            options |= {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
+            return recompose(dfm_sampler(model, noise, y, on_stage=on_stage, **options))
+        noise = image_noise(seed, indices, shape).to(device)
+        options |= {"num_steps": config.num_steps}
         if config.mode == "sde":
             return euler_maruyama_sampler(model, noise, y, noise=partial(_noise_of_step, seed, indices), **options)
         return euler_sampler(model, noise, y, heun=config.heun, **options)
@@ -184,9 +221,22 @@ def _noise_of_step(seed: int, indices: Sequence[int], step: int, shape: torch.Si
 # -------------------------------------------------------------------------------------------------------------- cost
 
 
+def evaluations(config: Options) -> list[tuple[float, ...]]:
+    """The time of each velocity evaluation of a run; for DFM the times of the stages up to the active one."""
+    if models.model_spec(config.model).staged:
+        phases = dfm_schedule(config.num_steps_per_scale, config.stage_sampling_thresholds)
+        return [times[: phase.active_stage + 1] for phase in phases for times in phase.times[:-1]]
+    return [(t,) for t in evaluation_times(config.num_steps, config.mode, config.heun)]
+
+
+def steps_of_run(config: Options) -> int:
+    """The sampler's steps."""
+    return sum(config.num_steps_per_scale) if models.model_spec(config.model).staged else config.num_steps
+
+
 def passes_of_run(config: Options, g: Guidance) -> Run:
     """The budgets of the forward passes of each velocity evaluation of a run, the conditional pass first."""
-    return [tuple(g.passes(t)) for t in evaluation_times(config.num_steps, config.mode, config.heun)]
+    return [tuple(g.passes(*times)) for times in evaluations(config)]
 
 
 def pass_flops(model: nn.Module, runs: Iterable[Run]) -> dict[float | None, int]:
@@ -196,7 +246,7 @@ def pass_flops(model: nn.Module, runs: Iterable[Run]) -> dict[float | None, int]
 
 def flops_per_step(config: Options, run: Run, flops: Mapping[float | None, int]) -> float:
     """FLOPs of one image's velocity evaluations, per step of the sampler: guiding passes, schedule and Heun's counted in."""
-    return sum(flops[b] for passes in run for b in passes) / config.num_steps
+    return sum(flops[b] for passes in run for b in passes) / steps_of_run(config)
 
 
 def mean_flops_per_step(config: Options, g: Guidance, model: nn.Module) -> float:

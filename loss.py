@@ -1,12 +1,15 @@
-"""Interpolants, training times and the flow-matching loss (SiT, arXiv 2401.08740, §2)."""
+"""Interpolants, training times and losses: flow matching (SiT, arXiv 2401.08740, §2) and DFM (2506.19839)."""
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.dfm import decompose
 from randomness import Draws, training_draws
 from vae import VAERecord, sample_latents
 
@@ -54,10 +57,69 @@ def flow_matching_loss(
         x, noise: (B, C, H, W) scaled VAE latents and normal noise. t: (B,). y: (B,) labels, already dropped.
         kwargs: further arguments of the model, e.g. `inference_budget`.
     """
+    state, target = on_path(x, noise, t, path_type)
+    return squared_error(model(state, t, y, **kwargs), target)
+
+
+def on_path(x: Tensor, noise: Tensor, t: Tensor, path_type: PathType) -> tuple[Tensor, Tensor]:
+    """The state x_t and the velocity at times t (B,) between x and noise, (B, C, H, W) each."""
     path = Interpolant(*(c.view(-1, 1, 1, 1) for c in interpolant(t, path_type)))
-    velocity = model(path.alpha * x + path.sigma * noise, t, y, **kwargs)
-    target = path.d_alpha * x + path.d_sigma * noise
+    return path.alpha * x + path.sigma * noise, path.d_alpha * x + path.d_sigma * noise
+
+
+def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample (B,), in float32."""
     return (velocity.float() - target).square().flatten(1).mean(dim=1)
+
+
+def active_stage(draw: float, stage_weights: Sequence[float]) -> int:
+    """The stage that a uniform draw in [0, 1) picks by the weights."""
+    return min(bisect.bisect_right(list(accumulate(stage_weights)), draw), len(stage_weights) - 1)
+
+
+def stage_times(t: Tensor, normals: Tensor, active: int) -> Tensor:
+    """Times (B, S) of DFM's stages: sigmoid(n − 2) before the active stage, t (B,) in it, 1 after it. normals: (B, S)."""
+    times = torch.ones_like(normals)
+    times[:, :active] = torch.sigmoid(normals[:, :active] - 2)
+    times[:, active] = t
+    return times
+
+
+def dfm_loss(
+    model: Callable, x: Tensor, noise: Sequence[Tensor], t: Tensor, y: Tensor, path_type: PathType, active: int, **kwargs
+) -> Tensor:
+    """DFM's loss of each sample (B,): the velocity errors of the stages up to `active`, summed (arXiv 2506.19839).
+
+    Args:
+        x: (B, C, H, W) scaled VAE latents. noise: one per stage, coarsest first. t: (B, S) as `stage_times` gives them.
+        kwargs: further arguments of the model, e.g. `inference_budget`.
+    """
+    pyramid = decompose(x, len(noise))
+    states, targets = zip(
+        *(on_path(x_s, n_s, t[:, s], path_type) for s, (x_s, n_s) in enumerate(zip(pyramid, noise, strict=True))), strict=True
+    )
+    states = [*states[: active + 1], *(torch.zeros_like(n) for n in noise[active + 1 :])]
+    velocities = model(states, t, y, active_stage=active, **kwargs)
+    return sum(squared_error(v, target) for v, target in zip(velocities, targets, strict=False))
+
+
+def velocity_loss(
+    model: Callable,
+    x: Tensor,
+    draws: Draws,
+    y: Tensor,
+    *,
+    weighting: Literal["uniform", "lognormal"],
+    path_type: PathType,
+    active_stage: int | None = None,
+    **kwargs,
+) -> Tensor:
+    """The loss of each sample (B,) at the times and with the noise of `draws`; for DFM with its `active_stage`."""
+    t = training_times(draws, weighting, path_type)
+    if active_stage is None:
+        return flow_matching_loss(model, x, draws.noise, t, y, path_type, **kwargs)
+    times = stage_times(t, draws.stage_normal, active_stage)
+    return dfm_loss(model, x, [*draws.coarse_noise, draws.noise], times, y, path_type, active_stage, **kwargs)
 
 
 @torch.no_grad()
@@ -66,20 +128,22 @@ def held_out_losses(
     batch: dict[str, Tensor],
     indices: range,
     record: VAERecord,
-    budgets: Sequence[float | None],
+    variants: Sequence[dict],
     *,
     weighting: Literal["uniform", "lognormal"],
     path_type: PathType,
+    coarse_shapes: Sequence[Sequence[int]] = (),
 ) -> Tensor:
-    """Velocity loss of each held-out sample at each budget, (len(budgets), B), with time and noise fixed by the sample's index.
+    """Velocity loss of each held-out sample in each variant, (len(variants), B), with time and noise fixed by the sample's index.
 
     Args:
         batch: "moments" (B, 2C, h, w) and "label" (B,) of the samples `indices` of the held-out set.
+        variants: further arguments of `velocity_loss`, e.g. `{"inference_budget": 0.25}` or `{"active_stage": 0}`.
     """
     moments, y = batch["moments"], batch["label"]
     shape = (moments.shape[1] // 2, *moments.shape[2:])
-    draws = training_draws(0, 0, indices, shape, purpose="held-out").to(moments.device)
+    draws = training_draws(0, 0, indices, shape, purpose="held-out", coarse_shapes=coarse_shapes).to(moments.device)
     x = sample_latents(moments, draws.posterior, record)
-    t = training_times(draws, weighting, path_type)
-    arguments = [{} if b is None else {"inference_budget": b} for b in budgets]
-    return torch.stack([flow_matching_loss(model, x, draws.noise, t, y, path_type, **a) for a in arguments])
+    return torch.stack(
+        [velocity_loss(model, x, draws, y, weighting=weighting, path_type=path_type, **variant) for variant in variants]
+    )

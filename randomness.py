@@ -30,9 +30,14 @@ def normal(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- generation
 
 
-def image_noise(global_seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Starting noise of the images `indices`: (len(indices), *shape) float32."""
-    return torch.stack([normal(generator("image noise", global_seed, i), shape) for i in indices])
+def image_noise(global_seed: int, indices: Sequence[int], shape: Sequence[int], level: int = 0) -> Tensor:
+    """Starting noise of the images `indices`: (len(indices), *shape) float32. `level`: of a pyramid, from the finest (0) on."""
+    return torch.stack([normal(generator("image noise", global_seed, i, place=level), shape) for i in indices])
+
+
+def pyramid_noise(global_seed: int, indices: Sequence[int], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Starting noise of the images' stages (DFM), coarsest first: (len(indices), *shape) each."""
+    return [image_noise(global_seed, indices, shape, len(shapes) - 1 - s) for s, shape in enumerate(shapes)]
 
 
 def image_labels(global_seed: int, indices: Sequence[int], num_classes: int) -> Tensor:
@@ -57,35 +62,58 @@ class Draws:
     time_uniform: Tensor  # (b,) uniform in [0, 1)
     time_normal: Tensor  # (b,) normal
     label_drop: Tensor  # (b,) uniform in [0, 1): a label is dropped where it is below the dropout probability
-    level: float  # uniform in [0, 1), one for the whole global batch: picks the mask level (ELIT) or the stage (DFM)
+    level: float  # uniform in [0, 1), one for the whole global batch: picks the mask level (ELIT)
+    stage: float  # the same, for the active stage (DFM)
+    coarse_noise: list[Tensor]  # (b, C, h_s, w_s) normal: the flow's noise of each stage but the finest, whose is `noise` (DFM)
+    stage_normal: Tensor  # (b, S) normal: the times of the stages before the active one (DFM)
 
     def to(self, device: torch.device) -> "Draws":
-        """The same draws on `device`; the level stays a number on the host."""
-        moved = {k: v.pin_memory() if device.type == "cuda" else v for k, v in vars(self).items() if k != "level"}
-        return Draws(**{k: v.to(device, non_blocking=True) for k, v in moved.items()}, level=self.level)
+        """The same draws on `device`; the level and the stage stay numbers on the host."""
+
+        def move(x):
+            if isinstance(x, list):
+                return [move(v) for v in x]
+            return x if isinstance(x, float) else (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+        return Draws(**{k: move(v) for k, v in vars(self).items()})
 
 
-def training_draws(seed: int, n: int, places: range, shape: Sequence[int], purpose: str = "training") -> Draws:
+def training_draws(
+    seed: int,
+    n: int,
+    places: range,
+    shape: Sequence[int],
+    purpose: str = "training",
+    coarse_shapes: Sequence[Sequence[int]] = (),
+) -> Draws:
     """All draws of forward `n` (counted over micro-steps) for the images at `places` of the global batch.
 
     Args:
         places: this process's slice of the global batch.
         shape: (C, h, w) of the VAE latents.
+        coarse_shapes: of DFM's stages but the finest, coarsest first.
     """
     rows = []
+    coarse = []
     for place in places:
         rng = generator(purpose, seed, n, place + 1)
         u_time, u_drop = rng.random(2)
         n_time = rng.standard_normal()
         rows.append((normal(rng, shape), normal(rng, shape), u_time, n_time, u_drop))
+        coarse.append(([normal(rng, s) for s in coarse_shapes], normal(rng, (len(coarse_shapes) + 1,))))
     posterior, noise, u_time, n_time, u_drop = zip(*rows, strict=True)
+    coarse_noise, stage_normal = zip(*coarse, strict=True)
+    level, stage = generator(purpose, seed, n).random(2).tolist()  # place 0 of the same generator
     return Draws(
         posterior=torch.stack(posterior),
         noise=torch.stack(noise),
         time_uniform=torch.tensor(u_time, dtype=torch.float32),
         time_normal=torch.tensor(n_time, dtype=torch.float32),
         label_drop=torch.tensor(u_drop, dtype=torch.float32),
-        level=float(generator(purpose, seed, n).random()),  # place 0 of the same generator
+        level=level,
+        stage=stage,
+        coarse_noise=[torch.stack(stage) for stage in zip(*coarse_noise, strict=True)],
+        stage_normal=torch.stack(stage_normal),
     )
 
 

@@ -1,12 +1,13 @@
-"""ODE and SDE samplers with guidance: from noise (t = 1) to data (t = 0), state in float64.
+"""ODE, SDE and DFM samplers with guidance: from noise (t = 1) to data (t = 0), state in float64.
 
 Sources: SiT (arXiv 2401.08740, §2.4 and appendix A) for the probability-flow ODE, the SDE and the score; classifier-free
-guidance (2207.12598); guidance interval (2404.07724); autoguidance (2406.02507); ELIT (2603.12245) for cheap guidance.
+guidance (2207.12598); guidance interval (2404.07724); autoguidance (2406.02507); ELIT (2603.12245) for cheap guidance; DFM
+(2506.19839) for the stages.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -99,33 +100,70 @@ class Guidance(NamedTuple):
         """The conditional pass's budget at time t."""
         return self.inference_budget.at(t) if isinstance(self.inference_budget, BudgetSchedule) else self.inference_budget
 
-    def passes(self, t: float) -> list[float | None]:
-        """The budgets of the forwards that a velocity at time t costs: the conditional one, then the guiding one, if any."""
-        budget = self.budget(t)
+    def passes(self, *times: float) -> list[float | None]:
+        """The budgets of the forwards that a velocity at time t costs: the conditional one, then the guiding one, if any.
+
+        `times`: t, or in DFM those of the stages up to the active one, whose time decides on the budget.
+        """
+        budget = self.budget(times[-1])
         low = self.unconditional_inference_budget
-        return [budget] + ([budget if low is None else low] if self.active(t) else [])
+        return [budget] + ([budget if low is None else low] if any(map(self.active, times)) else [])
 
 
 def guided_velocity(model: nn.Module, x: Tensor, t: float, y: Tensor, guidance: Guidance) -> Tensor:
     """Velocity (B, C, H, W) in float64 at the state x (float64) and time t; one, two or one doubled forward."""
-    g = guidance
-    dtype = next((p.dtype for p in model.parameters()), x.dtype)
 
-    def velocity(x: Tensor, y: Tensor, budget: float | None) -> Tensor:
-        times = torch.full((len(x),), t, dtype=torch.promote_types(dtype, torch.float32), device=x.device)
-        budget_argument = {} if budget is None else {"inference_budget": budget}
-        return model(x, times, y, **budget_argument).double()
+    def velocity(states: list[Tensor], y: Tensor, budget: dict) -> list[Tensor]:
+        return [model(states[0], _times([t], states[0])[:, 0], y, **budget)]
 
-    x = x.to(dtype)
-    budget, *low = g.passes(t)
+    return _guided(model, velocity, [x], [t], y, guidance)[0]
+
+
+def guided_velocities(
+    model: nn.Module, pyramid: Sequence[Tensor], times: Sequence[float], active_stage: int, y: Tensor, guidance: Guidance
+) -> list[Tensor]:
+    """DFM's velocity in float64 of each stage up to the active one; each is guided where its own time lies in the interval.
+
+    Args:
+        pyramid: the states (float64) of all stages; those after the active one enter as zeros. times: (S,) of all stages.
+    """
+    states = [x if s <= active_stage else torch.zeros_like(x) for s, x in enumerate(pyramid)]
+
+    def velocity(states: list[Tensor], y: Tensor, budget: dict) -> list[Tensor]:
+        return model(states, _times(times, states[0]), y, active_stage=active_stage, **budget)
+
+    return _guided(model, velocity, states, times[: active_stage + 1], y, guidance)
+
+
+def _times(times: Sequence[float], x: Tensor) -> Tensor:
+    """Times as the model takes them, (B, S), in float32 or better; made by filling, which no device waits for."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.stack([torch.full((len(x),), t, dtype=dtype, device=x.device) for t in times], dim=1)
+
+
+def _guided(
+    model: nn.Module, velocity: Callable, states: Sequence[Tensor], times: Sequence[float], y: Tensor, g: Guidance
+) -> list[Tensor]:
+    """v_low + s·(v_cond − v_low) for each stage whose time lies in the interval; only v_cond where none does."""
+    dtype = next((p.dtype for p in model.parameters()), states[0].dtype)
+    states = [x.to(dtype) for x in states]
+    budget, *low = g.passes(*times)
+
+    def run(states: list[Tensor], y: Tensor, budget: float | None) -> list[Tensor]:
+        return [v.double() for v in velocity(states, y, {} if budget is None else {"inference_budget": budget})]
+
     if not low:
-        return velocity(x, y, budget)
+        return run(states, y, budget)
     y_low = y if g.autoguidance else torch.full_like(y, model.num_classes)
     if low == [budget]:
-        v_cond, v_low = velocity(torch.cat([x, x]), torch.cat([y, y_low]), budget).chunk(2)
+        doubled = run([torch.cat([x, x]) for x in states], torch.cat([y, y_low]), budget)
+        pairs = [v.chunk(2) for v in doubled]
     else:
-        v_cond, v_low = velocity(x, y, budget), velocity(x, y_low, *low)
-    return v_low + g.cfg_scale * (v_cond - v_low)
+        pairs = zip(run(states, y, budget), run(states, y_low, *low), strict=True)
+    return [
+        v_low + g.cfg_scale * (v_cond - v_low) if g.active(t) else v_cond
+        for (v_cond, v_low), t in zip(pairs, times, strict=True)
+    ]
 
 
 def sampling_times(num_steps: int, mode: str = "ode") -> list[float]:
@@ -143,9 +181,19 @@ def evaluation_times(num_steps: int, mode: str = "ode", heun: bool = False) -> l
     return times[:-1] + (times[1:-1] if heun else [])
 
 
+def data_from_velocity(velocity: Tensor, x: Tensor, t: float, path_type: PathType) -> Tensor:
+    """The clean image that a velocity at the state x and time t points to."""
+    alpha, sigma, d_alpha, d_sigma = _coefficients(t, path_type)
+    return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
+
+
+def _coefficients(t: float, path_type: PathType) -> tuple[float, ...]:
+    return tuple(c.item() for c in interpolant(torch.tensor(t, dtype=torch.float64), path_type))  # on the host
+
+
 def score_from_velocity(velocity: Tensor, x: Tensor, t: float, path_type: PathType) -> Tensor:
     """Score ∇ log p_t(x) of the path, from its velocity."""
-    alpha, sigma, d_alpha, d_sigma = (c.item() for c in interpolant(torch.tensor(t, dtype=torch.float64), path_type))
+    alpha, sigma, d_alpha, d_sigma = _coefficients(t, path_type)
     ratio = alpha / d_alpha
     return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
 
@@ -212,3 +260,87 @@ def euler_maruyama_sampler(
             x_next = x_next + math.sqrt(w * abs(dt)) * noise(step, x.shape).to(x)
         x = x_next
     return x
+
+
+OnStage = Callable[[int, list[Tensor]], None]
+
+
+class Phase(NamedTuple):
+    """One phase of DFM's sampler: the active stage, and the times (n + 1, S) of all stages before and after its n steps."""
+
+    active_stage: int
+    times: list[tuple[float, ...]]
+
+
+def check_schedule(num_steps_per_scale: Sequence[int], stage_sampling_thresholds: Sequence[float], stages_count: int) -> None:
+    """Raise UserError for steps and thresholds that are no schedule of so many stages."""
+    steps, thresholds = list(num_steps_per_scale), list(stage_sampling_thresholds)
+    if len(steps) != stages_count or min(steps) < 1:
+        raise UserError(
+            f"num_steps_per_scale {_listed(steps)}: must be {stages_count} whole numbers above 0, one for each stage"
+        )
+    if len(thresholds) != stages_count - 1:
+        raise UserError(
+            f"stage_sampling_thresholds {_listed(thresholds)}: {stages_count} stages need {stages_count - 1}, one for each stage but the last"
+        )
+    if not all(a > b for a, b in pairwise([1.0, *thresholds, 0.0])):
+        raise UserError(f"stage_sampling_thresholds {_listed(thresholds)}: must fall strictly, within (0, 1)")
+
+
+def _listed(values: Sequence[float]) -> str:
+    return " ".join(f"{v:g}" for v in values)
+
+
+def dfm_schedule(num_steps_per_scale: Sequence[int], stage_sampling_thresholds: Sequence[float]) -> list[Phase]:
+    """The times of DFM's sampler, phase by phase.
+
+    In phase i stage i runs linearly from 1 to θ_i and every earlier one from θ_{i−1} to θ_i, where θ of the last stage is 0;
+    later stages wait at 1.
+    """
+    check_schedule(num_steps_per_scale, stage_sampling_thresholds, len(num_steps_per_scale))
+    ends = [*stage_sampling_thresholds, 0.0]
+    phases = []
+    for i, (n, end) in enumerate(zip(num_steps_per_scale, ends, strict=True)):
+        starts = [ends[i - 1]] * i + [1.0]
+        moving = [[start + (end - start) * k / n for start in starts] for k in range(n)] + [[end] * (i + 1)]
+        phases.append(Phase(i, [(*times, *[1.0] * (len(ends) - i - 1)) for times in moving]))
+    return phases
+
+
+@torch.no_grad()
+def dfm_sampler(
+    model: nn.Module,
+    latents: Sequence[Tensor],
+    y: Tensor,
+    *,
+    num_steps_per_scale: Sequence[int],
+    stage_sampling_thresholds: Sequence[float],
+    path_type: PathType = "linear",
+    on_stage: OnStage | None = None,
+    **guidance,
+) -> list[Tensor]:
+    """DFM's progressive sampler: Euler steps, a phase for each stage (arXiv 2506.19839).
+
+    Args:
+        latents: noise of each stage, coarsest first. y: (B,) class ids.
+        num_steps_per_scale, stage_sampling_thresholds: see `dfm_schedule`.
+        on_stage: called as `on_stage(i, stages)` after each phase i but the last, with the estimates of the clean stages 0 … i.
+        guidance: the fields of `Guidance`, as in `euler_sampler`.
+    Returns:
+        The stages (float64), for `models.dfm.recompose`.
+    """
+    g = Guidance(**guidance)
+    g.check()
+    phases = dfm_schedule(num_steps_per_scale, stage_sampling_thresholds)
+    if len(phases) != len(latents):
+        raise UserError(f"num_steps_per_scale {_listed(num_steps_per_scale)}: the model has {len(latents)} stages")
+    pyramid = [x.double() for x in latents]
+    for active, phase_times in phases:
+        for times, times_next in pairwise(phase_times):
+            velocities = guided_velocities(model, pyramid, times, active, y, g)
+            for s, v in enumerate(velocities):
+                pyramid[s] = pyramid[s] + (times_next[s] - times[s]) * v
+        if on_stage is not None and active < len(phases) - 1:
+            clean = [data_from_velocity(v, x, t, path_type) for v, x, t in zip(velocities, pyramid, times_next, strict=False)]
+            on_stage(active, clean)
+    return pyramid

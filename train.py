@@ -30,12 +30,12 @@ import models
 from config import TrainConfig, parse, require
 from data import LatentDataset
 from errors import UserError, command
-from loss import dropped_labels, flow_matching_loss, held_out_losses, training_times
+from loss import active_stage, dropped_labels, held_out_losses, velocity_loss
 from models.elit import mask_levels, mask_to_budget
 from pictures import image_grid, save_png
-from randomness import epoch_order, image_labels, image_noise, training_draws
-from samplers import euler_sampler
-from vae import decode, load_vae, sample_latents
+from randomness import epoch_order, image_labels, pyramid_noise, training_draws
+from samplers import check_schedule, dfm_sampler, euler_sampler
+from vae import decode, decode_stages, load_vae, sample_latents
 
 PICTURES = 64  # images drawn in training, over all processes
 PICTURE_STEPS, PICTURE_CFG = 50, 4.0
@@ -58,18 +58,20 @@ def check(config: TrainConfig, given: dict) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     if config.enc_type != "none" and config.proj_coeff > 0:
         raise UserError(f"--enc-type {config.enc_type}: REPA is not available yet; use --enc-type none")
-    family = models.model_spec(config.model).family
+    spec = models.model_spec(config.model)
     masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
-    if family != "ELIT-SiT" and any(masks):
+    if not spec.elastic and any(masks):
         raise UserError(f"--elit-max-mask-prob: {config.model} has no latents to mask; only ELIT models do")
-    if family == "ELIT-SiT":
+    if spec.elastic:
         mask_levels(config.elit_group_size**2, *masks)
+    if spec.staged:
+        check_stages(config)
     if Path(config.exp_name).name != config.exp_name:
         raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --output-dir)")
     if config.legacy:
         _warn("--legacy has no effect")
-    if family == "ELIT-SiT" and "encoder_depth" in given and config.head_depth is None:
-        head = models.model_spec(config.model).sizes["head_depth"]
+    if spec.elastic and "encoder_depth" in given and config.head_depth is None:
+        head = spec.sizes["head_depth"]
         _warn(
             f"--encoder-depth {config.encoder_depth} is the block that REPA reads; the head of {config.model} has {head} blocks "
             f"(the published code would take {config.encoder_depth}: --head-depth {config.encoder_depth})"
@@ -77,6 +79,17 @@ def check(config: TrainConfig, given: dict) -> None:
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         _warn("--mixed-precision fp16 needs a GPU; running as no")
         config.mixed_precision = "no"
+
+
+def check_stages(config: TrainConfig) -> None:
+    """Refuse weights and a schedule that do not fit DFM's stages."""
+    weights = config.stage_weights
+    said = f"--stage-weights {' '.join(f'{w:g}' for w in weights)}"
+    if len(weights) != config.stages_count:
+        raise UserError(f"{said}: {config.stages_count} stages need {config.stages_count} weights")
+    if abs(sum(weights) - 1) > 1e-6 or min(weights) < 0:
+        raise UserError(f"{said}: must be probabilities that sum to 1, not {sum(weights):g}")
+    check_schedule(config.num_steps_per_scale, config.stage_sampling_thresholds, config.stages_count)
 
 
 class StepBatches:
@@ -202,7 +215,8 @@ class Trainer:
         ).to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay)
         self.budgets: list[float | None] = [None]
-        if models.model_spec(config.model).family == "ELIT-SiT":
+        self.coarse_shapes = getattr(self.model, "stage_shapes", [])[:-1]
+        if models.model_spec(config.model).elastic:
             J = config.elit_group_size**2
             levels = mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)
             self.budgets = [mask_to_budget(m, J) for m in levels]
@@ -390,14 +404,20 @@ class Trainer:
     def forward(self, n: int, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of this process's images in forward `n` (counted over micro-steps)."""
         config, device = self.config, self.accelerator.device
-        draws = training_draws(config.seed, n, self.places, self.shape).to(device)
+        draws = training_draws(config.seed, n, self.places, self.shape, coarse_shapes=self.coarse_shapes).to(device)
         moments, y = (batch[k].to(device, non_blocking=True) for k in ("moments", "label"))
         x = sample_latents(moments, draws.posterior, self.record)
         y = dropped_labels(y, draws, config.cfg_prob, config.num_classes)
-        t = training_times(draws, config.weighting, config.path_type)
-        budget = self.budgets[int(draws.level * len(self.budgets))]
+        variant = self.variant(
+            self.budgets[int(draws.level * len(self.budgets))], active_stage(draws.stage, config.stage_weights)
+        )
+        losses = velocity_loss(self.model, x, draws, y, weighting=config.weighting, path_type=config.path_type, **variant)
+        return losses.mean()
+
+    def variant(self, budget: float | None, stage: int) -> dict:
+        """What this model takes of a budget and an active stage, as arguments of `velocity_loss`."""
         arguments = {} if budget is None else {"inference_budget": budget}
-        return flow_matching_loss(self.model, x, draws.noise, t, y, config.path_type, **arguments).mean()
+        return arguments | ({"active_stage": stage} if self.coarse_shapes else {})
 
     # ----------------------------------------------------------------------------------------------------- reports
 
@@ -420,9 +440,10 @@ class Trainer:
             self.draw_pictures()
 
     def measure_held_out(self) -> dict[str, float]:
-        """Mean held-out loss at each budget that is a power of two (all trained ones count); samples split over processes."""
+        """Mean held-out loss at each trained budget that is a power of two, and in each of DFM's stages; samples split over processes."""
         config, accelerator = self.config, self.accelerator
-        shown = [b for b in self.budgets if b is None or math.log2(b).is_integer()] or [self.budgets[0]]
+        budgets = [b for b in self.budgets if b is None or math.log2(b).is_integer()] or [self.budgets[0]]
+        shown = [self.variant(b, stage) for b in budgets for stage in range(len(self.coarse_shapes) + 1)]
         count = min(len(self.held_out), HELD_OUT)
         sums = torch.zeros(len(shown), device=accelerator.device)
         bounds = [count * r // accelerator.num_processes for r in range(accelerator.num_processes + 1)]
@@ -434,45 +455,56 @@ class Trainer:
             batch = {k: batch[k].to(accelerator.device) for k in ("moments", "label")}
             with accelerator.autocast():
                 losses = held_out_losses(
-                    self.ema.first, batch, indices, self.record, shown, weighting=config.weighting, path_type=config.path_type
+                    self.ema.first,
+                    batch,
+                    indices,
+                    self.record,
+                    shown,
+                    weighting=config.weighting,
+                    path_type=config.path_type,
+                    coarse_shapes=self.coarse_shapes,
                 )
             sums += losses.sum(dim=1)
         means = (accelerator.reduce(sums, reduction="sum") / count).tolist()
-        return {"val_loss" if b is None else f"val_loss_budget_{b:g}": m for b, m in zip(shown, means, strict=True)}
+        labels = {"active_stage": "stage", "inference_budget": "budget"}
+        names = ["".join(f"_{labels[k]}_{v:g}" for k, v in variant.items()) for variant in shown]
+        return {f"val_loss{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def draw_pictures(self) -> None:
-        """samples/{step}.png: 64 images at full budget and, beside them, at the lowest trained one."""
+        """samples/{step}.png: 64 images at full budget and, beside them, at the lowest trained one; of DFM each stage first."""
         accelerator = self.accelerator
         indices = range(accelerator.process_index, PICTURES, accelerator.num_processes)
         grids = []
         for budget in sorted({self.budgets[0], self.budgets[-1]}, key=lambda b: -(b or 1)):
-            images = torch.zeros((PICTURES, 3, self.config.resolution, self.config.resolution), dtype=torch.uint8)
+            views = len(self.coarse_shapes) + 2 if self.coarse_shapes else 1
+            images = torch.zeros((views, PICTURES, 3, self.config.resolution, self.config.resolution), dtype=torch.uint8)
             if len(indices):
-                images[list(indices)] = self._pictures(indices, budget).cpu()
+                images[:, list(indices)] = self._pictures(indices, budget).cpu()
             images = accelerator.reduce(images.to(accelerator.device, torch.int32)).cpu()  # each process fills its own
-            grids.append(images.to(torch.uint8).permute(0, 2, 3, 1).numpy())
+            grids.extend(images.to(torch.uint8).permute(0, 1, 3, 4, 2).numpy())
         if self.main:
-            rows = np.concatenate([g.reshape(-1, 8, *g.shape[1:]) for g in grids], axis=1)  # budgets side by side
+            rows = np.concatenate([g.reshape(-1, 8, *g.shape[1:]) for g in grids], axis=1)  # views side by side
             picture = image_grid(rows.reshape(-1, *grids[0].shape[1:]), columns=8 * len(grids))
             save_png(picture, self.run_dir / "samples" / f"{self.step:07d}.png")
             for tracker in accelerator.trackers:
-                _never_stop(lambda t=tracker: t.log_images({"samples": grids[0]}, step=self.step))
+                _never_stop(lambda t=tracker: t.log_images({"samples": grids[views - 1]}, step=self.step))
 
     def _pictures(self, indices: range, budget: float | None) -> Tensor:
+        """Views of the images `indices`, uint8 (views, n, 3, H, W): the images, and of DFM each stage before them."""
         config, device = self.config, self.accelerator.device
-        noise = image_noise(config.seed, indices, self.shape).to(device)
+        shapes = [*self.coarse_shapes, self.shape]
+        noise = [x.to(device) for x in pyramid_noise(config.seed, indices, shapes)]
         y = image_labels(config.seed, indices, config.num_classes).to(device)
+        options = {
+            "cfg_scale": PICTURE_CFG if config.cfg_prob else 1.0,
+            "path_type": config.path_type,
+            "inference_budget": budget,
+        }
         with self.accelerator.autocast():
-            latents = euler_sampler(
-                self.ema.first,
-                noise,
-                y,
-                num_steps=PICTURE_STEPS,
-                cfg_scale=PICTURE_CFG if config.cfg_prob else 1.0,
-                path_type=config.path_type,
-                inference_budget=budget,
-            )
-        return decode(self.vae, latents)
+            if self.coarse_shapes:
+                schedule = {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
+                return decode_stages(self.vae, dfm_sampler(self.ema.first, noise, y, **schedule, **options))
+            return decode(self.vae, euler_sampler(self.ema.first, noise[0], y, num_steps=PICTURE_STEPS, **options))[None]
 
     def save(self) -> None:
         """checkpoints/{step}.pt with everything that a resumed run needs. A failing write stops nothing already saved."""
@@ -520,7 +552,13 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=models.model_spec(config.model).staged,  # the final layers of DFM's later stages
+            )
+        ],
     )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != accelerator.num_processes:

@@ -8,13 +8,16 @@ import dataclasses
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
+from models.dfm import recompose
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -120,6 +123,13 @@ def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
     """Images of the model's latents: (B, C, h, w), any float type → uint8 (B, 3, H, W)."""
     z = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     return to_uint8(vae.decode(z.to(vae.device, vae.dtype)).sample)
+
+
+def decode_stages(vae: "AutoencoderKL", pyramid: Sequence[Tensor]) -> Tensor:
+    """A DFM pyramid for people: each stage decoded alone, then the image of all, uint8 (S + 1, B, 3, H, W) at the image's size."""
+    image = decode(vae, recompose(pyramid))
+    stages = [F.interpolate(decode(vae, stage), size=image.shape[-2:], mode="nearest") for stage in pyramid]
+    return torch.stack([*stages, image])
 
 
 def to_uint8(images: Tensor) -> Tensor:

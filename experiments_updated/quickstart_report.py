@@ -126,7 +126,7 @@ def _held_out(config: ReportConfig, model, found: checkpoint.Weights) -> np.ndar
                 batch,
                 range(r * len(dataset) + start, r * len(dataset) + indices.stop),
                 found.record,
-                config.budgets,
+                [{"inference_budget": b} for b in config.budgets],
                 weighting=found.config["weighting"],
                 path_type=config.path_type,
             )

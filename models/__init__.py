@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import UserError, nearest
+from models.dfm import DFMELITSiT, DFMSiT
 from models.elit import ELITSiT
 from models.sit import SiT
 
@@ -23,6 +24,16 @@ class ModelSpec:
     constructor: type[nn.Module]
     sizes: dict[str, int]
 
+    @property
+    def elastic(self) -> bool:
+        """Whether it has a compute budget."""
+        return issubclass(self.constructor, ELITSiT)
+
+    @property
+    def staged(self) -> bool:
+        """Whether it works on a pyramid."""
+        return issubclass(self.constructor, DFMSiT)
+
 
 _SIZES = {  # depth, width, heads, head / tail depth of ELIT
     "Ti": (8, 192, 3, 1),
@@ -31,6 +42,7 @@ _SIZES = {  # depth, width, heads, head / tail depth of ELIT
     "L": (24, 1024, 16, 4),
     "XL": (28, 1152, 16, 4),
 }
+_FAMILIES = {"SiT": SiT, "ELIT-SiT": ELITSiT, "DFM-SiT": DFMSiT, "DFM-ELIT-SiT": DFMELITSiT}
 
 
 def _specs() -> dict[str, ModelSpec]:
@@ -38,9 +50,10 @@ def _specs() -> dict[str, ModelSpec]:
     for size, (depth, hidden_size, num_heads, ends) in _SIZES.items():
         for patch_size in (2, 4, 8):
             sizes = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": patch_size}
-            specs[f"SiT-{size}/{patch_size}"] = ModelSpec("SiT", SiT, sizes)
             elit = sizes | {"head_depth": ends, "tail_depth": ends}
-            specs[f"ELIT-SiT-{size}/{patch_size}"] = ModelSpec("ELIT-SiT", ELITSiT, elit)
+            for family, constructor in _FAMILIES.items():
+                arguments = elit if issubclass(constructor, ELITSiT) else sizes
+                specs[f"{family}-{size}/{patch_size}"] = ModelSpec(family, constructor, arguments)
     return specs
 
 
@@ -50,8 +63,6 @@ MODELS: dict[str, ModelSpec] = _specs()
 def model_spec(name: str) -> ModelSpec:
     """The registered spec of `name`. Raises UserError with the nearest name where there is none."""
     if name not in MODELS:
-        if name.startswith("DFM-"):
-            raise UserError(f"model {name}: DFM models are not available yet; choose a SiT or ELIT-SiT model")
         raise UserError(f"unknown model {name!r}{nearest(name, MODELS)}; known: {', '.join(MODELS)}")
     return MODELS[name]
 
@@ -97,11 +108,14 @@ def count_flops(model: nn.Module, inference_budget: float | None = None, batch_s
     memo = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
     shadow = copy.deepcopy(model, memo)  # the memo puts meta tensors in place of the weights
-    size = model.input_size
-    rows, columns = (size, size) if isinstance(size, int) else size
     dtype = next(model.parameters()).dtype
-    x = torch.empty(batch_size, model.in_channels, rows, columns, device="meta", dtype=dtype)
-    t = torch.empty(batch_size, device="meta")
+    if hasattr(model, "stage_shapes"):  # DFM, all stages active
+        x = [torch.empty(batch_size, *shape, device="meta", dtype=dtype) for shape in model.stage_shapes]
+        t = torch.empty(batch_size, len(x), device="meta")
+    else:
+        rows, columns = (p * model.patch_size for p in model.grid_size)
+        x = torch.empty(batch_size, model.in_channels, rows, columns, device="meta", dtype=dtype)
+        t = torch.empty(batch_size, device="meta")
     y = torch.empty(batch_size, device="meta", dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shadow(x, t, y, **({} if inference_budget is None else {"inference_budget": inference_budget}))

@@ -283,13 +283,12 @@ class ELITSiT(SiT):
             fused_attn=sit.get("fused_attn", True),
         )
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, inference_budget: float | None = None, return_features: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def transform(
+        self, x: Tensor, c: Tensor, inference_budget: float | None = None, return_features: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """As SiT's, at `inference_budget` in [1/J, 1], the share of latents that the core works on (`None`: all)."""
         features: list[Tensor] = []
         core_end = len(self.blocks) - self.tail_depth
-        x, c = self.embed(x, t, y)  # (B, N, D), (B, D)
         for i, block in enumerate(self.blocks[: self.head_depth], start=1):
             x = block(x, c)
             if return_features and i == min(self.encoder_depth, self.head_depth):
@@ -300,8 +299,7 @@ class ELITSiT(SiT):
         x = self.interface.write(tokens, latents, tail)  # (B, N, D)
         for block in self.blocks[core_end:]:
             x = block(x, c)
-        velocity = self.unpatchify(self.final_layer(x, c))
-        return (velocity, features) if return_features else velocity
+        return x, features
 
     def read_attention(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """What each latent reads at the state x: `LatentInterface.read_attention` of the tokens after the head blocks."""

@@ -166,6 +166,12 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def unpatchify(x: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor:
+    """Patches (B, N, p·p·C), the last axis laid out (p, p, C), of a grid of (rows, columns) → (B, C, H, W)."""
+    x = x.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid_size)  # (B, h, w, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
 def projector(dim: int, z_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
     """REPA's map from tokens to one target encoder's features (Yu et al. 2024, arXiv 2410.06940, §3)."""
     layers = nn.Sequential(
@@ -232,30 +238,35 @@ class SiT(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mit", t
         """Tokens (B, N, D) with their positions, and the condition (B, D)."""
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
 
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """(B, N, p·p·C) → (B, C, H, W)."""
-        p, (rows, columns) = self.patch_size, self.grid_size
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))  # (B, h, w, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
     def project(self, x: Tensor) -> list[Tensor]:
         """Tokens (B, N, D) → REPA projections (B, N, z), one per target encoder."""
         return [p(x) for p in self.projectors] if hasattr(self, "projectors") else []
+
+    def transform(
+        self, x: Tensor, c: Tensor, inference_budget: float | None = None, return_features: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The blocks: tokens (B, N, D) under the condition c (B, D) → tokens (B, N, D), and REPA's projections where asked for."""
+        if inference_budget is not None:
+            raise UserError(f"inference budget {inference_budget}: a SiT model has no budget; only ELIT models do")
+        features: list[Tensor] = []
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x, c)
+            if return_features and i == self.encoder_depth:
+                features = self.project(x)
+        return x, features
+
+    def output(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens (B, N, D) → velocity (B, C, H, W)."""
+        return unpatchify(self.final_layer(x, c), self.grid_size, self.patch_size)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, inference_budget: float | None = None, return_features: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Velocity (B, C, H, W) for x (B, C, H, W), t (B,) in [0, 1] (1 = noise), y (B,) int64 (`num_classes` = null label).
 
-        With `return_features` also the REPA projections. Raises UserError if a budget is given: SiT has none.
+        With `return_features` also the REPA projections. Raises UserError for a budget that the model does not have.
         """
-        if inference_budget is not None:
-            raise UserError(f"inference budget {inference_budget}: a SiT model has no budget; only ELIT models do")
-        features: list[Tensor] = []
-        x, c = self.embed(x, t, y)  # (B, N, D), (B, D)
-        for i, block in enumerate(self.blocks, start=1):
-            x = block(x, c)
-            if return_features and i == self.encoder_depth:
-                features = self.project(x)
-        velocity = self.unpatchify(self.final_layer(x, c))
+        tokens, c = self.embed(x, t, y)  # (B, N, D), (B, D)
+        tokens, features = self.transform(tokens, c, inference_budget, return_features)
+        velocity = self.output(tokens, c)
         return (velocity, features) if return_features else velocity

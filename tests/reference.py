@@ -79,12 +79,14 @@ class Reference:
         return self.linear(name + ".fc2", gelu_tanh(self.linear(name + ".fc1", x)))
 
     def condition(self, t, y):
+        return self.time(t, "t_embedder") + self.w["y_embedder.embedding_table.weight"][y]
+
+    def time(self, t, name):
         features = np.zeros(256)
         for i in range(128):
             angle = t * np.exp(-np.log(10000) * i / 128)
             features[i], features[128 + i] = np.cos(angle), np.sin(angle)
-        time = self.linear("t_embedder.mlp.2", silu(self.linear("t_embedder.mlp.0", features)))
-        return time + self.w["y_embedder.embedding_table.weight"][y]
+        return self.linear(f"{name}.mlp.2", silu(self.linear(f"{name}.mlp.0", features)))
 
     def head_norm(self, name, x):
         """qk_norm: LayerNorm over the width of each head, eps 1e-5, where there is one."""
@@ -141,37 +143,47 @@ class Reference:
         return np.stack(outputs), {block: np.stack(values) for block, values in tokens.items()}
 
     def _forward_one(self, image, t, y, k):
-        p, (channels, height, width) = self.p, image.shape
-        rows, columns = height // p, width // p
-        patch_weight = self.w["x_embedder.proj.weight"]
-        dim = len(patch_weight)
-        x = np.zeros((rows * columns, dim))
+        grid = tuple(side // self.p for side in image.shape[1:])
+        x = self._patches("x_embedder.proj", image, self.p) + self._positions(grid)
+        cond = self.condition(t, y)
+        x, seen = self._blocks(x, cond, k, grid)
+        return self._final("final_layer", x, cond, self.p, image.shape), seen
+
+    def _patches(self, name, image, p):
+        rows, columns = (side // p for side in image.shape[1:])
+        weight = self.w[f"{name}.weight"]
+        x = np.zeros((rows * columns, len(weight)))
         for r in range(rows):
             for c in range(columns):
                 patch = image[:, r * p : (r + 1) * p, c * p : (c + 1) * p]
-                x[r * columns + c] = (patch_weight * patch).sum((1, 2, 3)) + self.w["x_embedder.proj.bias"]
-        x = x + position_table(rows, columns, dim).astype(np.float32)
-        cond = self.condition(t, y)
+                x[r * columns + c] = (weight * patch).sum((1, 2, 3)) + self.w[f"{name}.bias"]
+        return x
 
+    def _positions(self, grid):
+        return position_table(*grid, self.w["y_embedder.embedding_table.weight"].shape[1]).astype(np.float32)
+
+    def _blocks(self, x, cond, k, grid):
         seen = {}
         head = self.depth if self.elit is None else self.elit["head_depth"]
         for i in range(head):
             x = seen[i + 1] = self.block(i, x, cond)
         if self.elit is not None:
-            x = self._core(x, cond, k, window_members(rows, columns, self.elit["group_size"]))
+            x = self._core(x, cond, k, window_members(*grid, self.elit["group_size"]))
             for i in range(self.depth - self.elit["tail_depth"], self.depth):
                 x = seen[i + 1] = self.block(i, x, cond)
+        return x, seen
 
-        shift, scale = np.split(self.linear("final_layer.adaLN_modulation.1", silu(cond)), 2)
-        x = self.linear("final_layer.linear", layer_norm(x, 1e-6) * (1 + scale) + shift)
-        out = np.zeros((channels, height, width))
-        for n in range(rows * columns):
-            r, c = divmod(n, columns)
-            patch = x[n].reshape(p, p, channels)
+    def _final(self, name, x, cond, p, shape):
+        shift, scale = np.split(self.linear(f"{name}.adaLN_modulation.1", silu(cond)), 2)
+        x = self.linear(f"{name}.linear", layer_norm(x, 1e-6) * (1 + scale) + shift)
+        out = np.zeros(shape)
+        for n in range(len(x)):
+            r, c = divmod(n, shape[2] // p)
+            patch = x[n].reshape(p, p, shape[0])
             for i in range(p):
                 for j in range(p):
                     out[:, r * p + i, c * p + j] = patch[i, j]
-        return out, seen
+        return out
 
     def _core(self, x, cond, k, windows):
         J = self.elit["group_size"] ** 2
@@ -187,3 +199,52 @@ class Reference:
             z = np.concatenate([core[g * k : (g + 1) * k], latents[g][k:]])
             out[members] = self.write(tokens[g], z)
         return out
+
+
+def halve(x):
+    """(C, H, W) → (C, H/2, W/2): bilinear without antialiasing, whose sample points lie in the middle of four pixels."""
+    return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+
+def double(x):
+    """(C, h, w) → (C, 2h, 2w): bilinear; each new pixel lies a quarter of an old one from its nearest, the border is repeated."""
+
+    def along(x, axis):
+        size = x.shape[axis]
+        before = np.take(x, np.maximum(np.arange(size) - 1, 0), axis)
+        after = np.take(x, np.minimum(np.arange(size) + 1, size - 1), axis)
+        pairs = np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
+        return pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+
+    return along(along(x, 1), 2)
+
+
+def pyramid(x, stages):
+    """The Laplacian pyramid of one image (C, H, W), coarsest stage first."""
+    if stages == 1:
+        return [x]
+    low = halve(x)
+    return [*pyramid(low, stages - 1), x - double(low)]
+
+
+class StagedReference(Reference):
+    """DFM, around SiT or ELIT: what is around the blocks exists once per stage."""
+
+    def forward(self, stages, times, y, active, k=None):
+        """stages: images (B, C, h, w), coarsest first; times (B, S) → the velocity of each stage up to `active`."""
+        samples = []
+        for b in range(len(y)):
+            images = [np.asarray(stage[b], dtype=np.float64) for stage in stages]
+            sizes = [self.p // 2 ** (len(images) - 1 - s) for s in range(len(images))]
+            grid = tuple(side // self.p for side in images[-1].shape[1:])
+            x = self._positions(grid)
+            cond = self.w["y_embedder.embedding_table.weight"][int(y[b])]
+            for s, (image, p) in enumerate(zip(images, sizes, strict=True)):
+                x = x + self._patches(f"x_embedder.embedders.{s}.proj", image, p)
+                cond = cond + self.time(float(times[b][s]), f"t_embedder.embedders.{s}")
+            x, _ = self._blocks(x, cond, k, grid)
+            outputs = zip(images[: active + 1], sizes, strict=False)
+            samples.append(
+                [self._final(f"final_layer.projections.{s}", x, cond, p, im.shape) for s, (im, p) in enumerate(outputs)]
+            )
+        return [np.stack(stage) for stage in zip(*samples, strict=True)]

@@ -1,5 +1,6 @@
 """Interpolants, training times, label dropout and the flow-matching loss."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -18,8 +19,8 @@ T = torch.linspace(0, 1, 41, dtype=torch.float64)
 
 def draws_of(**known):
     """Draws of which only the given fields are used."""
-    empty = dict.fromkeys(("posterior", "noise", "time_uniform", "time_normal", "label_drop"), torch.zeros(1))
-    return Draws(**(empty | {"level": 0.0} | known))
+    numbers = {"level": 0.0, "stage": 0.0, "coarse_noise": []}
+    return Draws(**(dict.fromkeys((f.name for f in dataclasses.fields(Draws)), torch.zeros(1)) | numbers | known))
 
 
 # ----------------------------------------------------------------------------------------------------- interpolants
@@ -144,16 +145,16 @@ def test_held_out_losses_depend_on_the_sample_and_its_index_alone():
     randomize(model)
     rng = np.random.default_rng(2)
     batch = {"moments": torch.from_numpy(rng.random((6, 4, 4, 4))).float(), "label": torch.tensor([0, 1, 2, 3, 0, 1])}
-    options = {"weighting": "lognormal", "path_type": "linear"}
-    whole = held_out_losses(model, batch, range(10, 16), SD_VAE, [0.25, None], **options)
+    options, variants = {"weighting": "lognormal", "path_type": "linear"}, [{"inference_budget": 0.25}, {}]
+    whole = held_out_losses(model, batch, range(10, 16), SD_VAE, variants, **options)
     assert whole.shape == (2, 6) and not whole.requires_grad and (whole[0] != whole[1]).all()
     torch.manual_seed(1234)
     parts = [
-        held_out_losses(model, {k: v[a:b] for k, v in batch.items()}, range(10 + a, 10 + b), SD_VAE, [0.25, None], **options)
+        held_out_losses(model, {k: v[a:b] for k, v in batch.items()}, range(10 + a, 10 + b), SD_VAE, variants, **options)
         for a, b in ((0, 1), (1, 4), (4, 6))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
-    moved = held_out_losses(model, batch, range(11, 17), SD_VAE, [0.25, None], **options)
+    moved = held_out_losses(model, batch, range(11, 17), SD_VAE, variants, **options)
     assert (moved != whole).all()
 
 
@@ -168,9 +169,8 @@ def test_held_out_losses_use_the_same_noise_at_every_budget_and_the_record_of_th
     moments = torch.from_numpy(np.concatenate([mean, np.zeros_like(mean)], axis=1)).float()
     record = VAERecord("a", None, 8, 2, 0.5, 0.25)
     y = torch.tensor([1, 2])
-    losses = held_out_losses(
-        model, {"moments": moments, "label": y}, range(2), record, [None, 0.5], weighting="uniform", path_type="linear"
-    )
+    variants, options = [{}, {"inference_budget": 0.5}], {"weighting": "uniform", "path_type": "linear"}
+    losses = held_out_losses(model, {"moments": moments, "label": y}, range(2), record, variants, **options)
     (x_a, t_a, y_a, b_a), (x_b, t_b, y_b, b_b) = seen
     assert torch.equal(x_a, x_b) and torch.equal(t_a, t_b) and torch.equal(y_a, y) and torch.equal(y_b, y)
     assert (b_a, b_b) == (None, 0.5)

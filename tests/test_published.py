@@ -1,6 +1,5 @@
 """Checkpoints that users bring: published, REPA, original SiT, safetensors; what is refused."""
 
-import argparse
 import json
 
 import pytest
@@ -99,11 +98,6 @@ def test_safetensors_with_and_without_configuration(tmp_path):
     ("state", "words"),
     [
         ({"x": torch.zeros(2)}, "not a checkpoint of a SiT"),
-        ({"x_embedder.embedders.0.proj.weight": torch.zeros(2)}, "DFM"),
-        (
-            {"ema": {"x_embedder.embedders.0.proj.weight": torch.zeros(2)}, "args": argparse.Namespace(model="DFM-SiT-B/2")},
-            "DFM",
-        ),
     ],
 )
 def test_other_models_are_refused(tmp_path, state, words):

@@ -1,0 +1,136 @@
+"""DFM: decomposable flow matching on a Laplacian pyramid (arXiv 2506.19839), around SiT and around ELIT-SiT.
+
+A stage is one level of the pyramid of the VAE latents, 0 the coarsest; S stages. Every stage has its own patch embedding, time
+embedding and final layer; all share the blocks, since their patch sizes give the same N tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import UserError
+from models.elit import ELITSiT
+from models.sit import FinalLayer, PatchEmbed, SiT, TimestepEmbedder, unpatchify
+
+
+def upsample(x: Tensor) -> Tensor:
+    """(B, C, h, w) → (B, C, 2h, 2w), bilinear."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def decompose(x: Tensor, stages_count: int) -> list[Tensor]:
+    """The Laplacian pyramid of x (B, C, H, W), coarsest stage first: stage s is (B, C, H/2^(S−1−s), W/2^(S−1−s)).
+
+    Raises:
+        UserError: H or W cannot be halved S − 1 times.
+    """
+    pyramid: list[Tensor] = []
+    for _ in range(stages_count - 1):
+        if x.shape[-2] % 2 or x.shape[-1] % 2:
+            raise UserError(f"stages_count {stages_count}: a stage of {x.shape[-2]}×{x.shape[-1]} cannot be halved")
+        low = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
+        pyramid.insert(0, x - upsample(low))
+        x = low
+    return [x, *pyramid]
+
+
+def recompose(pyramid: Sequence[Tensor]) -> Tensor:
+    """The image (B, C, H, W) of a pyramid, or, of its first stages alone, the coarser image that they make."""
+    x = pyramid[0]
+    for detail in pyramid[1:]:
+        x = upsample(x) + detail
+    return x
+
+
+class StagePatchEmbed(nn.Module):
+    """Pyramid → tokens (B, N, D): the sum of one patch embedding per stage."""
+
+    def __init__(self, patch_sizes: Sequence[int], in_channels: int, dim: int):
+        super().__init__()
+        self.embedders = nn.ModuleList(PatchEmbed(p, in_channels, dim) for p in patch_sizes)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        return sum(embedder(x) for embedder, x in zip(self.embedders, pyramid, strict=True))
+
+
+class StageTimestepEmbedder(nn.Module):
+    """t (B, S) → (B, D): the sum of one time embedding per stage."""
+
+    def __init__(self, stages_count: int, dim: int):
+        super().__init__()
+        self.embedders = nn.ModuleList(TimestepEmbedder(dim) for _ in range(stages_count))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return sum(embedder(t[:, s]) for s, embedder in enumerate(self.embedders))
+
+
+class StageFinalLayer(nn.Module):
+    """Tokens (B, N, D) → the patches (B, N, p·p·C) of each stage up to `active_stage`."""
+
+    def __init__(self, dim: int, patch_sizes: Sequence[int], out_channels: int):
+        super().__init__()
+        self.projections = nn.ModuleList(FinalLayer(dim, p, out_channels) for p in patch_sizes)
+
+    def forward(self, x: Tensor, c: Tensor, active_stage: int) -> list[Tensor]:
+        return [projection(x, c) for projection in self.projections[: active_stage + 1]]
+
+
+class DFMSiT(SiT):
+    """SiT on a pyramid of S stages: what is around the blocks exists once per stage; the blocks are those of the class it is mixed with.
+
+    Args (beside SiT's):
+        patch_size: of the finest stage; stage s has patch_size / 2^(S−1−s).
+        stages_count: S ≥ 2.
+    Raises:
+        UserError: a patch size or input size that the stages do not allow.
+    """
+
+    def __init__(self, *, stages_count: int = 2, **sit):
+        super().__init__(**sit)
+        if stages_count < 2:
+            raise UserError(f"stages_count {stages_count}: must be at least 2")
+        if self.patch_size % 2 ** (stages_count - 1):
+            raise UserError(
+                f"stages_count {stages_count}: a patch size of {self.patch_size} cannot be halved {stages_count - 1} times; "
+                f"choose a model with patches of at least {2 ** (stages_count - 1)}, or at most {self.patch_size.bit_length()} stages"
+            )
+        dim = sit["hidden_size"]
+        self.patch_sizes = [self.patch_size // 2 ** (stages_count - 1 - s) for s in range(stages_count)]
+        # A stage (C, H, W) each, coarsest first.
+        self.stage_shapes = [(self.in_channels, *(p * n for n in self.grid_size)) for p in self.patch_sizes]
+        self.x_embedder = StagePatchEmbed(self.patch_sizes, self.in_channels, dim)
+        self.t_embedder = StageTimestepEmbedder(stages_count, dim)
+        self.final_layer = StageFinalLayer(dim, self.patch_sizes, self.in_channels)
+
+    def output(self, x: Tensor, c: Tensor, active_stage: int) -> list[Tensor]:
+        """Tokens (B, N, D) → the velocity of each stage up to `active_stage`."""
+        patches = zip(self.final_layer(x, c, active_stage), self.patch_sizes, strict=False)
+        return [unpatchify(v, self.grid_size, p) for v, p in patches]
+
+    def forward(
+        self,
+        pyramid: Sequence[Tensor],
+        t: Tensor,
+        y: Tensor,
+        inference_budget: float | None = None,
+        return_features: bool = False,
+        active_stage: int | None = None,
+    ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+        """The velocity of each stage up to `active_stage` (default: the last), coarsest first.
+
+        Args:
+            pyramid: the stages' states, S of them; those after the active one are zeros.
+            t: (B, S) times in [0, 1]; 1 for the stages after the active one. y: (B,) int64 (`num_classes` = null label).
+            inference_budget, return_features: as in the class around which the stages are.
+        """
+        if active_stage is None:
+            active_stage = len(self.patch_sizes) - 1
+        tokens, c = self.embed(pyramid, t, y)  # (B, N, D), (B, D)
+        tokens, features = self.transform(tokens, c, inference_budget, return_features)
+        velocities = self.output(tokens, c, active_stage)
+        return (velocities, features) if return_features else velocities
+
+
+class DFMELITSiT(DFMSiT, ELITSiT):
+    """DFM whose core blocks run on the latents of ELIT's interface: a pyramid with a compute budget."""
