@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.exp_name is None:
         config.exp_name = found.config.get("exp_name") or config.model.replace("/", "-")
     check(config)
+    if "num_steps" in given and models.model_spec(config.model).staged:
+        _warn("--num-steps has no effect: a DFM model is sampled with --num-steps-per-scale")
     generate(config, found)
 
 
@@ -97,7 +99,7 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} process(es) run; start with torchrun"
         )
-    inference.set_precision(config, state.device, lambda message: _warn(state, message))
+    inference.set_precision(config, state.device, _warn)
     model, vae, shape = inference.load(config, found, state.device)
 
     folder = Path(config.sample_dir) / config.exp_name / folder_name(config)
@@ -268,8 +270,8 @@ def _write_image(folder: Path, index: int, image: np.ndarray) -> None:
     save_png(Image.fromarray(image), folder / image_name(index), compress_level=1)
 
 
-def _warn(state: PartialState, message: str) -> None:
-    if state.is_main_process:
+def _warn(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
         print(f"generate.py: warning: {message}", file=sys.stderr, flush=True)
 
 

@@ -18,6 +18,7 @@ import checkpoint
 import generate
 import randomness
 from config import GenerateConfig
+from models.dfm import recompose
 from vae import load_vae
 
 COUNT = 11
@@ -216,6 +217,7 @@ refused = partial(runs.refused, generate.main)
         (("--weights", "ema:0.5"), ["--weights ema:0.5", "ema:0.9999"]),
         (("--vae", "nowhere/at-all"), ["--vae nowhere/at-all"]),
         (("--inference_budgt", 1), ["--inference-budget"]),
+        (("--preview",), ["--preview", "ELIT-SiT-Ti/2", "DFM"]),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys, more, words, monkeypatch):
@@ -229,6 +231,83 @@ def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys, mo
 def test_a_sit_checkpoint_has_no_budget(ckpt, tmp_path, capsys):
     made = make_checkpoint(tmp_path / "sit.pt", checkpoint.read_weights(ckpt).record, model="SiT-Ti/2")
     assert "no budget" in refused(capsys, arguments(made, tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def dfm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dfm")
+    schedule = {"num_steps_per_scale": [3, 2], "stage_sampling_thresholds": [0.2]}
+    return make_checkpoint(folder / "dfm.pt", make_vae(folder / "vae"), model="DFM-ELIT-SiT-Ti/2", **schedule)
+
+
+def test_dfm_images_and_previews_are_those_of_the_sampler(dfm, tmp_path):
+    """By the schedule that the checkpoint records; image 4, drawn alone, and its first stage as that stood at 0.2."""
+    generate.main(arguments(dfm, tmp_path, "--preview", "--num-fid-samples", 5))
+    main, preview = sorted(p for p in (tmp_path / "made").iterdir() if p.is_dir())
+    assert main.name == "ckpt-dfm-cfg-2.0-steps-5-seed-0-ode-budget-0.5-scales-3_2-thresholds-0.2"
+    assert preview.name == main.name + "-stage0"
+    model, _ = checkpoint.load_model(dfm)
+    vae, _ = load_vae(str(dfm.parent / "vae"))
+    y = randomness.image_labels(0, [4], CLASSES)
+    x = randomness.pyramid_noise(0, [4], [(4, 4, 4), (4, 8, 8)])
+    x = [stage.double() for stage in x]
+
+    def velocities(stages, times, active):
+        t = torch.tensor([times])
+        runs = [
+            model([s.float() for s in stages], t, labels, 0.5, active_stage=active)
+            for labels in (y, torch.full_like(y, CLASSES))
+        ]
+        return [(null + 2 * (cond - null)).double() for cond, null in zip(*runs, strict=True)]
+
+    def pixels(latents):
+        found = vae.decode((latents / 0.5).float()).sample[0].permute(1, 2, 0).double().numpy()
+        return np.clip(np.floor(127.5 * found + 128), 0, 255)
+
+    with torch.no_grad():
+        for k in range(3):
+            (v,) = velocities([x[0], torch.zeros_like(x[1])], [1 - 0.8 * k / 3, 1.0], 0)
+            x[0] = x[0] - 0.8 / 3 * v
+        clean = x[0] - 0.2 * v
+        for k in range(2):
+            v0, v1 = velocities(x, [0.2 - 0.1 * k, 1 - 0.5 * k], 1)
+            x = [x[0] - 0.1 * v0, x[1] - 0.5 * v1]
+        assert_same_images(images_of(main)[4], pixels(recompose(x)))
+        assert_same_images(images_of(preview)[4], pixels(clean))
+
+
+def test_dfm_is_repeatable_and_a_lost_preview_is_made_again(dfm, tmp_path):
+    generate.main(arguments(dfm, tmp_path, "--preview", "--num-fid-samples", 5))
+    main, preview = sorted(p for p in (tmp_path / "made").iterdir() if p.is_dir())
+    first, early = images_of(main), images_of(preview)
+    (preview / "000003.png").unlink()
+    (main / "000001.png").unlink()
+    generate.main(arguments(dfm, tmp_path, "--preview", "--num-fid-samples", 5, "--per-proc-batch-size", 2))
+    assert_same_images(images_of(main), first)
+    assert_same_images(images_of(preview), early)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--heun",), ["--heun", "DFM-ELIT-SiT-Ti/2"]),
+        (("--mode", "sde"), ["--mode sde", "DFM-ELIT-SiT-Ti/2"]),
+        (("--stage-sampling-thresholds", 1.5), ["stage_sampling_thresholds 1.5", "(0, 1)"]),
+        (("--stage-sampling-thresholds", 0.5, 0.2), ["2 stages need 1"]),
+        (("--num-steps-per-scale", 5), ["num_steps_per_scale 5", "2 whole numbers"]),
+        (("--num-steps-per-scale", 5, 0), ["--num-steps-per-scale", "0"]),
+        (("--stages-count", 3), ["--stages-count 3", "2"]),
+    ],
+)
+def test_what_dfm_cannot_do_is_refused(dfm, tmp_path, capsys, more, words):
+    line = refused(capsys, arguments(dfm, tmp_path / "out", *more))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_dfm_says_that_it_has_steps_per_stage(dfm, tmp_path, capsys):
+    generate.main(arguments(dfm, tmp_path, "--num-fid-samples", 1))
+    assert "--num-steps has no effect" in capsys.readouterr().err
 
 
 def test_a_folder_of_other_images_is_not_mixed(ckpt, tmp_path, capsys):

@@ -12,11 +12,13 @@ import pytest
 import runs
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from reference import pyramid
 from runs import CLASSES, RESOLUTION, command_line, environment, launch, make_latents, make_vae
 
 import checkpoint
 import train
 from config import TrainConfig
+from loss import active_stage
 from randomness import epoch_order, training_draws
 from train import StepBatches, learning_rate_factor
 
@@ -55,7 +57,7 @@ def arguments(data, output_dir, *more, model="ELIT-SiT-Ti/2"):
         "report-to": "none",
         "log-every": 1,
     }
-    elit = {"elit-group-size": 2, "elit-min-mask-prob": 0, "elit-max-mask-prob": 0.75} if model.startswith("ELIT") else {}
+    elit = {"elit-group-size": 2, "elit-min-mask-prob": 0, "elit-max-mask-prob": 0.75} if "ELIT" in model else {}
     return [str(part) for name, value in (options | elit).items() for part in ("--" + name, value)] + [str(m) for m in more]
 
 
@@ -138,6 +140,49 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, tmp_path,
     train.main(arguments(data, tmp_path, "--resume-step", -1))
     assert "0000004.pt: damaged" in capsys.readouterr().err
     assert_same_tensors(final_state(tmp_path)["model"], final_state(undisturbed)["model"])
+
+
+@pytest.mark.parametrize("model", ["DFM-SiT-Ti/2", "DFM-ELIT-SiT-Ti/2"])
+def test_dfm_trains_resumes_and_shows_its_stages(data, tmp_path, monkeypatch, model):
+    from PIL import Image
+
+    monkeypatch.setattr(train, "PICTURE_CFG", 1.0)
+    more = ("--stage-weights", 0.5, 0.5, "--num-steps-per-scale", 2, 1)
+    train.main(arguments(data, tmp_path / "whole", *more, model=model))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    pictures = ("--val-data-dir", data, "--sampling-steps", 2)
+    train.main(arguments(data, tmp_path, *more, *pictures, model=model))
+    for name in ("0000004.pt", "0000004.pt.sha256"):
+        (tmp_path / "run" / "checkpoints" / name).unlink()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    train.main(arguments(data, tmp_path, *more, *pictures, "--resume-step", -1, model=model))
+    whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path)
+    assert_same_tensors(resumed["model"], whole["model"])
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
+    stages = {active_stage(training_draws(0, n, range(1), (1,)).stage, [0.5, 0.5]) for n in range(4)}
+    assert stages == {0, 1}  # both were met, so both final layers have moved
+    for s in stages:
+        assert whole["model"][f"final_layer.projections.{s}.linear.weight"].abs().max() > 0
+    budgets = ["_budget_1", "_budget_0.25"] if "ELIT" in model else [""]
+    for budget in budgets:
+        for s in (0, 1):
+            assert set(metrics(tmp_path, f"val_loss{budget}_stage_{s}")) == {1, 2, 4}
+    with Image.open(tmp_path / "run" / "samples" / "0000004.png") as image:  # stage 0, stage 1 and the whole, at each budget
+        assert image.size == (len(budgets) * 3 * 8 * (RESOLUTION + 2) - 2, 8 * (RESOLUTION + 2) - 2)
+
+
+def test_first_loss_of_dfm_is_the_velocity_error_of_its_stages(data, tmp_path):
+    """An untrained model predicts 0: the loss of forward 0, whose active stage is the last, in NumPy."""
+    train.main(arguments(data, tmp_path, "--stage-weights", 0, 1, "--max-train-steps", 1, model="DFM-SiT-Ti/2"))
+    order = epoch_order(0, 0, COUNT)[:8]
+    moments = np.stack([np.load(data / "vae-sd" / "00000" / f"img-mean-std-{i:08d}.npy") for i in order]).astype(np.float64)
+    draws = training_draws(0, 0, range(8), (4, 8, 8), coarse_shapes=[(4, 4, 4)])
+    latents = (moments[:, :4] + moments[:, 4:] * draws.posterior.numpy()) * 0.5
+    noise = [draws.coarse_noise[0].numpy(), draws.noise.numpy()]
+    expected = np.mean([sum(np.mean((noise[s][b] - x) ** 2) for s, x in enumerate(pyramid(latents[b], 2))) for b in range(8)])
+    assert metrics(tmp_path)[1] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("launcher", [("torchrun", "--nproc_per_node=2", "--master_port=29611"),
@@ -270,7 +315,18 @@ refused = partial(runs.refused, train.main)
         (("--elit-min-mask-prob", 0.75, "--elit-max-mask-prob", 0.25), ["minimum", "0.75", "0.25"]),
         (("--elit-min-mask-prob", 0.3, "--elit-max-mask-prob", 0.4), ["0.3", "0.4", "0.25", "0.5"]),
         (("--model", "ELIT-SiT-XXL/2"), ["ELIT-SiT-XXL/2", "ELIT-SiT-XL/2"]),
-        (("--model", "DFM-SiT-B/2"), ["not available yet"]),
+        (("--model", "DFM-ELIT-SiT-B/2", "--stages-count", 3), ["--stage-weights 0.9 0.1", "3 weights"]),
+        (("--model", "DFM-ELIT-SiT-B/2", "--stage-weights", 0.9, 0.2), ["--stage-weights 0.9 0.2", "sum to 1", "1.1"]),
+        (
+            ("--model", "DFM-ELIT-SiT-B/2", "--stage-sampling-thresholds", 0.3, 0.1),
+            ["stage_sampling_thresholds 0.3 0.1", "need 1"],
+        ),
+        (("--model", "DFM-ELIT-SiT-B/2", "--num-steps-per-scale", 40, 0), ["--num-steps-per-scale", "0", "≥ 1"]),
+        (
+            "--model DFM-ELIT-SiT-B/2 --stages-count 3 --stage-weights 0.8 0.1 0.1 --stage-sampling-thresholds 0.3 0.1 "
+            "--num-steps-per-scale 4 3 2".split(),
+            ["stages_count 3", "patch size of 2"],
+        ),
         (("--learning-rte", 1), ["--learning-rte", "--learning-rate"]),
         (("--batch-size", "many"), ["--batch-size", "many", "whole number"]),
         (("--batch-size", 32), ["--batch-size 32", "24"]),
