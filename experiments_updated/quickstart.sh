@@ -4,18 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-quickstart}
-VAE=experiments_updated/quickstart_vae
 CKPT=$OUT/quickstart/checkpoints/0001800.pt
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }
 
 say "data: canvases of four digits"
-[ -d "$OUT/digits" ] || { python dataset_tools.py demo --dest "$OUT/digits.partial" && mv "$OUT/digits.partial" "$OUT/digits"; }
-for split in train val; do
-    data=$OUT/data/$split
-    [ -f "$data/images/dataset.json" ] || python dataset_tools.py convert --source="$OUT/digits/$split" --dest="$data/images" --resolution=64x64
-    [ -f "$data/vae-sd/dataset.json" ] || python dataset_tools.py encode --source="$data/images" --dest="$data/vae-sd" --model-url="$VAE"
-done
+bash experiments_updated/quickstart_data.sh "$OUT"
 
 say "training"
 [ -f "$CKPT" ] || accelerate launch --num_processes 1 --num_cpu_threads_per_process "$(nproc)" train.py \

@@ -302,6 +302,9 @@ def test_learning_rate_is_that_of_the_spec():
 
 refused = partial(runs.refused, train.main)
 
+THREE_STAGES = """--model DFM-ELIT-SiT-B/2 --stages-count 3 --stage-weights 0.8 0.1 0.1 --stage-sampling-thresholds 0.3 0.1
+--num-steps-per-scale 4 3 2"""
+
 
 @pytest.mark.parametrize(
     ("more", "words"),
@@ -323,8 +326,7 @@ refused = partial(runs.refused, train.main)
         ),
         (("--model", "DFM-ELIT-SiT-B/2", "--num-steps-per-scale", 40, 0), ["--num-steps-per-scale", "0", "≥ 1"]),
         (
-            "--model DFM-ELIT-SiT-B/2 --stages-count 3 --stage-weights 0.8 0.1 0.1 --stage-sampling-thresholds 0.3 0.1 "
-            "--num-steps-per-scale 4 3 2".split(),
+            THREE_STAGES.split(),
             ["stages_count 3", "patch size of 2"],
         ),
         (("--learning-rte", 1), ["--learning-rte", "--learning-rate"]),

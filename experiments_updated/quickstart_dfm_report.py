@@ -1,0 +1,63 @@
+"""DFM on the quick start's digits: stages.png (rows: stages and result, columns: classes) and the share of right digits."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+
+import checkpoint
+import generate
+import inference
+from config import GenerateConfig, option, parse, require
+from errors import UserError, command
+from experiments_updated import digit_classifier
+from pictures import labelled_grid
+from randomness import pyramid_noise
+from samplers import dfm_sampler
+from vae import decode_stages
+
+
+@dataclasses.dataclass
+class ReportConfig(GenerateConfig):
+    """Options of quickstart_dfm_report.py: those of the samples, and where to write."""
+
+    output_dir: str = option("quickstart", "folder of stages.png and dfm.json; classifier.pt is kept there")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config, given = parse(ReportConfig, argv, prog="quickstart_dfm_report.py")
+    require(config, "ckpt")
+    found = checkpoint.read_weights(config.ckpt, config.weights, given)
+    inference.settle_architecture(config, given, found, config.ckpt)
+    config.exp_name = config.exp_name or found.config.get("exp_name")
+    generate.check(config)
+    samples = Path(config.sample_dir) / config.exp_name / (generate.folder_name(config) + ".npz")
+    if not samples.is_file():
+        raise UserError(f"--sample-dir {config.sample_dir}: no {samples}; make it with generate.py and the same options")
+    model, vae, _ = inference.load(config, found, inference.device())
+
+    out = Path(config.output_dir)
+    images = torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2)
+    labels = generate.labels_of(config, range(len(images))).repeat_interleave(4)
+    classifier = digit_classifier.load_or_train(out / "classifier.pt")
+    share = digit_classifier.accuracy(classifier, digit_classifier.quarters(images), labels)
+    print(f"{share:.3f} of {len(labels)} digits in the asked class")
+    (out / "dfm.json").write_text(json.dumps({"digits": len(labels), "digits_in_class": share}) + "\n")
+
+    schedule = {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
+    noise = pyramid_noise(config.global_seed, range(config.num_classes), model.stage_shapes)
+    guidance = inference.guidance(config)._asdict()
+    stages = decode_stages(vae, dfm_sampler(model, noise, torch.arange(config.num_classes), **schedule, **guidance))
+    names = [f"stage {s}" for s in range(len(stages) - 1)] + ["result"]
+    columns = [str(c) for c in range(config.num_classes)]
+    labelled_grid(stages.permute(0, 1, 3, 4, 2).numpy(), names, columns, out / "stages.png")
+
+
+if __name__ == "__main__":
+    main()
