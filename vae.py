@@ -18,6 +18,7 @@ from torch import Tensor
 
 from errors import UserError
 from models.dfm import recompose
+from vision import import_torchvision
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -83,6 +84,7 @@ def load_vae(
     weights = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
     if weights is None:
         raise UserError(f"--vae {name}: {folder} has no {WEIGHT_FILES[0]}")
+    import_torchvision()  # which diffusers imports
     from diffusers import AutoencoderKL
 
     try:

@@ -1,4 +1,4 @@
-"""torchvision beside any build of PyTorch, for timm and torch-fidelity, which import it.
+"""torchvision beside any build of PyTorch, for timm, torch-fidelity and diffusers, which import it.
 
 PyPI's Linux wheel of torchvision carries detection operators built for CUDA. Beside a CPU-only PyTorch they cannot be loaded, and
 the import stops at the first of them ("operator torchvision::nms does not exist"). Nothing here uses those operators: it is
@@ -14,7 +14,7 @@ _declared: list[torch.library.Library] = []  # kept alive: a declaration ends wi
 
 
 def import_torchvision() -> None:
-    """Import torchvision. To be called before `timm` or `torch_fidelity` is imported."""
+    """Import torchvision. To be called before `timm`, `torch_fidelity` or `diffusers` is imported."""
     try:
         import torchvision
     except RuntimeError as error:

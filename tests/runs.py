@@ -14,6 +14,7 @@ import checkpoint
 import models
 from config import TrainConfig
 from vae import VAERecord
+from vision import import_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE, CHANNELS, RESOLUTION, CLASSES = 8, 4, 32, 5
@@ -21,6 +22,7 @@ SIDE, CHANNELS, RESOLUTION, CLASSES = 8, 4, 32, 5
 
 def make_vae(folder: Path) -> VAERecord:
     """A random AutoencoderKL of factor 4 with 4 channels, 32 px."""
+    import_torchvision()  # which diffusers imports
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ import dataset_tools
 from data import LatentDataset
 from dataset_tools import main
 from vae import encode_moments, load_vae
+from vision import import_torchvision
 
 # ------------------------------------------------------------------------------------------------------------- helpers
 
@@ -79,6 +80,7 @@ NUMBERED = [f"00000/img{i:08d}.png" for i in range(5)]
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory) -> Path:
     """A small untrained VAE of factor 2."""
+    import_torchvision()  # which diffusers imports
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

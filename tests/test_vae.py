@@ -13,6 +13,7 @@ import data
 import vae as vae_module
 from errors import UserError
 from vae import SD_VAE, VAERecord, decode, encode_moments, load_vae, sample_latents, to_uint8
+from vision import import_torchvision
 
 QUICKSTART = Path(__file__).parent.parent / "experiments_updated" / "quickstart_vae"
 RECORD = {
@@ -28,6 +29,7 @@ RECORD = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A small untrained VAE of factor 2 with a scale and a shift, as diffusers saves it."""
+    import_torchvision()  # which diffusers imports
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

@@ -23,12 +23,14 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import data  # noqa: E402
 from vae import to_uint8  # noqa: E402
+from vision import import_torchvision  # noqa: E402
 
 KL_WEIGHT = 1e-6  # per latent dimension, against the mean squared error of a pixel value in [−1, 1]
 
 
 def build_vae():
     """An untrained VAE of 2.6 MB: few residual blocks and no attention, so that it is quick on a CPU."""
+    import_torchvision()  # which diffusers imports
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
