@@ -5,6 +5,7 @@ carries code is refused and nothing of it runs.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 import models
 from config import ARCHITECTURE_KEYS, TrainConfig, coerce
 from errors import UserError
-from vae import SD_VAE, VAERecord
+from vae import SD_VAE, VAERecord, load_vae
 
 FORMAT = 1
+PRETRAINED = "model.safetensors"  # the weights in a folder of `save_pretrained`
 # The architecture options that the state dict's shapes depend on, or that change what a forward computes.
 ELIT_OPTIONS = ("head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail")
 MODEL_OPTIONS = ("qk_norm", *ELIT_OPTIONS, "stages_count")
@@ -139,8 +141,9 @@ class Weights:
 def read_weights(path: str | Path, weights: str = "ema", given: dict[str, Any] | None = None) -> Weights:
     """One set of weights (`ema`, `ema:DECAY` or `model`) of a checkpoint file, REPA projectors left aside.
 
-    Formats: ours, its safetensors form, the published ELIT code's, and bare state dicts (REPA's `last.pt`, original SiT's); a
-    path `hf://owner/repo/file` is fetched from the hub. `given`: options by hand, for what a bare state dict does not record.
+    Formats: ours, its safetensors form, the published ELIT code's, a folder of `save_pretrained`, and bare state dicts (REPA's
+    `last.pt`, original SiT's, a model's own); a path `hf://owner/repo/file` is fetched from the hub. `given`: options by hand,
+    for what a bare state dict does not record.
     """
     path = local_file(path)
     if path.suffix == ".safetensors":
@@ -186,7 +189,7 @@ def load_model(path: str | Path, weights: str = "ema", device: str | torch.devic
         weights: `ema` (the first decay), `ema:0.999` (a named one) or `model` (the raw weights).
         overrides: constructor arguments, e.g. `elit_tail="skip"`.
     """
-    found = read_weights(path, weights)
+    found = read_weights(path, weights, overrides)
     return build_model(found, path, device, **overrides), found.config
 
 
@@ -257,6 +260,8 @@ def _published(path: Path, state: dict[str, Any], weights: str) -> Weights:
 
 def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises UserError where it is none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -267,11 +272,20 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
-    """Weights in a safetensors file: ours where its metadata hold the configuration, else a bare state dict."""
+    """Weights in a safetensors file: ours where its metadata hold the configuration, else a bare state dict.
+
+    The constructor's arguments that `save_pretrained` writes to a `config.json` beside it are what that does not tell.
+    """
     _check_single(path, weights)
     state_dict, metadata = load_safetensors(path)
     if "config" not in metadata:
-        return _bare(path, state_dict, given)
+        beside = path.with_name("config.json")
+        try:
+            recorded = json.loads(beside.read_text()) if beside.is_file() else {}
+            recorded = {k: v for k, v in recorded.items() if k in MODEL_OPTIONS}
+        except (OSError, ValueError, AttributeError):
+            raise UserError(f"{beside}: must hold a JSON object") from None
+        return _bare(path, state_dict, given | {k: coerce(TrainConfig, k, v, f"{beside}: {k}") for k, v in recorded.items()})
     try:
         config, record = json.loads(metadata["config"]), json.loads(metadata["vae"])
     except (ValueError, KeyError):
@@ -285,7 +299,7 @@ def _check_single(path: Path, weights: str) -> None:
 
 
 def _bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> Weights:
-    """A state dict under the published names: what its shapes tell, and for what they don't, the options `given`."""
+    """A state dict under the published names or ours: what its shapes tell, and for what they don't, the options `given`."""
     if not all(isinstance(v, Tensor) for v in state_dict.values()) or not any(map(_PATCH_EMBEDDING.fullmatch, state_dict)):
         raise UserError(f"{path}: not a checkpoint of a SiT, ELIT or DFM model (it holds {', '.join(list(state_dict)[:3])})")
     state_dict = dict(state_dict)
@@ -294,28 +308,40 @@ def _bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> Weig
         state_dict = {
             re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", k): v for k, v in state_dict.items()
         }
-    config = _shapes(path, state_dict, given)
+    published = any(k.startswith("input_token_editor.") for k in state_dict)
+    state_dict = {_our_name(k): v for k, v in state_dict.items()}
+    channels = next(v.shape[1] for k, v in state_dict.items() if _PATCH_EMBEDDING.fullmatch(k))
+    record = load_vae(given["vae"])[1] if given.get("vae") else SD_VAE
+    if channels != record.latent_channels:
+        raise UserError(
+            f"{path}: the model's latents have {channels} channels, {record.vae}'s {record.latent_channels}; give --vae"
+        )
+    config = _shapes(path, state_dict, given, record)
     spec = models.model_spec(config["model"])
-    if not spec.staged:
-        channels, patch_size = state_dict["x_embedder.proj.weight"].shape[1:3]
-        if state_dict["final_layer.linear.weight"].shape[0] == 2 * channels * patch_size**2:
-            _turn_original_sit(state_dict, channels)
+    if not spec.staged and len(state_dict["final_layer.linear.weight"]) == 2 * channels * spec.sizes["patch_size"] ** 2:
+        _turn_original_sit(state_dict, channels)
     if spec.elastic:
-        # There the head is `encoder_depth` blocks, and the tail latents bypass the core.
-        head = given.get("head_depth") or given.get("encoder_depth") or PUBLISHED_HEAD_DEPTH
-        config |= {"head_depth": head, "tail_depth": given.get("tail_depth") or spec.sizes["tail_depth"]}
-        config["elit_tail"] = given.get("elit_tail") or "skip"
-        state_dict = _rename_interface(state_dict, config, spec)
-    return Weights(state_dict, config)
+        names = ("head_depth", "tail_depth", "elit_tail")
+        if published:
+            # There the head is `encoder_depth` blocks, and the tail latents bypass the core.
+            head = given.get("encoder_depth") or PUBLISHED_HEAD_DEPTH
+            config |= dict(zip(names, (head, spec.sizes["tail_depth"], "skip"), strict=True))
+            _turn_published_interface(state_dict, config, spec, record)
+        config |= {name: given[name] for name in names if given.get(name) is not None}
+        missing = ["--" + name.replace("_", "-") for name in names if name not in config]
+        if missing:
+            usual = f"--head-depth {spec.sizes['head_depth']} --tail-depth {spec.sizes['tail_depth']} --elit-tail drop"
+            raise UserError(f"{path}: does not tell {', '.join(missing)}; give what it was made with (by default: {usual})")
+    return Weights(state_dict, config, record)
 
 
-def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
-    """The architecture options that the shapes of a published state dict tell; `given` fills what they do not."""
+def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any], record: VAERecord) -> dict[str, Any]:
+    """The architecture options that the shapes of a bare state dict tell; `given` fills what they do not."""
     config = {"path_type": given.get("path_type") or "linear"}
     embeddings = [v.shape for k, v in state_dict.items() if _PATCH_EMBEDDING.fullmatch(k)]  # of DFM, one for each stage
     width, patch_size = embeddings[0][0], max(shape[-1] for shape in embeddings)
     depth = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("blocks.")), default=-1)
-    elit = any(k.startswith("input_token_editor.") for k in state_dict)
+    elit = "interface.query" in state_dict
     staged = "x_embedder.proj.weight" not in state_dict
     family = ("DFM-" if staged else "") + ("ELIT-SiT" if elit else "SiT")
     sizes = {"depth": depth, "hidden_size": width, "patch_size": patch_size}
@@ -331,7 +357,7 @@ def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any]) ->
     if "y_embedder.embedding_table.weight" in state_dict:
         config["num_classes"] = len(state_dict["y_embedder.embedding_table.weight"]) - 1
     if "pos_embed" in state_dict:
-        config["resolution"] = math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size * SD_VAE.downsample_factor
+        config["resolution"] = math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size * record.downsample_factor
     elif given.get("resolution"):
         config["resolution"] = given["resolution"]
     else:
@@ -340,12 +366,9 @@ def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any]) ->
     if staged:
         config["stages_count"] = len(embeddings)
     if elit:
-        config["elit_group_size"] = math.isqrt(len(state_dict["input_token_editor.adapters.0.learned_query_embed"]))
-        for name, layers in (
-            ("elit_read_depth", "latents_attend_to_patches"),
-            ("elit_write_depth", "patches_attend_to_latents"),
-        ):
-            config[name] = len({k for k in state_dict if k.endswith("q_proj.weight") and f".{layers}." in k})
+        config["elit_group_size"] = math.isqrt(len(state_dict["interface.query"]))
+        for name, layers in (("elit_read_depth", "reader"), ("elit_write_depth", "writer")):
+            config[name] = len({k for k in state_dict if re.fullmatch(rf"interface\.{layers}\.attn\.\d+\.q_proj\.weight", k)})
     return config
 
 
@@ -367,39 +390,49 @@ def _turn_original_sit(state_dict: dict[str, Tensor], channels: int) -> None:
     state_dict["t_embedder.mlp.0.weight"] = turned.to(weight.dtype)
 
 
-def _rename_interface(state_dict: dict[str, Tensor], config: dict[str, Any], spec: models.ModelSpec) -> dict[str, Tensor]:
-    """The published names of the elastic interface → ours, and its tables in our order."""
-    renamed = {}
-    for name, value in state_dict.items():
-        published = next((p for p in _PUBLISHED_NAMES if name.startswith(p)), "")
-        renamed[_PUBLISHED_NAMES.get(published, "") + name[len(published) :]] = value
+def _our_name(name: str) -> str:
+    """A published name of the elastic interface → ours; any other name as it is."""
+    published = next((p for p in _PUBLISHED_NAMES if name.startswith(p)), "")
+    return _PUBLISHED_NAMES.get(published, "") + name[len(published) :]
+
+
+def _turn_published_interface(
+    state_dict: dict[str, Tensor], config: dict[str, Any], spec: models.ModelSpec, record: VAERecord
+) -> None:
+    """Published tables of the interface, under our names → ours: six parts of modulation, latent positions in group order."""
     for kind in ("weight", "bias"):
         key = f"interface.reader.adaLN_modulation.1.{kind}"
-        if key in renamed:
-            renamed[key] = renamed[key][: 6 * spec.sizes["hidden_size"]]  # nothing uses the seventh part
-    side = config["resolution"] // SD_VAE.downsample_factor // spec.sizes["patch_size"]
+        if key in state_dict:
+            state_dict[key] = state_dict[key][: 6 * spec.sizes["hidden_size"]]  # nothing uses the seventh part
+    side = config["resolution"] // record.downsample_factor // spec.sizes["patch_size"]
     g = config["elit_group_size"]
-    table = renamed.get("interface.latent_pos")
+    table = state_dict.get("interface.latent_pos")
     if table is not None and side % g == 0 and table.dim() == 2 and len(table) >= side * side:
         # Raster order of the token grid there, group order here.
         grid = table[: side * side].reshape(side // g, g, side // g, g, -1)
-        renamed["interface.latent_pos"] = grid.transpose(1, 2).reshape(-1, g * g, table.shape[1])
-    return renamed
+        state_dict["interface.latent_pos"] = grid.transpose(1, 2).reshape(-1, g * g, table.shape[1])
 
 
 def local_file(path: str | Path) -> Path:
-    """A path as it is; `hf://owner/repo/file` as the local copy of that file of the Hugging Face hub."""
+    """A file as it is; of a folder of `save_pretrained` its weights; `hf://owner/repo/file` as the local copy of that file."""
     text = str(path)
     if not text.startswith("hf://"):
-        return Path(path)
+        pretrained = Path(path) / PRETRAINED
+        return pretrained if pretrained.is_file() else Path(path)
     owner, _, rest = text.removeprefix("hf://").partition("/")
     repository, _, file = rest.partition("/")
     if not (owner and repository and file):
         raise UserError(f"{text}: must be hf://owner/repo/file")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
+    folder, _, name = file.rpartition("/")
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        local = Path(hf_hub_download(f"{owner}/{repository}", file))
+        if name == PRETRAINED:  # pushed by `push_to_hub`, it has its configuration beside it
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(f"{owner}/{repository}", f"{folder}/config.json".lstrip("/"))
+        return local
     except Exception as error:  # network, authentication, no such repository or file, no space …
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{text}: could not be downloaded ({type(error).__name__}: {reason}); give a local file") from None

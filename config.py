@@ -104,7 +104,7 @@ class TrainConfig(Architecture):
 class Sampling:
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
-    ckpt: str = option(..., "checkpoint: a file of ours, a published one, safetensors, or hf://owner/repo/file")
+    ckpt: str = option(..., "checkpoint: ours, a published one, safetensors, a save_pretrained folder, or hf://owner/repo/file")
     config: str | None = option(None, "YAML file with any of these options", aliases=("eval_config",))
     train_config: str | None = option(None, "training YAML, read for the architecture only")
     weights: str = option("ema", "which weights: ema, ema:DECAY or model")
@@ -178,8 +178,9 @@ class CCFGConfig(InferenceTool):
 class ConvertCheckpointConfig(Architecture):
     """convert_checkpoint.py IN [OUT]: any checkpoint that is read → ours or safetensors, and what is in a file."""
 
-    source: str = option(..., "IN: checkpoint of ours, a published one, safetensors, or hf://owner/repo/file")
+    source: str = option(..., "IN: any checkpoint that the other scripts take as --ckpt")
     dest: str | None = option(None, "OUT: new file")
+    vae: str | None = option(None, "VAE that a bare state dict belongs to: ema, mse, hub name or folder (default: ema)")
     safetensors: bool = option(False, "write a safetensors file with the configuration in its metadata")
     show: bool = option(False, "print what is in IN")
     weights: str | None = option(

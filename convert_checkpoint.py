@@ -4,8 +4,8 @@
     python convert_checkpoint.py IN OUT.safetensors --safetensors   one set of weights, the configuration in the metadata
     python convert_checkpoint.py IN --show
 
-IN: a file of ours, a published one, safetensors, or hf://owner/repo/file. What it does not record is given by option
-(`--model`, `--resolution`, `--head-depth`, …). The optimizer's state is left behind: the result is for sampling.
+IN: a file of ours, a published one, safetensors, a folder of `save_pretrained`, or hf://owner/repo/file. What it does not record is
+given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The optimizer's state is left behind: the result is for sampling.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import randomize
-from runs import CLASSES, SIDE
+from runs import CLASSES, RESOLUTION, SIDE, make_vae
 
 import checkpoint
 import models
@@ -78,6 +78,65 @@ def test_a_bare_elit_takes_its_head_by_hand(golden_checkpoint, golden, tmp_path,
     assert head == 4
 
 
+def small_elit():
+    options = {"elit_group_size": 2, "elit_read_depth": 2, "elit_tail": "skip", "head_depth": 2}
+    return randomize(models.create_model("ELIT-SiT-Ti/2", input_size=SIDE, num_classes=CLASSES, **options)).float().eval()
+
+
+def assert_same_model(path, model, **options):
+    """The file gives this model: by hand from Python, and as a script reads it."""
+    found = checkpoint.read_weights(path, given=options)
+    loaded = [checkpoint.load_model(path, **options)[0], checkpoint.build_model(found, path)]
+    for budget in (None, 0.25):
+        for other in loaded:
+            torch.testing.assert_close(other(*batch(), budget), model(*batch(), budget).detach(), rtol=0, atol=0)
+    return found.config
+
+
+@pytest.mark.parametrize("name", ["bare.pt", "bare.safetensors"])
+def test_a_bare_elit_under_our_names(tmp_path, name):
+    from safetensors.torch import save_file
+
+    model = small_elit()
+    (save_file if name.endswith("safetensors") else torch.save)(model.state_dict(), tmp_path / name)
+    config = assert_same_model(tmp_path / name, model, head_depth=2, tail_depth=1, elit_tail="skip")
+    wanted = {
+        "model": "ELIT-SiT-Ti/2",
+        "num_classes": CLASSES,
+        "elit_group_size": 2,
+        "elit_read_depth": 2,
+        "elit_write_depth": 1,
+    }
+    assert wanted.items() <= config.items()
+    for options, missing in (
+        ({}, "--head-depth, --tail-depth, --elit-tail"),
+        ({"head_depth": 2, "tail_depth": 1}, "tell --elit-tail;"),
+    ):
+        with pytest.raises(UserError, match=missing):
+            checkpoint.read_weights(tmp_path / name, given=options)
+
+
+def test_a_pretrained_folder_needs_no_options(tmp_path):
+    model, folder = small_elit(), tmp_path / "model"
+    model.save_pretrained(folder)
+    for path in (folder, folder / "model.safetensors"):
+        config = assert_same_model(path, model)
+        assert (config["head_depth"], config["elit_tail"]) == (2, "skip")
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"config\.json"):
+        checkpoint.load_model(folder)
+
+
+def test_the_vae_of_a_bare_state_dict_is_given_by_hand(tmp_path):
+    record = make_vae(tmp_path / "vae")  # of factor 4, where SD's is 8
+    path = saved(tmp_path, small_sit().state_dict())
+    found = checkpoint.read_weights(path, given={"vae": str(tmp_path / "vae")})
+    assert found.config["resolution"] == RESOLUTION and found.record.downsample_factor == record.downsample_factor
+    assert checkpoint.build_model(found, path).input_size == SIDE
+    with pytest.raises(UserError, match=r"3 channels.*--vae"):
+        checkpoint.read_weights(saved(tmp_path, small_sit(in_channels=3).state_dict()))
+
+
 def test_safetensors_with_and_without_configuration(tmp_path):
     from safetensors.torch import save_file
 
@@ -134,6 +193,12 @@ def test_hub_paths(tmp_path, monkeypatch):
     assert calls == [("someone/elit", "folder/sit.pt")] and config["model"] == "SiT-Ti/2"
     with pytest.raises(UserError, match="hf://owner/repo/file"):
         checkpoint.load_model("hf://someone/elit")
+    calls.clear()
+    model, pushed = small_elit(), tmp_path / "pushed"
+    model.save_pretrained(pushed)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file: calls.append(file) or str(pushed / file))
+    assert checkpoint.load_model("hf://someone/elit/model.safetensors")[1]["head_depth"] == 2
+    assert set(calls) == {"model.safetensors", "config.json"}
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"hf://someone/elit/sit\.pt"):
