@@ -15,7 +15,6 @@ At scale 1 there is no guidance: one pass, whatever the mode. With a schedule as
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,11 +85,7 @@ def guidance(config: CCFGConfig, mode: str, cfg_scale: float) -> Guidance:
 
 def compare(config: CCFGConfig, found: checkpoint.Weights) -> list[dict]:
     """Sample with every kind of guidance at every scale, measure, and write all files; returns the entries of results.json."""
-    device = inference.device()
-    inference.set_precision(config, device, _warn)
-    model, vae, shape = inference.load(config, found, device)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    model, vae, shape, folder = inference.open_tool(config, found, _warn)
 
     scales = sorted(set(config.cfg_scales))
     runs = {(mode, scale): guidance(config, mode, scale) for mode in MODES for scale in scales}
@@ -116,7 +111,8 @@ def compare(config: CCFGConfig, found: checkpoint.Weights) -> list[dict]:
     )
     inference.write_json(results, folder / "results.json")
     for name, gflops in bars.items():
-        print(f"{name}: {gflops:.4g} GFLOPs per guided step ({100 * (gflops / bars['CFG'] - 1):+.0f}%)")
+        less = "" if name == "CFG" else f" ({100 * (gflops / bars['CFG'] - 1):+.0f}%)"
+        print(f"{name}: {gflops:.4g} GFLOPs per guided step{less}")
     print(f"{folder}: cfg_vs_ccfg_grid.png, cfg_vs_ccfg_flops.png and results.json")
     return results
 

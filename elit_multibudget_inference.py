@@ -61,11 +61,7 @@ def check(config: MultibudgetConfig) -> None:
 
 def compare(config: MultibudgetConfig, found: checkpoint.Weights) -> list[dict]:
     """Sample at every budget, measure, and write all files; returns the entries of results.json."""
-    device = inference.device()
-    inference.set_precision(config, device, _warn)
-    model, vae, shape = inference.load(config, found, device)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    model, vae, shape, folder = inference.open_tool(config, found, _warn)
 
     asked = inference.guidance(config)
     columns: list[float | BudgetSchedule] = sorted(set(config.budgets))
@@ -87,7 +83,7 @@ def compare(config: MultibudgetConfig, found: checkpoint.Weights) -> list[dict]:
         grid = np.stack([images[column] for column in columns], axis=1)  # (labels, budgets, H, W, 3)
         labelled_grid(grid, labels, [_heading(e) for e in results], folder / "image_grid.png",
                       inches=min(max(config.resolution / 160, 1.0), 1.6), fontsize=8)  # fmt: skip
-        plot(config, asked, results, columns, folder, inference.device_name(device))
+        plot(config, asked, results, columns, folder, inference.device_name(latents[1.0].device))
         if config.attention:
             show_attention(config, model, latents[1.0], images[1.0], labels, folder)
     inference.write_json(results, folder / "results.json")

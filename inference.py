@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-from config import Architecture, GenerateConfig, InferenceTool
+from config import Architecture, CCFGConfig, GenerateConfig, InferenceTool, MultibudgetConfig
 from errors import UserError
 from models.dfm import recompose
 from models.elit import budget_to_k
@@ -170,6 +170,18 @@ def load(
     vae, _ = load_vae(config.vae or found.record.vae, device, expected=found.record)
     side = config.resolution // found.record.downsample_factor
     return model, vae, (found.record.latent_channels, side, side)
+
+
+def open_tool(
+    config: MultibudgetConfig | CCFGConfig, found: checkpoint.Weights, warn: Callable[[str], None]
+) -> tuple[nn.Module, "AutoencoderKL", tuple[int, int, int], Path]:
+    """What both inference tools start with: `load` on this machine's device, and the folder of the results, made."""
+    where = device()
+    set_precision(config, where, warn)
+    model, vae, shape = load(config, found, where)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return model, vae, shape, folder
 
 
 def sample(
