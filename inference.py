@@ -20,7 +20,7 @@ from config import Architecture, CCFGConfig, GenerateConfig, InferenceTool, Mult
 from errors import UserError
 from models.dfm import recompose
 from models.elit import budget_to_k
-from randomness import image_noise, pyramid_noise, sde_noise
+from randomness import image_noise, moved, pyramid_noise, sde_noise
 from samplers import (
     BudgetSchedule,
     Guidance,
@@ -200,14 +200,14 @@ def sample(
     `samplers.dfm_sampler`.
     """
     device = next(model.parameters()).device
-    y = y.to(device)
+    y = moved(y, device)
     options = g._asdict() | {"path_type": config.path_type}
     with autocast(config, device):
         if models.model_spec(config.model).staged:
-            noise = [x.to(device) for x in pyramid_noise(seed, indices, model.stage_shapes)]
+            noise = [moved(x, device) for x in pyramid_noise(seed, indices, model.stage_shapes)]
             options |= {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
             return recompose(dfm_sampler(model, noise, y, on_stage=on_stage, **options))
-        noise = image_noise(seed, indices, shape).to(device)
+        noise = moved(image_noise(seed, indices, shape), device)
         options |= {"num_steps": config.num_steps}
         if config.mode == "sde":
             return euler_maruyama_sampler(model, noise, y, noise=partial(_noise_of_step, seed, indices), **options)

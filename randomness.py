@@ -27,6 +27,11 @@ def normal(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
 
+def moved(draws: Tensor, device: torch.device) -> Tensor:
+    """The draws on `device`; the host does not wait for the copy, nor the copy for what the device still has to do."""
+    return (draws.pin_memory() if device.type == "cuda" else draws).to(device, non_blocking=True)
+
+
 # ------------------------------------------------------------------------------------------------------- generation
 
 
@@ -73,7 +78,7 @@ class Draws:
         def move(x):
             if isinstance(x, list):
                 return [move(v) for v in x]
-            return x if isinstance(x, float) else (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+            return x if isinstance(x, float) else moved(x, device)
 
         return Draws(**{k: move(v) for k, v in vars(self).items()})
 

@@ -257,7 +257,7 @@ def euler_maruyama_sampler(
         drift = v - 0.5 * w * score_from_velocity(v, x, t, path_type)
         x_next = x + dt * drift
         if step < num_steps - 1:
-            x_next = x_next + math.sqrt(w * abs(dt)) * noise(step, x.shape).to(x)
+            x_next = x_next + math.sqrt(w * abs(dt)) * randomness.moved(noise(step, x.shape), x.device).double()
         x = x_next
     return x
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from scipy.integrate import quad
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import inference
+import models
+from config import GenerateConfig
 from errors import UserError
 from samplers import Guidance, euler_maruyama_sampler, euler_sampler, guided_velocity, score_from_velocity
 
@@ -302,3 +308,75 @@ def test_default_noise_of_the_sde_belongs_to_images_and_steps():
     torch.testing.assert_close(first, whole[:2], rtol=0, atol=1e-12)
     without = sample(euler_maruyama_sampler, GaussianModel(), num_steps=5, noise=lambda step, shape: torch.zeros(shape))
     assert (whole - without).abs().min() > 0
+
+
+# ------------------------------------------------------------------------------------------------- host and device
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for the device. The meta device stands for it: it has no values, so PyTorch itself refuses
+    to bring any to the host (`item`, `nonzero`, a branch on a tensor, a copy); copies to the device must not block."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [a for a in tree_leaves((args, kwargs, out)) if isinstance(a, torch.Tensor)]
+        copies = func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy)
+        hosts = [a for a in tensors if a.device.type == "cpu" and (copies or a.dim() > 0)]  # a scalar is a kernel's argument
+        if hosts and any(a.device.type == "meta" for a in tensors):
+            assert copies and (kwargs or {}).get("non_blocking"), func
+        return out
+
+
+class NoNewTensors(TorchFunctionMode):
+    """Fails where Python numbers become a tensor on the device, which is a copy that blocks."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor) or torch.device((kwargs or {}).get("device") or "cpu").type == "cpu"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def far_model():
+    with torch.device("meta"):
+        return models.create_model("ELIT-SiT-Ti/2", input_size=8, elit_group_size=2, num_classes=5).eval()
+
+
+CHEAP = {"cfg_scale": 2.0, "unconditional_inference_budget": 0.25}
+
+
+@pytest.mark.parametrize("options", [{}, {"heun": True}, {"mode": "sde"}, {"path_type": "cosine", "mode": "sde"}], ids=str)
+@pytest.mark.parametrize(
+    "guided",
+    [
+        {},
+        {"cfg_scale": 2.0, "guidance_low": 0.3, "guidance_high": 0.7},
+        {"inference_budget": "0.5", **CHEAP},
+        {"inference_budget": "0.5", **CHEAP, "autoguidance": True},
+        {"inference_budget": "0.25@1.0-0.5,1.0@0.5-0.0", **CHEAP},
+    ],
+    ids=str,
+)
+def test_the_host_never_waits_for_the_device(far_model, options, guided):
+    config = GenerateConfig(num_steps=3, **({"cfg_scale": 1.0} | options | guided))
+    labels = torch.tensor([1, 4])
+    with NoWaiting(), NoNewTensors():
+        latents = inference.sample(config, inference.guidance(config), far_model, (4, 8, 8), 0, [0, 7], labels)
+    assert latents.device.type == "meta" and latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: 1 if x.sum() > 0 else 0,
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: torch.zeros(3).to(x),
+        lambda x: x.copy_(torch.zeros(3)),
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    ],
+)
+def test_waiting_is_noticed(wait):
+    with NoWaiting(), NoNewTensors(), pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
+        wait(torch.empty(3, device="meta"))
