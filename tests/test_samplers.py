@@ -335,16 +335,20 @@ class NoNewTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(scope="module")
-def far_model():
-    with torch.device("meta"):
-        return models.create_model("ELIT-SiT-Ti/2", input_size=8, elit_group_size=2, num_classes=5).eval()
-
-
 CHEAP = {"cfg_scale": 2.0, "unconditional_inference_budget": 0.25}
 
 
-@pytest.mark.parametrize("options", [{}, {"heun": True}, {"mode": "sde"}, {"path_type": "cosine", "mode": "sde"}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ELIT-SiT-Ti/2", {}),
+        ("ELIT-SiT-Ti/2", {"heun": True}),
+        ("ELIT-SiT-Ti/2", {"mode": "sde"}),
+        ("ELIT-SiT-Ti/2", {"mode": "sde", "path_type": "cosine"}),
+        ("DFM-ELIT-SiT-Ti/2", {"num_steps_per_scale": [2, 1]}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "guided",
     [
@@ -356,11 +360,13 @@ CHEAP = {"cfg_scale": 2.0, "unconditional_inference_budget": 0.25}
     ],
     ids=str,
 )
-def test_the_host_never_waits_for_the_device(far_model, options, guided):
-    config = GenerateConfig(num_steps=3, **({"cfg_scale": 1.0} | options | guided))
+def test_the_host_never_waits_for_the_device(name, options, guided):
+    with torch.device("meta"):
+        model = models.create_model(name, input_size=8, elit_group_size=2, num_classes=5, depth=3).eval()
+    config = GenerateConfig(model=name, num_steps=3, **({"cfg_scale": 1.0} | options | guided))
     labels = torch.tensor([1, 4])
     with NoWaiting(), NoNewTensors():
-        latents = inference.sample(config, inference.guidance(config), far_model, (4, 8, 8), 0, [0, 7], labels)
+        latents = inference.sample(config, inference.guidance(config), model, (4, 8, 8), 0, [0, 7], labels)
     assert latents.device.type == "meta" and latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float64
 
 
