@@ -77,6 +77,12 @@ def features(model: DigitClassifier, images: Tensor) -> tuple[Tensor, Tensor]:
     return model(_grey(images.to(next(model.parameters()).device)))
 
 
+def statistics(model: DigitClassifier, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (64,) and covariance (64, 64) of the features of uint8 (B, 3, 32, 32), for a Fréchet distance."""
+    pool = features(model, images)[0].double().cpu().numpy()
+    return pool.mean(axis=0), np.cov(pool, rowvar=False)
+
+
 def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     """Share of uint8 (B, 3, 32, 32) that `model` puts in the classes `labels` (B,)."""
     _, logits = features(model, images)

@@ -56,12 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     labels = generate.labels_of(config, range(len(samples[0]))).numpy()
     rates = _images_per_second(config, model, vae, shape)
     losses = _held_out(config, model, found)
-    reference = _statistics(classifier, held_out_digits)
+    reference = digit_classifier.statistics(classifier, held_out_digits)
     rows = []
     for i, (budget, images) in enumerate(zip(config.budgets, samples, strict=True)):
         quarters = digit_classifier.quarters(torch.from_numpy(images).permute(0, 3, 1, 2))
         predicted = digit_classifier.features(classifier, quarters)[1].argmax(dim=1).numpy()
-        mean, covariance = _statistics(classifier, quarters)
+        mean, covariance = digit_classifier.statistics(classifier, quarters)
         difference = losses[i] - losses[-1]
         rows.append(
             {
@@ -134,11 +134,6 @@ def _held_out(config: ReportConfig, model, found: checkpoint.Weights) -> np.ndar
         ]
         total.append(torch.stack(repeats).mean(dim=0))
     return torch.cat(total, dim=1).cpu().numpy().astype(np.float64)
-
-
-def _statistics(classifier, quarters: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    pool = digit_classifier.features(classifier, quarters)[0].double().numpy()
-    return pool.mean(axis=0), np.cov(pool, rowvar=False)
 
 
 def _fraction(budget: float) -> str:

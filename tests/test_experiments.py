@@ -8,7 +8,7 @@ import torch
 
 import checkpoint
 import models
-from benchmarks import train_step
+from benchmarks import sampling, train_step
 from config import GenerateConfig, TrainConfig, parse, require
 from models.elit import budget_to_k, mask_levels, mask_to_budget
 
@@ -135,3 +135,21 @@ def test_benchmark_prints_every_line(capsys):
     lines = [line for line in printed.splitlines() if line.endswith(("ok", "MISSED"))]
     assert len(lines) == 8
     assert "same velocity" in printed
+
+
+def test_sampling_benchmark_prints_every_line(capsys):
+    sampling.main(["--model-size", "Ti", "--tokens", "16", "--batch-size", "2", "--repeats", "1", "--width", "64"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in printed if ", b = " in line] == 4 * ["CFG"] + 3 * ["cheap CFG"]
+    assert sum(line.endswith(("ok", "MISSED")) for line in printed) == 4
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    def job():
+        kept = torch.zeros(1_000_000)
+        for _ in range(5):
+            kept = kept + 1  # the old and the new one
+
+    assert sampling.peak_memory(job, torch.device("cpu")) == pytest.approx(2 * 4_000_000, rel=0.01)
+    x = torch.zeros(500_000)
+    assert sampling.peak_memory(lambda: x.double(), torch.device("cpu")) == pytest.approx(4_000_000, rel=0.01)

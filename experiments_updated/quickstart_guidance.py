@@ -1,0 +1,107 @@
+"""Guidance and budgets over time on the quick start's model: a table of quality against compute.
+
+    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0001800.pt \\
+        --config experiments_updated/generation/quickstart.yaml --cfg-scale 3 --num-fid-samples 60 \\
+        --sample-dir quickstart/samples --output-dir quickstart
+
+draws the same images with every kind of guidance at several budgets, and with three schedules of budgets. Stopped at any point, it
+goes on from there. Digits are judged by the quick start's classifier.
+"""
+
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+
+import checkpoint
+import generate
+import inference
+from config import GenerateConfig, option, parse, require
+from errors import command
+from experiments_updated import digit_classifier
+from metrics import frechet_distance
+
+TIMED_IMAGES = 6
+SCHEDULES = ("0.0625@1.0-0.5,1.0@0.5-0.0", "1.0@1.0-0.5,0.0625@0.5-0.0", "0.0625@1.0-0.75,0.25@0.75-0.25,1.0@0.25-0.0")
+
+
+@dataclasses.dataclass
+class GuidanceConfig(GenerateConfig):
+    """Options of quickstart_guidance.py: those of the samples, and what to compare."""
+
+    output_dir: str = option("quickstart", "folder of guidance.md and guidance.json; classifier.pt is kept there")
+    budgets: list[float] = option([0.25, 1.0], "budgets to guide at, each above the guiding one", gt=0, le=1)
+    guiding_budget: float = option(0.0625, "budget of the guiding pass of cheap CFG and autoguidance", gt=0, le=1)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config, given = parse(GuidanceConfig, argv, prog="quickstart_guidance.py")
+    require(config, "ckpt")
+    found = checkpoint.read_weights(config.ckpt, config.weights, given)
+    inference.settle_architecture(config, given, found, config.ckpt)
+    config.exp_name = config.exp_name or found.config.get("exp_name")
+    require(config, "exp_name")
+    runs = cells(config)
+    for run in runs.values():
+        generate.check(run)
+    inference.check_folder("--output-dir", config.output_dir)
+
+    out = Path(config.output_dir)
+    classifier = digit_classifier.load_or_train(out / "classifier.pt")
+    reference = digit_classifier.statistics(classifier, digit_classifier.digit_images(held_out=True)[0])
+    folders = [generate.generate(run, found) for run in runs.values()]
+    model, vae, shape = inference.load(config, found, inference.device())
+    jobs = {name: partial(generate.draw, run, model, vae, shape, range(TIMED_IMAGES)) for name, run in runs.items()}
+    with torch.inference_mode():
+        times = inference.interleaved_times(jobs, inference.device())
+    rows = []
+    for (name, run), folder in zip(runs.items(), folders, strict=True):
+        images = torch.from_numpy(np.load(folder.with_name(folder.name + ".npz"))["arr_0"]).permute(0, 3, 1, 2)
+        digits = digit_classifier.quarters(images)
+        labels = generate.labels_of(run, range(len(images))).repeat_interleave(4)
+        flops = run.num_steps * inference.mean_flops_per_step(run, inference.guidance(run), model)
+        rows.append(
+            {
+                "guidance": name[0],
+                "budget": name[1],
+                "digits": len(digits),
+                "digits_in_class": digit_classifier.accuracy(classifier, digits, labels),
+                "frechet_distance": frechet_distance(*digit_classifier.statistics(classifier, digits), *reference),
+                "gflops_per_image": flops / 1e9,
+                "images_per_second": 1000 * TIMED_IMAGES / times[name][1],
+            }
+        )
+    inference.write_json(rows, out / "guidance.json")
+    table = _table(rows)
+    (out / "guidance.md").write_text(table + "\n")
+    print(table)
+
+
+def cells(config: GuidanceConfig) -> dict[tuple[str, str], GenerateConfig]:
+    """(guidance, budget) → the options of its samples."""
+    common = {f.name: getattr(config, f.name) for f in dataclasses.fields(GenerateConfig)}
+    plain = GenerateConfig(**common | {"unconditional_inference_budget": None, "autoguidance": False})
+    low = {"unconditional_inference_budget": config.guiding_budget}
+    found = [("none", config.budgets[-1], {"cfg_scale": 1.0})]
+    found += [("CFG", b, {}) for b in [config.guiding_budget, *config.budgets, *SCHEDULES]]
+    found += [("cheap CFG", b, low) for b in [*config.budgets, SCHEDULES[0]]]
+    found += [("autoguidance", b, low | {"autoguidance": True}) for b in config.budgets]
+    return {(name, str(b)): dataclasses.replace(plain, inference_budget=str(b), **changes) for name, b, changes in found}
+
+
+def _table(rows: list[dict]) -> str:
+    lines = ["| guidance | budget | digits in class | Fréchet distance | GFLOPs / image | images/s |", "| --- " * 6 + "|"]
+    for r in rows:
+        figures = (f"{r['digits_in_class']:.3f}", f"{r['frechet_distance']:.1f}", f"{r['gflops_per_image']:.1f}")
+        lines.append("| " + " | ".join([r["guidance"], r["budget"], *figures, f"{r['images_per_second']:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
