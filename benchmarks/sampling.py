@@ -128,7 +128,6 @@ def bounds(
 
 
 @command
-@torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sampling.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
@@ -153,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.tokens} tokens, batch {args.batch_size}, group size {GROUP_SIZE}, {args.mixed_precision}, {device_name(device)}, "
         f"{args.clock} clock, PyTorch {torch.__version__}, median of {args.repeats} rounds\n"
     )
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
         print(f"Sampling: ELIT-SiT-{args.model_size}/{PATCH_SIZE}, {args.num_steps} Euler steps")
         sampled = throughput(args.model_size, args.tokens, args.batch_size, args.num_steps, args.repeats, device, clock)
         print("\n".join(sampled), flush=True)

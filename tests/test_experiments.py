@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import refused
 
 import checkpoint
 import models
@@ -142,6 +143,10 @@ def test_sampling_benchmark_prints_every_line(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in printed if ", b = " in line] == 4 * ["CFG"] + 3 * ["cheap CFG"]
     assert sum(line.endswith(("ok", "MISSED")) for line in printed) == 4
+
+
+def test_sampling_benchmark_refuses_a_grid_without_groups(capsys):
+    assert "sampling.py: error: --tokens 36" in refused(sampling.main, capsys, ["--tokens", 36])
 
 
 def test_peak_memory_counts_what_lives_at_once():

@@ -237,6 +237,27 @@ def test_a_sit_checkpoint_is_refused(ckpt, tmp_path, capsys, tool):
     assert "SiT-Ti/2, which has no budget" in refused(capsys, tool, made, tmp_path / "out")
 
 
+@pytest.mark.parametrize("tool", [elit_multibudget_inference, elit_ccfg_inference])
+def test_a_checkpoint_that_does_not_fit_or_cannot_be_fetched_is_refused(ckpt, tmp_path, capsys, monkeypatch, tool):
+    state = checkpoint.load(ckpt)
+    weights = dict(state["ema"]["0.9999"]) | {"interface.query": torch.zeros(4, 7), "blocks.0.odd": torch.zeros(1)}
+    weights.pop("final_layer.linear.bias")
+    checkpoint.save(tmp_path / "odd.pt", state | {"ema": {"0.9999": weights}})
+    line = refused(capsys, tool, tmp_path / "odd.pt", tmp_path / "out")
+    for words in (
+        "odd.pt",
+        "interface.query has shape (4, 7)",
+        "blocks.0.odd is unknown",
+        "final_layer.linear.bias is missing",
+    ):
+        assert words in line, line
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "hf://someone/elit/a.pt: could not be downloaded" in refused(
+        capsys, tool, "hf://someone/elit/a.pt", tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def refused(capsys, tool, ckpt, out, *more):
     with pytest.raises(SystemExit) as stop:
         run(tool, ckpt, out, *more)
