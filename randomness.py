@@ -28,8 +28,9 @@ def normal(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
 
 
 def moved(draws: Tensor, device: torch.device) -> Tensor:
-    """The draws on `device`; the host does not wait for the copy, nor the copy for what the device still has to do."""
-    return (draws.pin_memory() if device.type == "cuda" else draws).to(device, non_blocking=True)
+    """The draws on `device`: to a GPU through pinned memory, so that the host does not wait for the copy."""
+    pinned = draws.pin_memory() if device.type == "cuda" and draws.device.type == "cpu" else draws
+    return pinned.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------- generation

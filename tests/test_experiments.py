@@ -1,4 +1,4 @@
-"""The published training and generation configs, and the benchmark script."""
+"""The published training and generation configs, and the benchmark scripts."""
 
 from pathlib import Path
 
