@@ -77,7 +77,7 @@ def load(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint" + (f": a folder without {PRETRAINED}" if path.is_dir() else ""))
     if verify and sidecar(path).is_file() and file_sha256(path) != recorded_sha256(path):
         raise UserError(f"{path}: damaged: it does not match its checksum {sidecar(path).name}")
     try:

@@ -1,16 +1,20 @@
 """The published training and generation configs, and the benchmark scripts."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import randomize
 from runs import refused
 
 import checkpoint
+import inference
 import models
 from benchmarks import sampling, train_step
 from config import GenerateConfig, TrainConfig, parse, require
+from experiments_updated import digit_classifier, quickstart_guidance
 from models.elit import budget_to_k, mask_levels, mask_to_budget
 
 ROOT = Path(__file__).parent.parent / "experiments_updated"
@@ -158,3 +162,35 @@ def test_peak_memory_counts_what_lives_at_once():
     assert sampling.peak_memory(job, torch.device("cpu")) == pytest.approx(2 * 4_000_000, rel=0.01)
     x = torch.zeros(500_000)
     assert sampling.peak_memory(lambda: x.double(), torch.device("cpu")) == pytest.approx(4_000_000, rel=0.01)
+
+
+def test_guidance_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "WARM_UP", 0)
+    monkeypatch.setattr(inference, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(quickstart_guidance, "TIMED_IMAGES", 1)
+    monkeypatch.setattr(digit_classifier, "load_or_train", lambda path: digit_classifier.DigitClassifier().eval())
+    model = randomize(models.create_model("ELIT-SiT-Ti/2", input_size=16, num_classes=10)).eval()
+    model.save_pretrained(tmp_path / "model")
+    options = ["--ckpt", tmp_path / "model", "--vae", ROOT / "quickstart_vae", "--exp-name", "made", "--sample-dir", tmp_path,
+               "--output-dir", tmp_path, "--num-fid-samples", 2, "--num-steps", 4, "--cfg-scale", 2]  # fmt: skip
+    quickstart_guidance.main([str(o) for o in options])
+    rows = {(r["guidance"], r["budget"]): r for r in json.loads((tmp_path / "guidance.json").read_text())}
+    low, quarter, full = (models.count_flops(model, b) / 1e9 for b in (0.0625, 0.25, 1.0))
+    for (guidance, budget), cost in {
+        ("none", "1.0"): 4 * full,
+        ("CFG", "0.0625"): 8 * low,
+        ("CFG", "0.25"): 8 * quarter,
+        ("CFG", "1.0"): 8 * full,
+        ("CFG", "0.0625@1.0-0.5,1.0@0.5-0.0"): 4 * (low + full),
+        ("CFG", "1.0@1.0-0.5,0.0625@0.5-0.0"): 4 * (low + full),
+        ("CFG", "0.0625@1.0-0.75,0.25@0.75-0.25,1.0@0.25-0.0"): 2 * (low + 2 * quarter + full),
+        ("cheap CFG", "0.25"): 4 * (low + quarter),
+        ("cheap CFG", "1.0"): 4 * (low + full),
+        ("cheap CFG", "0.0625@1.0-0.5,1.0@0.5-0.0"): 4 * low + 2 * (low + full),
+        ("autoguidance", "0.25"): 4 * (low + quarter),
+        ("autoguidance", "1.0"): 4 * (low + full),
+    }.items():
+        row = rows.pop((guidance, budget))
+        assert row["gflops_per_image"] == pytest.approx(cost) and row["digits"] == 8 and row["images_per_second"] > 0
+        assert 0 <= row["digits_in_class"] <= 1 and row["frechet_distance"] > 0
+    assert not rows and (tmp_path / "guidance.md").read_text() in capsys.readouterr().out
