@@ -249,8 +249,10 @@ def _name(entry: dict) -> str:
 
 
 def _heading(entry: dict) -> str:
-    name = _name(entry).replace(",", ",\n")
-    return f"budget {name}\n{entry['gflops_per_forward']:.3g} GFLOPs\n{entry['latency_ms']:.3g} ms"
+    name = f"budget {_name(entry)}"
+    if isinstance(entry["budget"], str):  # a schedule: a line for each piece, no wider than an image
+        name = ",\n".join(f"{b:g}@{start:g}-{end:g}" for b, start, end in BudgetSchedule.parse(entry["budget"]).pieces)
+    return f"{name}\n{entry['gflops_per_forward']:.3g} GFLOPs\n{entry['latency_ms']:.3g} ms"
 
 
 def _warn(message: str) -> None:
