@@ -117,7 +117,7 @@ class Sampling:
     guidance_low: float = option(0.0, "guide at times from here …", ge=0, le=1)
     guidance_high: float = option(1.0, "… to here, both included", ge=0, le=1)
     autoguidance: bool = option(False, "guide with the same label at the unconditional budget")
-    compile: bool = option(False, "torch.compile the model: slower to start, faster to sample")
+    compile: bool = option(False, "torch.compile the blocks: slower to start; one graph for all budgets")
     legacy: bool = option(False, "accepted from old command lines; no effect")
     enable_repa: bool = option(False, "accepted from old command lines; no effect")
     projector_embed_dims: str | None = option(None, "accepted from old command lines; no effect")

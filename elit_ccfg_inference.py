@@ -15,6 +15,7 @@ At scale 1 there is no guidance: one pass, whatever the mode. With a schedule as
 """
 
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ from config import CCFGConfig, parse, require
 from errors import command
 from models.elit import budget_to_k
 from pictures import bar_plot, labelled_grid
-from randomness import image_noise
-from samplers import BudgetSchedule, Guidance, evaluation_times, guided_velocity, parse_budget
+from samplers import BudgetSchedule, Guidance, parse_budget
 
 MODES = {"CFG": "CFG", "CCFG": "cheap CFG", "AutoG": "autoguidance"}
 
@@ -123,7 +123,7 @@ def measure(
     """FLOPs and latency of each (mode, scale): the entries of results.json."""
     device = next(model.parameters()).device
     count = min(len(config.class_label), config.per_proc_batch_size)
-    x = image_noise(config.seed, range(count), shape).to(device).double()
+    noise = inference.starting_noise(model, shape, config.seed, range(count))
     y = torch.tensor(config.class_label[:count], device=device)
 
     # What a step costs depends on its passes alone, not on the scale: (mode, passes) → a job to be timed.
@@ -131,12 +131,12 @@ def measure(
     flops = inference.pass_flops(model, whole.values())
     jobs, steps = {}, {}
     for (mode, scale), g in runs.items():
-        times = evaluation_times(config.num_steps, config.mode, config.heun)
-        times = [t for t in times if g.active(t)] or times
-        passes = [tuple(g.passes(t)) for t in times]
+        evaluations = inference.evaluations(config)
+        evaluations = [times for times in evaluations if any(map(g.active, times))] or evaluations
+        passes = [tuple(g.passes(*times)) for times in evaluations]
         steps[mode, scale] = [(mode if len(p) > 1 else "", p) for p in passes]
-        for t, step in zip(times, steps[mode, scale], strict=True):
-            jobs.setdefault(step, lambda t=t, g=g: guided_velocity(model, x, t, y, g))
+        for times, step in zip(evaluations, steps[mode, scale], strict=True):
+            jobs.setdefault(step, partial(inference.one_evaluation, model, noise, times, y, g))
     with inference.autocast(config, device):
         latency = inference.interleaved_times(jobs, device)
 

@@ -17,6 +17,7 @@ With --attention also `attention_maps.png`, `attention_entropy.png` and `attenti
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ import checkpoint
 import inference
 from config import MultibudgetConfig, parse, require
 from errors import command
-from loss import interpolant
+from loss import on_path
+from models.dfm import decompose
 from pictures import attention_maps, labelled_grid, line_plot
-from randomness import image_noise
 from samplers import BudgetSchedule, Guidance
 
 
@@ -109,11 +110,11 @@ def measure(
     flops = inference.pass_flops(model, runs)
 
     count = min(len(config.class_label), config.per_proc_batch_size)
-    x = image_noise(config.seed, range(count), shape).to(device)
+    noise = inference.starting_noise(model, shape, config.seed, range(count))
     y = torch.tensor(config.class_label[:count], device=device)
-    t = torch.full((count,), 0.5, device=device)
     with inference.autocast(config, device):
-        jobs = {b: lambda b=b: model(x, t, y, inference_budget=b) for b in {passes[0] for run in runs for passes in run}}
+        budgets = {passes[0] for run in runs for passes in run}
+        jobs = {b: partial(inference.one_forward, model, noise, y, b) for b in budgets}
         times = inference.interleaved_times(jobs, device)
 
     results = []
@@ -202,16 +203,21 @@ def show_attention(
     Read's last layer, at the full budget. The maps show the heads' mean; each latent's map is made of those of all groups,
     and the total is the mean over all latents. The entropy is that of each head's attention, mean over heads, groups and images.
     """
-    device = next(model.parameters()).device
-    t = torch.tensor(config.attention_time, dtype=torch.float64)
-    alpha, sigma, *_ = interpolant(t, config.path_type)
+    dtype = next(model.parameters()).dtype
     means, entropies = [], []
     for first in range(0, len(latents), config.per_proc_batch_size):
         x = latents[first : first + config.per_proc_batch_size]
-        noise = image_noise(config.seed, range(first, first + len(x)), x.shape[1:])
-        x = (alpha * x.cpu() + sigma * noise).to(device, next(model.parameters()).dtype)
-        y = torch.tensor(config.class_label[first : first + len(x)], device=device)
-        weights = model.read_attention(x, torch.full((len(x),), config.attention_time, device=device), y)
+        noise = inference.starting_noise(model, x.shape[1:], config.seed, range(first, first + len(x)))
+        y = torch.tensor(config.class_label[first : first + len(x)], device=x.device)
+        t = torch.full((len(x),), config.attention_time, device=x.device)
+        if isinstance(noise, list):  # DFM: every stage at that time
+            state = [
+                on_path(*pair, t, config.path_type)[0].to(dtype) for pair in zip(decompose(x, len(noise)), noise, strict=True)
+            ]
+            t = t[:, None].expand(-1, len(noise))
+        else:
+            state = on_path(x, noise, t, config.path_type)[0].to(dtype)
+        weights = model.read_attention(state, t, y)
         means.append(weights.mean(dim=2))  # (B, G, J latents, J tokens)
         entropies.append(torch.special.entr(weights).sum(dim=-1).mean(dim=(1, 2)))  # (B, J)
     mean, entropy = torch.cat(means), torch.cat(entropies).mean(dim=0).tolist()

@@ -31,6 +31,8 @@ from samplers import (
     euler_maruyama_sampler,
     euler_sampler,
     evaluation_times,
+    guided_velocities,
+    guided_velocity,
     parse_budget,
 )
 from vae import decode, load_vae
@@ -200,18 +202,39 @@ def sample(
     `samplers.dfm_sampler`.
     """
     device = next(model.parameters()).device
-    y = moved(y, device)
+    noise, y = starting_noise(model, shape, seed, indices), moved(y, device)
     options = g._asdict() | {"path_type": config.path_type}
     with autocast(config, device):
-        if models.model_spec(config.model).staged:
-            noise = [moved(x, device) for x in pyramid_noise(seed, indices, model.stage_shapes)]
+        if isinstance(noise, list):
             options |= {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
             return recompose(dfm_sampler(model, noise, y, on_stage=on_stage, **options))
-        noise = moved(image_noise(seed, indices, shape), device)
         options |= {"num_steps": config.num_steps}
         if config.mode == "sde":
             return euler_maruyama_sampler(model, noise, y, noise=partial(_noise_of_step, seed, indices), **options)
         return euler_sampler(model, noise, y, heun=config.heun, **options)
+
+
+def starting_noise(model: nn.Module, shape: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor | list[Tensor]:
+    """The noise that the images `indices` start from, on the model's device: (B, C, h, w), or for DFM a list, one per stage."""
+    device = next(model.parameters()).device
+    if hasattr(model, "stage_shapes"):
+        return [moved(x, device) for x in pyramid_noise(seed, indices, model.stage_shapes)]
+    return moved(image_noise(seed, indices, shape), device)
+
+
+def one_forward(model: nn.Module, noise: Tensor | list[Tensor], y: Tensor, budget: float) -> None:
+    """A forward pass to be timed, of all stages where there are any."""
+    t = torch.full((len(y), len(noise)) if isinstance(noise, list) else (len(y),), 0.5, device=y.device)
+    model(noise, t, y, inference_budget=budget)
+
+
+def one_evaluation(model: nn.Module, noise: Tensor | list[Tensor], times: tuple[float, ...], y: Tensor, g: Guidance) -> None:
+    """A velocity evaluation to be timed, guidance included; times: an entry of `evaluations`."""
+    if isinstance(noise, list):
+        waiting = (1.0,) * (len(noise) - len(times))
+        guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, g)
+    else:
+        guided_velocity(model, noise.double(), *times, y, g)
 
 
 def sample_all(

@@ -313,3 +313,27 @@ def test_read_attention_is_of_the_last_layer_and_leaves_no_hook():
     assert weights.shape == (3, 6, 2, 4, 4)
     torch.testing.assert_close(weights, interface.reader.attn[1].weights(*seen[0][0]))
     assert not interface.reader.attn[1]._forward_pre_hooks
+
+
+def test_both_tools_take_a_dfm_with_a_budget(ckpt, tmp_path):
+    made = make_checkpoint(
+        tmp_path / "dfm.pt",
+        checkpoint.read_weights(ckpt).record,
+        model="DFM-ELIT-SiT-Ti/2",
+        num_steps_per_scale=[2, 2],
+        stage_sampling_thresholds=[0.2],
+    )
+    model, _ = checkpoint.load_model(made)
+    full, low = (models.count_flops(model, b) for b in (1.0, 0.25))
+    options = ("--budgets", 0.25, 1, "--cfg-scale", 2, "--guidance-low", 0.9, "--attention")
+    results = run(elit_multibudget_inference, made, tmp_path / "multi", *options)
+    assert [e["flops_per_forward"] for e in results] == [low, full]
+    # Guided where a stage's own time is at least 0.9: the first step of either phase.
+    assert results[1]["gflops_per_step"] == pytest.approx(6 / 4 * full / 1e9)
+    assert results[0]["psnr"] > 0 and (tmp_path / "multi" / "attention_maps.png").is_file()
+    results = run(elit_ccfg_inference, made, tmp_path / "ccfg", "--cfg-scales", 2, "--unconditional-inference-budget", 0.25)
+    assert {e["mode"]: e["gflops_per_guided_step"] for e in results} == {
+        "CFG": pytest.approx(2 * full / 1e9),
+        "CCFG": pytest.approx((full + low) / 1e9),
+        "AutoG": pytest.approx((full + low) / 1e9),
+    }
