@@ -1,4 +1,4 @@
-"""Training step and forward pass of SiT and ELIT-SiT against what their FLOPs allow: `python -m benchmarks.train_step`.
+"""Training step and forward pass of SiT, ELIT-SiT and DFM-SiT against what FLOPs allow: `python -m benchmarks.train_step`.
 
 All variants run in one process, in turn, again and again; each line is the median over the rounds of the ratio of two times
 of the same round, so that a machine whose speed wanders does not matter much. Times in seconds; CPU or GPU.
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 import models
 from benchmarks.baselines import PlainDiT, PlainEMA
 from errors import UserError, command
-from loss import flow_matching_loss
+from loss import dfm_loss, flow_matching_loss, stage_times
 from train import EMA
 
 BUDGETS = (1.0, 0.5, 0.25)
-BASELINE_BOUND, ELIT_BOUND, UPDATE_BOUND = 1.05, 1.08, 0.08
+BASELINE_BOUND, ELIT_BOUND, DFM_BOUND, UPDATE_BOUND = 1.05, 1.08, 1.10, 0.08
 PATCH_SIZE, GROUP_SIZE = 2, 4
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
@@ -85,6 +85,22 @@ class TrainingStep:
     @torch.no_grad()
     def forward(self) -> None:
         self.loss()
+
+
+class StagedStep(TrainingStep):
+    """The same for a DFM model whose last stage is active, which is the dearest case."""
+
+    def __init__(self, model: nn.Module, ema: EMA, batch: Batch, precision: Callable):
+        super().__init__(model, ema, batch, precision)
+        self.stages = len(model.stage_shapes)
+        self.coarse = [batch.noise.new_empty(len(batch.t), *shape).normal_() for shape in model.stage_shapes[:-1]]
+        self.normals = batch.t.new_empty(len(batch.t), self.stages).normal_()
+
+    def loss(self) -> Tensor:
+        x, noise, t, y = self.batch
+        times = stage_times(t, self.normals, self.stages - 1)
+        with self.precision():
+            return dfm_loss(self.model, x, [*self.coarse, noise], times, y, "linear", self.stages - 1).mean()
 
 
 def durations(device: torch.device, clock: Callable[[], float], *actions: Callable[[], None]) -> list[float]:
@@ -169,6 +185,7 @@ def compare(
     options = {"input_size": PATCH_SIZE * side}
     sit = disturb(models.create_model(f"SiT-{size}/{PATCH_SIZE}", **options)).to(device)
     elit = disturb(models.create_model(f"ELIT-SiT-{size}/{PATCH_SIZE}", elit_group_size=GROUP_SIZE, **options)).to(device)
+    dfm = disturb(models.create_model(f"DFM-SiT-{size}/{PATCH_SIZE}", **options)).to(device)
     plain = PlainDiT(**options, **models.model_spec(f"SiT-{size}/{PATCH_SIZE}").sizes).to(device)
     shape = (batch_size, 4, PATCH_SIZE * side, PATCH_SIZE * side)
     batch = Batch(torch.randn(shape), torch.randn(shape), torch.rand(batch_size), torch.randint(1000, (batch_size,)))
@@ -181,6 +198,7 @@ def compare(
     steps = {
         "SiT": TrainingStep(sit, EMA(sit, [0.9999]), batch, precision),
         "plain": TrainingStep(plain, PlainEMA(plain, 0.9999), batch, precision),
+        "DFM": StagedStep(dfm, EMA(dfm, [0.9999]), batch, precision),
     }
     ema = EMA(elit, [0.9999])
     steps |= {f"b = {b:g}": TrainingStep(elit, ema, batch, precision, b) for b in BUDGETS}
@@ -196,6 +214,7 @@ def compare(
             lines.append(
                 Line(f"ELIT-SiT {part} at b = {b:g} / SiT's", over(f"b = {b:g}", part, "SiT", part), predicted, ELIT_BOUND)
             )
+    lines.append(Line("DFM-SiT step / SiT's", over("DFM", "step", "SiT", "step"), 1.0, DFM_BOUND))
     lines.append(Line("clipping + AdamW + EMA / SiT step", over("SiT", "update", "SiT", "step"), 1.0, UPDATE_BOUND))
     return lines, times, difference
 
