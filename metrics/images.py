@@ -57,6 +57,23 @@ def open_images(path: str | Path) -> ImageSet:
     return NpzImages(path) if path.is_file() and path.suffix.lower() != ".zip" else FolderImages(path)
 
 
+def write_npz(
+    path: Path, shape: tuple[int, ...], images: Iterable[np.ndarray], arrays: dict[str, np.ndarray] | None = None
+) -> None:
+    """ADM's format: arr_0 uint8 of `shape` (M, H, W, 3), and other arrays. Image by image, written aside, then renamed."""
+    aside = path.with_suffix(".npz.tmp")
+    member = zipfile.ZipInfo("arr_0.npy")  # without a date: the same images make the same file
+    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(member, "w", force_zip64=True) as out:
+            np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for image in images:
+                out.write(image.tobytes())
+        for name, array in (arrays or {}).items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as out:
+                np.lib.format.write_array(out, array, allow_pickle=False)
+    aside.replace(path)
+
+
 class NpzImages(ImageSet):
     """ADM's format: arr_0 uint8 (N, H, W, 3), and for a reference `mu`, `sigma`, …; arr_0 is never in memory as a whole."""
 

@@ -72,7 +72,7 @@ def inception(path: str | None, device: torch.device, warn: Callable[[str], None
         spatial = caught.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return {"pool": pool, "spatial": spatial}
 
-    return Network("inception", extract, weights, sha256, model.fc.weight.cpu().numpy())
+    return Network("inception", extract, weights, sha256, class_weight=model.fc.weight.cpu().numpy())
 
 
 def dinov2(path: str | None, device: torch.device) -> Network:
