@@ -31,7 +31,7 @@ for budget; do
     echo "== $name"
     if ! [ "$metrics" -nt "$REF" ] || ! [ "$metrics" -nt "$GENERATION" ] || { [ -f "$CKPT" ] && ! [ "$metrics" -nt "$CKPT" ]; }; then
         said=$(run "$ROOT/generate.py" --train-config "$TRAIN" --eval-config "$GENERATION" --ckpt "$CKPT" --sample-dir "$RESULTS" \
-            ${budget:+--inference-budget "$budget"} ${GENERATE[@]+"${GENERATE[@]}"} | tee /dev/stderr)
+            ${budget:+--inference-budget "$budget"} ${GENERATE[@]+"${GENERATE[@]}"} | tee >(cat >&2))
         folder=$(sed -n 's/^\(.*\): [0-9]* images drawn.*\.npz beside it$/\1/p' <<<"$said")
         run "$ROOT/evaluate.py" "$REF" "$folder.npz" --output "$metrics" ${EVALUATE[@]+"${EVALUATE[@]}"}
         if [ -n "$CLEAN" ]; then rm -r "$folder" "$folder.npz"; fi
