@@ -1,12 +1,16 @@
 """ADM's own published pair: within which tolerance do the figures fall?
 
-    python -m benchmarks.adm_check VIRTUAL_imagenet256_labeled.npz admnet_guided_upsampled_imagenet256.npz WEIGHTS
+    python benchmarks/adm_check.py VIRTUAL_imagenet256_labeled.npz admnet_guided_upsampled_imagenet256.npz WEIGHTS
 
 Both files are at https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/; WEIGHTS: Inception in
 torch-fidelity's format.
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import EvaluateConfig
 from errors import command
