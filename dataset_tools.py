@@ -172,7 +172,9 @@ def reference(config: ReferenceConfig) -> None:
     from metrics.reference import make_reference
 
     state = start_processes()
-    make_reference(config, state, lambda message: print(f"dataset_tools.py: warning: {message}", file=sys.stderr))
+    make_reference(
+        config, state, lambda text: state.is_main_process and print(f"dataset_tools.py: warning: {text}", file=sys.stderr)
+    )
     state.destroy_process_group()
 
 

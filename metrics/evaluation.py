@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -84,9 +84,7 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
         for images in sets:
             images.check()
     state.wait_for_everyone()
-    used += load_networks(config, ref.wanted | samples.wanted, bool(used), state, warn)
-    for network in used:
-        probe(network, sets)
+    used += load_networks(config, ref.wanted | samples.wanted, sets, bool(used), state, warn)
     check_dimensions(ref, samples, metrics, used, warn)
 
     with ThreadPoolExecutor(1) as pool:
@@ -167,7 +165,9 @@ def check_sets(ref: Features, samples: Features, metrics: Sequence[str]) -> None
             raise UserError(f"{images.path}: one image has no covariance; wanted: at least 2")
 
 
-def load_networks(config: FeatureNetworks, wanted: set[str], by_hand: bool, state: PartialState, warn: Warn) -> list[Network]:
+def load_networks(
+    config: FeatureNetworks, wanted: set[str], sets: Sequence[ImageSet], by_hand: bool, state: PartialState, warn: Warn
+) -> list[Network]:
     """Inception and DINOv2 where their features are wanted. One process of each machine downloads, the others find the file."""
     used = []
     with state.local_main_process_first():
@@ -175,6 +175,8 @@ def load_networks(config: FeatureNetworks, wanted: set[str], by_hand: bool, stat
             used.append(networks.inception(config.inception_weights, state.device, warn))
         if "dinov2" in wanted:
             used.append(networks.dinov2(config.dino_weights, state.device))
+    for network in used:
+        probe(network, sets)
     return used
 
 
@@ -286,7 +288,7 @@ def features_of(used: Sequence[Network], images: np.ndarray, wanted: set[str], w
     return arrays
 
 
-def _gathered(found: dict[str, np.ndarray] | None, state: PartialState) -> Iterator[dict[str, np.ndarray] | None]:
+def _gathered(found: dict[str, np.ndarray] | None, state: PartialState) -> list[dict[str, np.ndarray] | None]:
     """What each process found, in order, on the main process; nothing elsewhere."""
     if state.num_processes == 1:
         return [found]

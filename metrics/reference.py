@@ -9,7 +9,7 @@ import inference
 import randomness
 from config import ReferenceConfig
 from errors import UserError
-from metrics.evaluation import IN_FILE, Features, gather, load_networks, probe
+from metrics.evaluation import IN_FILE, Features, gather, load_networks
 from metrics.images import open_images, write_npz
 
 
@@ -28,9 +28,7 @@ def make_reference(config: ReferenceConfig, state: PartialState, warn: Callable[
         images.check()
     state.wait_for_everyone()
     features = Features(images, {"pool", "spatial"} | ({"dinov2"} if config.dino else set()), set())
-    used = load_networks(config, features.wanted, False, state, warn)
-    for network in used:
-        probe(network, [images])
+    used = load_networks(config, features.wanted, [images], False, state, warn)
     gather(features, used, config.batch_size, state, "reference")
     if not state.is_main_process:
         return

@@ -123,7 +123,10 @@ def pool_features(device):
 
 
 def nan_features(device):
-    """NaN for one image that `pair` holds, and for no other."""
-    return lambda images: {
-        "pool": images.float().mean(dim=(2, 3)).log().where(images.float().mean((1, 2, 3))[:, None] < 140, float("nan"))
-    }
+    """NaN for bright images."""
+
+    def extract(images):
+        pool = images.float().mean(dim=(2, 3))
+        return {"pool": pool.where(pool < 140, float("nan"))}
+
+    return extract

@@ -16,6 +16,7 @@ import runs
 import torch
 from accelerate.state import PartialState
 from adm import adm_frechet, gaussian, half_distances, inception_score, neighbour_shares
+from conftest import randomize
 from PIL import Image
 from runs import ROOT, make_checkpoint, make_vae
 
@@ -116,10 +117,9 @@ def test_the_form_of_the_files_changes_nothing(pair, found, tmp_path, form):
     assert {k: again[k] for k in FIGURES} == {k: found[k] for k in FIGURES}
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_number_of_processes_changes_nothing(pair, found, tmp_path, processes):
-    """3 batches: with 2 processes the last turn is not full."""
-    command = runs.command_line("torchrun", f"--nproc_per_node={processes}", f"--master_port={29630 + processes}")
+def test_the_number_of_processes_changes_nothing(pair, found, tmp_path):
+    """3 batches on 2 processes: the last turn is not full."""
+    command = runs.command_line("torchrun", "--nproc_per_node=2", "--master_port=29632")
     done = subprocess.run(
         [*command, str(ROOT / "evaluate.py"), *map(str, pair), *FEATURES, "--split-size", "50", "--output", str(tmp_path / "m.json")],
         env=runs.environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
@@ -162,11 +162,12 @@ def test_slices_are_read_in_any_order_and_never_the_whole(tmp_path, monkeypatch)
         return found
 
     monkeypatch.setattr(zipfile.ZipExtFile, "read", counting)
+    monkeypatch.setattr("metrics.images.SKIP", 10_000)
     for name in ("deflated", "stored"):
         found = open_images(tmp_path / f"{name}.npz")
         for span in (range(3, 8), range(30, 40), range(0, 2), range(1, 2), range(38, 40)):
             np.testing.assert_array_equal(found.read(span), images[span.start : span.stop])
-    assert max(largest) <= 30 * images[0].nbytes
+    assert max(largest) == 10 * images[0].nbytes  # the largest slice asked for
 
 
 # ------------------------------------------------------------------------------------------------------------ Inception
@@ -188,7 +189,7 @@ def inception_file(tmp_path_factory):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 1, 2)
-            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+            torch.nn.init.uniform_(module.bias, 0.5, 1)  # few features that are 0 for all images
             module.momentum = None
     torch.nn.init.normal_(model.fc.weight, std=0.05)
     with torch.no_grad():
@@ -309,11 +310,7 @@ def test_dino_features_and_fdd(tmp_path, monkeypatch):
 
     create, original = timm.create_model, partial(timm.create_model, "vit_large_patch14_dinov2", depth=1, num_classes=0)
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=1, **options))
-    torch.manual_seed(0)
-    model = original(img_size=518).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.05 * torch.randn_like(parameter))
+    model = randomize(original(img_size=518)).eval()
     path = tmp_path / "dinov2_vitl14_pretrain.pth"
     torch.save(model.state_dict() | {"mask_token": torch.zeros(1, 1024)}, path)
     images = pictures(5, 6)
@@ -332,7 +329,7 @@ def test_dino_features_and_fdd(tmp_path, monkeypatch):
         tokens = small.norm(
             small.blocks(small._pos_embed(small.patch_embed(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())))
         )
-    assert found.shape == (5, 1024) and found.std(dim=0).mean() > 1e-3
+    assert found.shape == (5, 1024) and found.std(dim=0).mean() > 0.05
     torch.testing.assert_close(found, tokens[:, 0], rtol=1e-3, atol=1e-4)
     mu, sigma = gaussian(found.numpy())
     np.savez(tmp_path / "ref.npz", mu_dinov2=mu + 0.1, sigma_dinov2=sigma)
@@ -432,6 +429,14 @@ def test_the_runner_generates_evaluates_and_sums_up(tmp_path):
 refused = partial(runs.refused, evaluate.main)
 
 
+def refused_midway(capsys, argv):
+    """The last line, after progress bars."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(a) for a in argv])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 def npz(path, **arrays):
     np.savez(path, **arrays)
     return path
@@ -456,7 +461,6 @@ BAD = {
     "one channel": (lambda d, i: npz(d / "x.npz", arr_0=i[..., :1]), ["(20, 32, 32, 1)"]),
     "other size": (lambda d, i: npz(d / "x.npz", arr_0=i[:, :16, :16]), ["16x16", "32x32"]),
     "few": (lambda d, i: npz(d / "x.npz", arr_0=i[:3]), ["3 images", "at least 4"]),
-    "damaged": (lambda d, i: damaged(d / "x.npz", i), ["x.npz", "damaged"]),
     "text": (lambda d, i: (d / "x.npz").write_text("hello") and d / "x.npz", ["not an .npz file"]),
     "other statistics": (lambda d, i: npz(d / "x.npz", arr_0=i, mu=np.zeros(7), sigma=np.eye(7)), ["(7,)", "(48,)"]),
     "NaN statistics": (lambda d, i: npz(d / "x.npz", arr_0=i, mu=np.full(48, np.nan), sigma=np.eye(48)), ["mu.npy", "finite"]),
@@ -469,6 +473,16 @@ def test_bad_sets_are_refused_in_one_line(pair, tmp_path, capsys, case):
     line = refused(capsys, [pair[0], make(tmp_path, pictures(20, 4)), *FEATURES, "--output", tmp_path / "m.json"])
     for word in words:
         assert word in line, line
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_what_only_reading_shows_is_one_line_too(pair, tmp_path, capsys):
+    line = refused_midway(
+        capsys, [pair[0], damaged(tmp_path / "x.npz", pictures(20, 4)), *FEATURES, "--output", tmp_path / "m.json"]
+    )
+    assert line.startswith("evaluate.py: error: ") and "x.npz: truncated or damaged" in line
+    line = refused_midway(capsys, [*pair, "--features", "runs:nan_features", "--output", tmp_path / "m.json"])
+    assert line.startswith("evaluate.py: error: ") and "ref.npz: image 0 ff." in line and "not finite" in line
     assert not (tmp_path / "m.json").exists()
 
 
@@ -494,7 +508,6 @@ def test_folders_of_odd_images_are_refused(pair, tmp_path, capsys):
         (("--metrics", "fdi"), ["--metrics fdi", "did you mean fid"]),
         (("--features", "nowhere:factory"), ["--features nowhere:factory", "module:factory"]),
         (("--features", "runs:not_there"), ["--features runs:not_there"]),
-        (("--features", "runs:nan_features"), ["not finite"]),
         (("--features", "runs:pool_features", "--metrics", "sfid"), ["--metrics sfid", "spatial"]),
         (("--inception-weights", "nowhere.pth"), ["--inception-weights", "nowhere.pth"]),
         (("--metrics", "fdd", "--dino-weights", "nowhere.pth"), ["--dino-weights", "nowhere.pth"]),
@@ -532,6 +545,6 @@ def test_without_network_one_line_says_what_to_download(pair, tmp_path, capsys, 
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no route")))
     line = refused(capsys, [*pair])
     assert "no route" in line and "weights-inception-2015-12-05-6726825d.pth" in line and str(tmp_path) in line
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args: (_ for _ in ()).throw(OSError("no route")))
     line = refused(capsys, [*pair, "--metrics", "fdd"])
     assert "--dino-weights" in line and "vit_large_patch14_dinov2" in line
