@@ -329,7 +329,7 @@ def test_dino_features_and_fdd(tmp_path, monkeypatch):
         tokens = small.norm(
             small.blocks(small._pos_embed(small.patch_embed(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())))
         )
-    assert found.shape == (5, 1024) and found.std(dim=0).mean() > 0.05
+    assert found.shape == (5, 1024) and found.std(dim=0).mean() > 0.01
     torch.testing.assert_close(found, tokens[:, 0], rtol=1e-3, atol=1e-4)
     mu, sigma = gaussian(found.numpy())
     np.savez(tmp_path / "ref.npz", mu_dinov2=mu + 0.1, sigma_dinov2=sigma)

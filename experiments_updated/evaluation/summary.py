@@ -49,6 +49,7 @@ def row(path: Path) -> dict[str, str]:
         made = json.loads(record_path.read_text())
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be summed up: {error}") from None
+    steps = "+".join(map(str, made.get("num_steps_per_scale") or [made["num_steps"]]))  # of each stage, for DFM
     values = {
         "run": samples.parent.name,
         "weights": made["weights"],
@@ -56,7 +57,7 @@ def row(path: Path) -> dict[str, str]:
         "budget": made["inference_budget"] or 1,
         "guidance": guidance(made),
         "interval": f"{made['guidance_low']:g}-{made['guidance_high']:g}",
-        "sampler": f"{made['mode']}{' heun' if made['heun'] else ''} {made['num_steps']}",
+        "sampler": f"{made['mode']}{' heun' if made['heun'] else ''} {steps}",
         "seed": made["global_seed"],
         "samples": found["num_samples"],
         "reference": found["num_ref"] or "",
