@@ -95,14 +95,10 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
         raise UserError(f"statistics of shapes {shapes}; wanted (d,), (d, d), (d,), (d, d)")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise UserError("statistics that hold values which are not finite")
-    factors = _factor(sigma1), _factor(sigma2)
-    if min(f.shape[1] for f in factors) < d and not _root_is_finite(sigma1, sigma2):
-        offset = SINGULAR_OFFSET * np.eye(d)
-        trace = _trace_of_root(_factor(sigma1 + offset), sigma2 + offset)
-    elif factors[0].shape[1] <= factors[1].shape[1]:
-        trace = _trace_of_root(factors[0], sigma2)
-    else:
-        trace = _trace_of_root(factors[1], sigma1)
+    offset = 0 if _root_is_finite(sigma1, sigma2) else SINGULAR_OFFSET * np.eye(d)
+    factor = _factor(sigma1 + offset)
+    # FᵀΣ₂F has those eigenvalues of the product FFᵀΣ₂ that are not zero.
+    trace = np.sqrt(np.linalg.eigvalsh(factor.T @ (sigma2 + offset) @ factor).clip(min=0)).sum()
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
 
 
@@ -116,23 +112,18 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     return factor
 
 
-def _trace_of_root(factor: np.ndarray, sigma: np.ndarray) -> float:
-    """tr (FFᵀΣ)^½: FᵀΣF has the eigenvalues of the product that are not zero."""
-    return float(np.sqrt(np.linalg.eigvalsh(factor.T @ sigma @ factor).clip(min=0)).sum())
-
-
 def _root_is_finite(sigma1: np.ndarray, sigma2: np.ndarray) -> bool:
-    """What ADM's evaluator asks of a singular product.
+    """What ADM's evaluator asks of the product, to find out whether it is singular.
 
-    The root fails where eigenvalues are exactly zero. Rounding leaves none of these where too few images alone make the rank
-    deficient; features that are constant do, and so may small hand-made matrices. Only those wait for scipy's root.
+    scipy's root fails where eigenvalues are exactly zero. Rounding leaves none of these where too few images alone make the rank
+    deficient; features that are constant do, and so may small hand-made matrices. Only those wait for that root.
     """
     if len(sigma1) > JUDGED_DIM and np.diag(sigma1).all() and np.diag(sigma2).all():
         return True
     from scipy.linalg import sqrtm
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the matrix is singular is known
+        warnings.simplefilter("ignore")  # of a singular matrix: that is the question
         return bool(np.isfinite(sqrtm(sigma1 @ sigma2)).all())
 
 
