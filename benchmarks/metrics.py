@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="P/R at 10,000 x 50,000 too")
     options = parser.parse_args(argv)
     print(f"{torch.get_num_threads()} threads")
+    warm = features(100, 0)  # imports and threads
+    precision_recall(warm, warm)
+    frechet_distance(*2 * _gaussian(warm[:, :600]))
 
     for count, kind in ((4096, "full rank"), (1000, "deficient rank")):
         gaussians = [f for seed in (0, 1) for f in _gaussian(features(count, seed) + 0.1 * noise(count, seed))]
