@@ -10,7 +10,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,6 +219,41 @@ class DemoConfig:
     dest: str = option(..., "new folder, for train/ and val/ with a folder per digit")
 
 
+@dataclasses.dataclass
+class FeatureNetworks:
+    """The networks that evaluation and reference batches look at images with."""
+
+    inception_weights: str | None = option(None, "Inception in torch-fidelity's format (default: downloaded)")
+    dino_weights: str | None = option(None, "DINOv2 ViT-L/14, timm's or the original file (default: downloaded)")
+    batch_size: int = option(64, "images per batch and process", ge=1)
+
+
+@dataclasses.dataclass
+class EvaluateConfig(FeatureNetworks):
+    """evaluate.py REF SAMPLES: FID, sFID, Inception Score, Precision, Recall and FDD, as ADM's evaluator has them."""
+
+    ref: str = option(..., "REF: reference, .npz in ADM's format or a folder of PNG")
+    samples: str = option(..., "SAMPLES: .npz or a folder of PNG")
+    metrics: list[str] = option([], "of fid sfid is precision recall fdd (default: all that the network gives; fdd on demand)")
+    output: str = option("metrics.json", "JSON file with the figures and what they belong to")
+    features: str | None = option(None, "another network than Inception, as module:factory")
+    pr_dtype: Literal["float16", "float32"] = option(
+        "float16", "distances of precision and recall; float16 as in ADM's evaluator"
+    )
+    split_size: int = option(5000, "images per split of the Inception Score", ge=1)
+
+
+@dataclasses.dataclass
+class ReferenceConfig(FeatureNetworks):
+    """Options of dataset_tools.py reference: images → a reference batch for evaluation, in ADM's format."""
+
+    source: str = option(..., "folder or .zip of images of one size, or .npz")
+    dest: str = option(..., "new .npz file")
+    num_images: int = option(10000, "images kept in it, for precision and recall; the statistics are of all", ge=1)
+    seed: int = option(0, "seed of the choice", ge=0)
+    dino: bool = option(False, "also the DINOv2 statistics that FDD needs")
+
+
 # Of a training YAML, generation reads these keys.
 ARCHITECTURE_KEYS = {f.name for f in dataclasses.fields(Architecture)} | {"exp_name"}
 
@@ -279,6 +314,26 @@ def parse_command_line(cls: type, argv: list[str] | None, *, prog: str | None = 
             raise UserError(f"unexpected argument {flag!r}: options are written as --name value")
         raise UserError(f"unknown option {flag}{nearest(flag, parser._option_string_actions)}")
     return {name: coerce(cls, name, value, "--" + name.replace("_", "-")) for name, value in vars(parsed).items()}
+
+
+def with_names(cls: type, argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A command line whose positional arguments, wherever they stand among the options, are given by option `names`."""
+    hints = typing.get_type_hints(cls)
+    switches = {"--" + name for name, hint in hints.items() if hint is bool}
+    named: list[str] = []
+    places, takes = ["--" + name for name in names], 0  # takes: how many more arguments belong to the last option
+    for argument in argv:
+        if argument.startswith("--"):
+            hint = hints.get(argument.removeprefix("--").replace("-", "_"))
+            takes = 0 if hint in (bool, None) else len(argv) if typing.get_origin(hint) is list else 1
+        elif takes:
+            takes -= 1
+        elif argument.startswith("-") or (named and named[-1] in switches and argument.lower() in ("true", "false")):
+            pass
+        elif places:
+            named.append(places.pop(0))
+        named.append(argument)
+    return named
 
 
 def read_yaml(path: str, cls: type, *, others: Iterable[str] = ()) -> dict[str, Any]:

@@ -12,8 +12,6 @@ import argparse
 import json
 import re
 import sys
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from torch import Tensor
 
 import checkpoint
 import inference
-from config import Architecture, ConvertCheckpointConfig, parse
+from config import Architecture, ConvertCheckpointConfig, parse, with_names
 from errors import UserError, command
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
@@ -29,7 +27,7 @@ PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which d
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    argv = with_names(sys.argv[1:] if argv is None else argv)
+    argv = with_names(ConvertCheckpointConfig, sys.argv[1:] if argv is None else argv, ("source", "dest"))
     config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py IN [OUT]")
     if config.source is None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
@@ -41,26 +39,6 @@ def main(argv: list[str] | None = None) -> None:
         show(config, given, source)
     if config.dest is not None:
         convert(config, given, source)
-
-
-def with_names(argv: Sequence[str]) -> list[str]:
-    """IN and OUT, wherever they stand among the options, as --source IN --dest OUT."""
-    hints = typing.get_type_hints(ConvertCheckpointConfig)
-    switches = {"--" + name for name, hint in hints.items() if hint is bool}
-    named: list[str] = []
-    places, takes = ["--source", "--dest"], 0  # takes: how many more arguments belong to the last option
-    for argument in argv:
-        if argument.startswith("--"):
-            hint = hints.get(argument.removeprefix("--").replace("-", "_"))
-            takes = 0 if hint in (bool, None) else len(argv) if typing.get_origin(hint) is list else 1
-        elif takes:
-            takes -= 1
-        elif argument.startswith("-") or (named and named[-1] in switches and argument.lower() in ("true", "false")):
-            pass
-        elif places:
-            named.append(places.pop(0))
-        named.append(argument)
-    return named
 
 
 def check_dest(config: ConvertCheckpointConfig) -> None:

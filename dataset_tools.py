@@ -1,4 +1,5 @@
 """Makes training data: `convert` (any images → numbered PNGs), `encode` (→ VAE latents), `demo` (the quick start's digits).
+`reference`: images → a reference batch for `evaluate.py`.
 
     python dataset_tools.py convert --source=ImageNet/train --dest=DATA_DIR/images --resolution=256x256 \\
         --transform=center-crop-dhariwal
@@ -26,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from config import ConvertConfig, DemoConfig, EncodeConfig, parse, require
+from config import ConvertConfig, DemoConfig, EncodeConfig, ReferenceConfig, parse, require
 from errors import UserError, command, nearest
 from vae import encode_moments, load_vae
 
@@ -165,10 +166,23 @@ def demo(config: DemoConfig) -> None:
         dest.finish({})
 
 
+def reference(config: ReferenceConfig) -> None:
+    """Images of one size → a reference batch for evaluation; under torchrun, too."""
+    from metrics.evaluation import start_processes
+    from metrics.reference import make_reference
+
+    state = start_processes()
+    make_reference(
+        config, state, lambda text: state.is_main_process and print(f"dataset_tools.py: warning: {text}", file=sys.stderr)
+    )
+    state.destroy_process_group()
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "convert": (ConvertConfig, convert),
     "encode": (EncodeConfig, encode),
     "demo": (DemoConfig, demo),
+    "reference": (ReferenceConfig, reference),
 }
 
 # ---------------------------------------------------------------------------------------------------------- transforms

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 import inference
+import metrics.images
 import models
 from config import GenerateConfig, parse, require
 from errors import UserError, command
@@ -254,16 +254,9 @@ def missing_images(folder: Path, indices: Iterable[int], resolution: int) -> Ite
 
 
 def write_npz(path: Path, files: Iterable[Path], config: GenerateConfig) -> None:
-    """ADM's sample format: arr_0 uint8 (M, H, W, 3). Image by image, written aside, then renamed."""
-    aside = path.with_suffix(".npz.tmp")
+    """ADM's sample format: arr_0 uint8 (M, H, W, 3) of the image files."""
     shape = (config.num_fid_samples, config.resolution, config.resolution, 3)
-    member = zipfile.ZipInfo("arr_0.npy")  # without a date: the same images make the same file
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive, archive.open(member, "w", force_zip64=True) as out:
-        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for file in files:
-            with Image.open(file) as image:
-                out.write(np.asarray(image).tobytes())
-    aside.replace(path)
+    metrics.images.write_npz(path, shape, (np.asarray(Image.open(file)) for file in files))
 
 
 def _write_image(folder: Path, index: int, image: np.ndarray) -> None:

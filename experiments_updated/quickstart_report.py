@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
 import checkpoint
+import evaluate
 import generate
 import inference
 import models
@@ -20,7 +22,7 @@ from data import LatentDataset
 from errors import UserError, command
 from experiments_updated import digit_classifier
 from loss import held_out_losses
-from metrics import frechet_distance
+from metrics.images import write_npz
 from pictures import labelled_grid
 
 TIMED_IMAGES, TIMED_ROUNDS = 20, 2
@@ -56,12 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     labels = generate.labels_of(config, range(len(samples[0]))).numpy()
     rates = _images_per_second(config, model, vae, shape)
     losses = _held_out(config, model, found)
-    reference = digit_classifier.statistics(classifier, held_out_digits)
+    figures = _figures(config, held_out_digits, samples)
     rows = []
     for i, (budget, images) in enumerate(zip(config.budgets, samples, strict=True)):
-        quarters = digit_classifier.quarters(torch.from_numpy(images).permute(0, 3, 1, 2))
-        predicted = digit_classifier.features(classifier, quarters)[1].argmax(dim=1).numpy()
-        mean, covariance = digit_classifier.statistics(classifier, quarters)
+        predicted = digit_classifier.features(classifier, _digits(images))[1].argmax(dim=1).numpy()
         difference = losses[i] - losses[-1]
         rows.append(
             {
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
                 "gflops_per_forward": models.count_flops(model, budget) / 1e9,
                 "images_per_second": rates[i],
                 "digits_in_class": float((predicted == labels.repeat(4)).mean()),
-                "frechet_distance": frechet_distance(mean, covariance, *reference),
+                **{name: figures[i][name] for name in ("fid", "is", "precision", "recall")},
                 "held_out_loss": float(losses[i].mean()),
                 "held_out_loss_difference": float(difference.mean()),
                 "held_out_loss_difference_standard_error": float(difference.std(ddof=1) / len(difference) ** 0.5),
@@ -136,6 +136,28 @@ def _held_out(config: ReportConfig, model, found: checkpoint.Weights) -> np.ndar
     return torch.cat(total, dim=1).cpu().numpy().astype(np.float64)
 
 
+def _digits(canvases: np.ndarray) -> torch.Tensor:
+    """The digits of uint8 (n, H, W, 3) canvases: (4n, 3, 32, 32)."""
+    return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2))
+
+
+def _figures(config: ReportConfig, held_out_digits: torch.Tensor, samples: list[np.ndarray]) -> list[dict]:
+    """evaluate.py's JSON for each set of samples: their digits against the held-out ones, in the classifier's features."""
+    folder = Path(config.output_dir) / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ[digit_classifier.WEIGHTS_VARIABLE] = str(Path(config.output_dir) / "classifier.pt")
+    sets = {"held-out": held_out_digits} | {f"budget-{b:g}": _digits(s) for b, s in zip(config.budgets, samples, strict=True)}
+    for name, digits in sets.items():
+        images = digits.permute(0, 2, 3, 1).numpy()
+        write_npz(folder / f"{name}.npz", images.shape, images)
+    found = []
+    for name in list(sets)[1:]:
+        reference, npz, figures = (str(folder / file) for file in ("held-out.npz", f"{name}.npz", f"{name}.json"))
+        evaluate.main([reference, npz, "--features", "experiments_updated.digit_classifier:factory", "--output", figures])
+        found.append(json.loads(Path(figures).read_text()))
+    return found
+
+
 def _fraction(budget: float) -> str:
     return f"1/{round(1 / budget)}" if budget < 1 and (1 / budget).is_integer() else f"{budget:g}"
 
@@ -146,7 +168,9 @@ def _table(rows: list[dict]) -> str:
         "GFLOPs / forward",
         "images/s",
         "digits in class",
-        "Fréchet distance",
+        "FID",
+        "precision",
+        "recall",
         "held-out loss",
         "− full (± s.e.)",
         "pixel − full",
@@ -160,7 +184,9 @@ def _table(rows: list[dict]) -> str:
                 f"{r['gflops_per_forward']:.3f}",
                 f"{r['images_per_second']:.2f}",
                 f"{r['digits_in_class']:.3f}",
-                f"{r['frechet_distance']:.2f}",
+                f"{r['fid']:.2f}",
+                f"{r['precision']:.3f}",
+                f"{r['recall']:.3f}",
                 f"{r['held_out_loss']:.4f}",
                 difference if r is not rows[-1] else "0",
                 f"{r['pixel_difference']:.2f}",

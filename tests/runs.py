@@ -102,3 +102,31 @@ def refused(main, capsys, argv) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def colour_features(device):
+    """A feature network for `--features`: means over a grid as pool (B, 48), edges as spatial, and ten logits."""
+    mix = torch.randn(48, 10, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def extract(images):
+        x = images.float() / 64
+        pool = torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+        spatial = (x[:, 0, 1:, ::8] - x[:, 0, :-1, ::8]).unflatten(1, (31, 1)).mean(dim=2).flatten(1)[:, :40]
+        return {"pool": pool, "spatial": spatial, "logits": pool @ mix}
+
+    return extract
+
+
+def pool_features(device):
+    """Only pool."""
+    return lambda images: {"pool": images.float().mean(dim=(2, 3))}
+
+
+def nan_features(device):
+    """NaN for bright images."""
+
+    def extract(images):
+        pool = images.float().mean(dim=(2, 3))
+        return {"pool": pool.where(pool < 140, float("nan"))}
+
+    return extract

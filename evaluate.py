@@ -1,0 +1,55 @@
+"""FID, sFID, Inception Score, Precision, Recall and FDD of a set of images, as OpenAI's ADM evaluator computes them.
+
+    python evaluate.py REF SAMPLES [--metrics fid sfid is precision recall fdd] [--output metrics.json]
+
+REF, SAMPLES: .npz files in ADM's format, or folders of PNG. Alone or under torchrun: the result is the same.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+import inference
+from config import EvaluateConfig, parse, with_names
+from errors import UserError, command
+from metrics.evaluation import METRICS, evaluate, start_processes
+
+NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "recall": "Recall", "fdd": "FDD"}
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    argv = with_names(EvaluateConfig, sys.argv[1:] if argv is None else argv, ("ref", "samples"))
+    config, _ = parse(EvaluateConfig, argv, prog="evaluate.py REF SAMPLES")
+    if config.ref is None or config.samples is None:
+        raise UserError("give the reference and the samples: evaluate.py REF SAMPLES, before --metrics")
+    output = Path(config.output)
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; wanted: a JSON file")
+    inference.check_folder("--output: the folder", output.parent)
+    state = start_processes()
+    found = evaluate(config, state, lambda message: _warn(state, message))
+    if found is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        inference.write_json(found, output)
+        print(table(found))
+        print(f"{config.samples} against {config.ref}: {config.output}")
+    state.destroy_process_group()
+
+
+def table(found: dict) -> str:
+    """The figures that were asked for, and the number of images."""
+    asked = [name for name in METRICS if found[name] is not None]
+    cells = {NAMES[name]: f"{found[name]:.4f}" for name in asked}
+    cells |= {"samples": str(found["num_samples"]), "reference": str(found["num_ref"])}
+    return "\n".join("| " + " | ".join(line) + " |" for line in (cells, ["---"] * len(cells), cells.values()))
+
+
+def _warn(state: PartialState, message: str) -> None:
+    if state.is_main_process:
+        print(f"evaluate.py: warning: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

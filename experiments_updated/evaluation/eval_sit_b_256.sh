@@ -1,0 +1,2 @@
+#!/usr/bin/env bash
+D=$(dirname "$0"); exec bash "$D/eval.sh" "$D/../train/sit_b_256.yaml" "$D/../generation/sit_b_256.yaml" "${CKPT:-exps/sit_b_256/checkpoints/0400000.pt}" "${REF:-../data/VIRTUAL_imagenet256_labeled.npz}" "$@"

@@ -1,0 +1,2 @@
+#!/usr/bin/env bash
+D=$(dirname "$0"); exec bash "$D/eval.sh" "$D/../train/sit_xl_512.yaml" "$D/../generation/sit_xl_512.yaml" "${CKPT:-exps/sit_xl_512/checkpoints/0400000.pt}" "${REF:-../data/VIRTUAL_imagenet512.npz}" "$@"

@@ -1,0 +1,297 @@
+"""The whole evaluation: two sets of images → features, on any number of processes → figures."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from config import EvaluateConfig, FeatureNetworks
+from data import DataError
+from errors import UserError, nearest
+from metrics import networks
+from metrics.images import ImageSet, open_images
+from metrics.neighbours import precision_recall
+from metrics.networks import Network
+from metrics.statistics import RunningStatistics, frechet_distance, inception_score, score_of_logits
+
+METRICS = ("fid", "sfid", "is", "precision", "recall", "fdd")
+FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}  # metric → the features that it compares
+IN_FILE = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2")}
+NEIGHBOURS = 3  # k of precision and recall
+
+Warn = Callable[[str], None]
+Gaussian = tuple[np.ndarray, np.ndarray]  # mean (d,), covariance (d, d)
+
+
+class Features:
+    """What is known of one set: statistics by kind of feature, given by the file or gathered, and the rows that are kept."""
+
+    def __init__(self, images: ImageSet, gather: set[str], keep: set[str]):
+        self.images, self.gather, self.keep = images, gather, keep
+        self.gathered: dict[str, RunningStatistics] = {}
+        self.rows: dict[str, np.ndarray] = {}  # (N, d) float32
+        self._taken = 0
+
+    @property
+    def wanted(self) -> set[str]:
+        return self.gather | self.keep
+
+    def take(self, batch: dict[str, np.ndarray]) -> None:
+        """Add the features of the next images."""
+        for kind, values in batch.items():
+            if kind in self.gather:
+                self.gathered.setdefault(kind, RunningStatistics(values.shape[1])).update(values)
+            if kind in self.keep:
+                if kind not in self.rows:
+                    self.rows[kind] = np.empty((self.images.count, values.shape[1]), np.float32)
+                self.rows[kind][self._taken : self._taken + len(values)] = values
+        self._taken += len(values)
+
+    def gaussian(self, kind: str) -> Gaussian:
+        """Mean and covariance of one kind of features."""
+        if kind in self.gather:
+            return self.gathered[kind].mean, self.gathered[kind].covariance
+        return tuple(self.images.statistics[name] for name in IN_FILE[kind])
+
+
+def start_processes() -> PartialState:
+    """The processes that share the work; matrix products and convolutions are in full float32 from here on."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[str, Any] | None:
+    """Every figure that `config` asks for, and what it belongs to: the content of the JSON file. None off the main process."""
+    check_names(config.metrics)
+    sets = [open_images(path) for path in (config.ref, config.samples)]
+    used: list[Network] = []
+    if config.features:
+        used.append(networks.by_name(config.features, state.device))
+        probe(used[0], sets)
+    metrics = choose_metrics(config, used)
+    score_on = "logits" if config.features else "pool"
+    ref, samples = (plan(images, metrics, score_on if i else None) for i, images in enumerate(sets))
+    check_sets(ref, samples, metrics)
+    if state.is_main_process:
+        for images in sets:
+            images.check()
+    state.wait_for_everyone()
+    used += load_networks(config, ref.wanted | samples.wanted, sets, bool(used), state, warn)
+    check_dimensions(ref, samples, metrics, used, warn)
+
+    with ThreadPoolExecutor(1) as pool:
+        hashes = pool.submit(lambda: [images.sha256() for images in sets]) if state.is_main_process else None
+        for features, name in ((ref, "reference"), (samples, "samples")):
+            gather(features, used, config.batch_size, state, name)
+        if not state.is_main_process:
+            return None
+        figures = compute(config, metrics, ref, samples, used, state.device)
+        ref_sha256, samples_sha256 = hashes.result()
+    return (
+        {name: figures.get(name) for name in METRICS}
+        | {"num_ref": ref.images.count or None, "num_samples": samples.images.count or None}
+        | {"ref": config.ref, "samples": config.samples, "ref_sha256": ref_sha256, "samples_sha256": samples_sha256}
+        | {"statistics_from_file": {"ref": _from_file(ref, metrics), "samples": _from_file(samples, metrics)}}
+        | {"networks": {n.name: {"weights": n.weights and str(n.weights), "sha256": n.sha256} for n in used}}
+        | {"k": NEIGHBOURS, "pr_dtype": config.pr_dtype, "split_size": config.split_size, "batch_size": config.batch_size}
+        | {"device": state.device.type, "versions": versions()}
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the figures depend on."""
+    packages = ("torch", "numpy", "scipy", "pillow", "torch-fidelity", "timm")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+# --------------------------------------------------------------------------------------------- what is wanted, and checks
+
+
+def check_names(metrics: Sequence[str]) -> None:
+    for name in metrics:
+        if name not in METRICS:
+            raise UserError(f"--metrics {name}: not a metric{nearest(name, METRICS)}; choose from {' '.join(METRICS)}")
+
+
+def choose_metrics(config: EvaluateConfig, used: Sequence[Network]) -> list[str]:
+    """The metrics asked for, else all that the network's outputs allow; fdd, which takes another network, on demand only."""
+    kinds = used[0].dims if used else ("pool", "spatial", "logits")
+    needs = {"fid": "pool", "sfid": "spatial", "is": "logits", "precision": "pool", "recall": "pool"}
+    for name in config.metrics:
+        if name != "fdd" and needs[name] not in kinds:
+            raise UserError(f"--metrics {name}: needs {needs[name]}, which --features {config.features} does not give")
+    return config.metrics or [name for name, kind in needs.items() if kind in kinds]
+
+
+def plan(images: ImageSet, metrics: Sequence[str], score_on: str | None) -> Features:
+    """Which features of a set the metrics need beyond what its file holds. score_on: the features of the Inception Score."""
+    needed_by: dict[str, list[str]] = {}
+    gather, keep = set(), set()
+    for metric in metrics:
+        kind = FRECHET.get(metric, "pool")
+        if metric in FRECHET and all(name in images.statistics for name in IN_FILE[kind]):
+            continue
+        if metric == "is":
+            if score_on is None:
+                continue
+            kind = score_on
+        (gather if metric in FRECHET else keep).add(kind)
+        needed_by.setdefault(kind, []).append(metric)
+    if needed_by and not images.count:
+        names = ", ".join(m for found in needed_by.values() for m in found)
+        raise UserError(f"{images.path}: holds no arr_0 (images), which {names} need; choose others by --metrics")
+    return Features(images, gather, keep)
+
+
+def check_sets(ref: Features, samples: Features, metrics: Sequence[str]) -> None:
+    """Refuse sets of different sizes, and too few images."""
+    sizes = [f.images.size for f in (ref, samples)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        (h1, w1), (h2, w2) = sizes
+        raise UserError(f"{samples.images.path}: has images of {w2}x{h2} pixels, but {ref.images.path} of {w1}x{h1}")
+    for features in (ref, samples):
+        images = features.images
+        if {"precision", "recall"} & set(metrics) and images.count < NEIGHBOURS + 1:
+            raise UserError(f"{images.path}: {images.count} images; precision and recall need at least {NEIGHBOURS + 1}")
+        if features.gather and images.count < 2:
+            raise UserError(f"{images.path}: one image has no covariance; wanted: at least 2")
+
+
+def load_networks(
+    config: FeatureNetworks, wanted: set[str], sets: Sequence[ImageSet], by_hand: bool, state: PartialState, warn: Warn
+) -> list[Network]:
+    """Inception and DINOv2 where their features are wanted. One process of each machine downloads, the others find the file."""
+    used = []
+    with state.local_main_process_first():
+        if wanted & {"pool", "spatial"} and not by_hand:
+            used.append(networks.inception(config.inception_weights, state.device, warn))
+        if "dinov2" in wanted:
+            used.append(networks.dinov2(config.dino_weights, state.device))
+    for network in used:
+        probe(network, sets)
+    return used
+
+
+def probe(network: Network, sets: Sequence[ImageSet]) -> None:
+    """Fill in what a network gives, from one image. `UserError` if that is not what a feature network gives."""
+    images = next((images for images in sets if images.count), None)
+    if images is None:
+        raise UserError(f"{sets[-1].path}: holds no arr_0 (images)")
+    with torch.inference_mode():
+        given = network.extract(torch.from_numpy(images.read(range(1)).transpose(0, 3, 1, 2).copy()))
+    if not isinstance(given, dict) or not given or not all(isinstance(v, Tensor) and len(v) == 1 for v in given.values()):
+        raise UserError(f"--features {network.name}: must give a dict with pool (B, d), and spatial, logits if it has them")
+    network.dims = {kind: values.numel() for kind, values in given.items()}
+
+
+def check_dimensions(ref: Features, samples: Features, metrics: Sequence[str], used: Sequence[Network], warn: Warn) -> None:
+    """Refuse statistics of a file that do not fit the features; warn once where images are fewer than dimensions."""
+    dims = {kind: d for network in used for kind, d in network.dims.items()}
+    few = []
+    for metric in (m for m in metrics if m in FRECHET):
+        kind = FRECHET[metric]
+        for features in (samples, ref):
+            images = features.images
+            if kind in features.gather:
+                if images.count < dims[kind]:
+                    few.append(f"{metric} of {images.count} images in {dims[kind]} dimensions ({images.path})")
+                continue
+            mean, covariance = (images.statistics[name].shape for name in IN_FILE[kind])
+            d = dims.setdefault(kind, mean[0] if mean else 0)
+            if mean != (d,) or covariance != (d, d):
+                names = " and ".join(IN_FILE[kind])
+                raise UserError(
+                    f"{images.path}: {names} have shapes {mean} and {covariance}; {metric} needs ({d},) and ({d}, {d})"
+                )
+    if few:
+        warn(f"fewer images than dimensions, so the figure is far above that of a large set: {'; '.join(few)}")
+
+
+def _from_file(features: Features, metrics: Sequence[str]) -> list[str]:
+    return [m for m in metrics if m in FRECHET and FRECHET[m] not in features.gather]
+
+
+def compute(
+    config: EvaluateConfig,
+    metrics: Sequence[str],
+    ref: Features,
+    samples: Features,
+    used: Sequence[Network],
+    device: torch.device,
+) -> dict[str, float]:
+    """The figures, of features that are gathered."""
+    figures = {m: frechet_distance(*ref.gaussian(FRECHET[m]), *samples.gaussian(FRECHET[m])) for m in metrics if m in FRECHET}
+    if "is" in metrics and "logits" in samples.rows:
+        figures["is"] = score_of_logits(samples.rows["logits"], config.split_size)
+    elif "is" in metrics:
+        figures["is"] = inception_score(samples.rows["pool"], used[0].class_weight, config.split_size)
+    if {"precision", "recall"} & set(metrics):
+        rows = ref.rows["pool"], samples.rows["pool"]
+        both = precision_recall(*rows, NEIGHBOURS, config.pr_dtype, device=device, progress=True)
+        figures |= {m: value for m, value in zip(("precision", "recall"), both, strict=True) if m in metrics}
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------------------- features
+
+
+def gather(features: Features, used: Sequence[Network], batch_size: int, state: PartialState, name: str) -> None:
+    """Run the networks over one set, where anything is wanted of it; `features` is filled on the main process.
+
+    Batches are fixed by index and shared out in turns, and their features are taken in order: the result is that of one process.
+    """
+    if not features.wanted:
+        return
+    count = features.images.count
+    spans = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    mine = spans[state.process_index :: state.num_processes]
+    needed = [n for n in used if features.wanted & n.dims.keys()]
+    with (
+        ThreadPoolExecutor(1) as reader,
+        tqdm(total=count, desc=name, unit="image", disable=not state.is_main_process) as bar,
+    ):
+        ahead = reader.submit(features.images.read, mine[0]) if mine else None
+        for turn in range(0, len(spans), state.num_processes):
+            found = None
+            place = turn // state.num_processes
+            if place < len(mine):
+                images = ahead.result()
+                if place + 1 < len(mine):  # read while the networks work
+                    ahead = reader.submit(features.images.read, mine[place + 1])
+                found = features_of(needed, images, features.wanted, f"{features.images.path}: image {mine[place].start} ff.")
+            for batch in _gathered(found, state):
+                if batch is not None:
+                    features.take(batch)
+            bar.update(sum(map(len, spans[turn : turn + state.num_processes])))
+
+
+def features_of(used: Sequence[Network], images: np.ndarray, wanted: set[str], where: str) -> dict[str, np.ndarray]:
+    """Images uint8 (B, H, W, 3) → the wanted features, each (B, d) float32. `DataError` for values that are not finite."""
+    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    found: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for network in used:
+            given = network.extract(batch)
+            found |= {kind: given[kind] for kind in network.dims if kind in wanted}
+    arrays = {kind: values.flatten(1).float().cpu().numpy() for kind, values in found.items()}
+    for kind, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise DataError(f"{where}: its {kind} features hold values that are not finite; are the weights whole?")
+    return arrays
+
+
+def _gathered(found: dict[str, np.ndarray] | None, state: PartialState) -> list[dict[str, np.ndarray] | None]:
+    """What each process found, in order, on the main process; nothing elsewhere."""
+    if state.num_processes == 1:
+        return [found]
+    received = [None] * state.num_processes if state.is_main_process else None
+    torch.distributed.gather_object(found, received, dst=0)
+    return received or []
