@@ -69,6 +69,9 @@ class TrainConfig(Architecture):
     sampling_steps: int = option(10000, "pictures and held-out loss every so many steps, and at step 1; 0: never", ge=0)
     resume_step: int = option(0, "-1: newest good checkpoint, or start anew; n: the one of step n; 0: a new run", ge=-1)
     data_dir: str = option("../data/imagenet256", "data set: vae-sd/ or vae-sd.zip, and for REPA images/ or images.zip")
+    encoder_weights: list[str] | None = option(
+        None, "REPA: file with the weights of each encoder of --enc-type (default: from the hub)"
+    )
     val_data_dir: str | None = option(None, "held-out data set for the validation loss")
     batch_size: int = option(256, "images per micro-step, over all processes", ge=1)
     vae: str | None = option(None, "VAE for pictures: ema, mse, hub name or folder (default: the data set's record)")

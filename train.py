@@ -29,8 +29,9 @@ import checkpoint
 import models
 from config import TrainConfig, parse, require
 from data import LatentDataset
+from encoders import encoder_names, load_encoders
 from errors import UserError, command
-from loss import active_stage, dropped_labels, held_out_losses, velocity_loss
+from loss import Projecting, active_stage, alignment_loss, dropped_labels, held_out_losses, velocity_loss
 from models.elit import mask_levels, mask_to_budget
 from pictures import image_grid, save_png
 from randomness import epoch_order, image_labels, pyramid_noise, training_draws
@@ -56,8 +57,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(config: TrainConfig, given: dict) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    if config.enc_type != "none" and config.proj_coeff > 0:
-        raise UserError(f"--enc-type {config.enc_type}: REPA is not available yet; use --enc-type none")
     spec = models.model_spec(config.model)
     masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
     if not spec.elastic and any(masks):
@@ -68,6 +67,8 @@ def check(config: TrainConfig, given: dict) -> None:
         check_stages(config)
     if Path(config.exp_name).name != config.exp_name:
         raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --output-dir)")
+    if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
+        _warn(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
     if config.legacy:
         _warn("--legacy has no effect")
     if spec.elastic and "encoder_depth" in given and config.head_depth is None:
@@ -175,7 +176,8 @@ class Trainer:
 
     def _load_data(self) -> None:
         config = self.config
-        self.dataset = LatentDataset(config.data_dir)
+        self.encoder_names = encoder_names(config.enc_type, config.proj_coeff)
+        self.dataset = LatentDataset(config.data_dir, images=bool(self.encoder_names))
         self.dataset.check(num_classes=config.num_classes, resolution=config.resolution)
         self.record = self.dataset.record
         self.held_out = None
@@ -203,14 +205,20 @@ class Trainer:
 
     def _build_model(self) -> None:
         config = self.config
-        torch.manual_seed(config.seed)
         options = checkpoint.model_options(dataclasses.asdict(config))
+        tokens = self.shape[1] // models.model_spec(config.model).sizes["patch_size"]
+        self.encoders = load_encoders(
+            self.encoder_names, config.resolution, (tokens, tokens), config.encoder_weights, self.accelerator.device
+        )
+        torch.manual_seed(config.seed)  # after the encoders, whose making draws numbers too
         self.model = models.create_model(
             config.model,
             input_size=self.shape[1],
             in_channels=self.record.latent_channels,
             num_classes=config.num_classes,
             fused_attn=config.fused_attn,
+            encoder_depth=config.encoder_depth,
+            z_dims=[encoder.z_dim for encoder in self.encoders],
             **options,
         ).to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay)
@@ -272,6 +280,8 @@ class Trainer:
             "batch_size",
             "gradient_accumulation_steps",
             "ema_decay",
+            "enc_type",
+            "proj_coeff",
         )
         for name in (*same, *checkpoint.MODEL_OPTIONS):
             if name in recorded and own[name] != recorded[name]:
@@ -411,8 +421,15 @@ class Trainer:
         variant = self.variant(
             self.budgets[int(draws.level * len(self.budgets))], active_stage(draws.stage, config.stage_weights)
         )
-        losses = velocity_loss(self.model, x, draws, y, weighting=config.weighting, path_type=config.path_type, **variant)
-        return losses.mean()
+        model = Projecting(self.model) if self.encoders else self.model
+        losses = velocity_loss(model, x, draws, y, weighting=config.weighting, path_type=config.path_type, **variant)
+        loss = losses.mean()
+        if self.encoders:
+            images = batch["image"].to(device, non_blocking=True)
+            with self.accelerator.autocast():
+                features = [encoder(images) for encoder in self.encoders]
+            loss = loss + config.proj_coeff * alignment_loss(model.projections, features)
+        return loss
 
     def variant(self, budget: float | None, stage: int) -> dict:
         """What this model takes of a budget and an active stage, as arguments of `velocity_loss`."""
