@@ -232,10 +232,10 @@ def test_encoders_that_do_not_fit_are_refused(name, words):
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def make_images(data_dir):
+def make_images(data_dir, count=COUNT):
     folder = data_dir / "images" / "00000"
     folder.mkdir(parents=True)
-    images = uint8_images(COUNT, RESOLUTION, seed=7)
+    images = uint8_images(count, RESOLUTION, seed=7)
     for i, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"img{i:08d}.png")
     return images
@@ -302,11 +302,12 @@ def test_training_with_repa(data, tiny_weights, tmp_path):
         assert_same_tensors(a, b)
 
 
-def test_two_encoders_and_bf16(data, tiny_weights, tmp_path):
+@pytest.mark.parametrize("model", ["SiT-Ti/2", "DFM-SiT-Ti/2"])
+def test_two_encoders_and_bf16(data, tiny_weights, tmp_path, model):
     torch.save(random_vit("deit_tiny_patch16_224").state_dict(), tmp_path / "deit.pt")
     both = repa(tiny_weights, tmp_path / "deit.pt", enc_type=f"{TINY},timm/deit_tiny_patch16_224")
     options = (*both, "--mixed-precision", "bf16", "--max-train-steps", 1)
-    train.main(arguments(data.path, tmp_path, *options, model="SiT-Ti/2"))
+    train.main(arguments(data.path, tmp_path, *options, model=model))
     assert np.isfinite(list(metrics(tmp_path).values())).all()
     assert any(k.startswith("projectors.1.") for k in final_state(tmp_path, 1)["model"])
 
