@@ -253,6 +253,7 @@ class Trainer:
             "ema_decay",
             "enc_type",
             "proj_coeff",
+            *(["encoder_depth"] if self.encoders else []),
         )
         for name in (*same, *checkpoint.MODEL_OPTIONS):
             if name in recorded and own[name] != recorded[name]:
