@@ -138,8 +138,10 @@ class Weights:
     step: int = 0
 
 
-def read_weights(path: str | Path, weights: str = "ema", given: dict[str, Any] | None = None) -> Weights:
-    """One set of weights (`ema`, `ema:DECAY` or `model`) of a checkpoint file, REPA projectors left aside.
+def read_weights(
+    path: str | Path, weights: str = "ema", given: dict[str, Any] | None = None, *, projectors: bool = False
+) -> Weights:
+    """One set of weights (`ema`, `ema:DECAY` or `model`) of a checkpoint file; REPA's `projectors` are left aside unless asked for.
 
     Formats: ours, its safetensors form, the published ELIT code's, a folder of `save_pretrained`, and bare state dicts (REPA's
     `last.pt`, original SiT's, a model's own); a path `hf://owner/repo/file` is fetched from the hub. `given`: options by hand,
@@ -157,7 +159,8 @@ def read_weights(path: str | Path, weights: str = "ema", given: dict[str, Any] |
         else:
             _check_single(path, weights)
             found = _bare(path, state, given or {})
-    found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
+    if not projectors:
+        found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
     return found
 
 

@@ -68,7 +68,14 @@ class TrainConfig(Architecture):
     report_to: Literal["wandb", "tensorboard", "none"] = option("wandb", "tracker; metrics.jsonl is always written")
     sampling_steps: int = option(10000, "pictures and held-out loss every so many steps, and at step 1; 0: never", ge=0)
     resume_step: int = option(0, "-1: newest good checkpoint, or start anew; n: the one of step n; 0: a new run", ge=-1)
+    init_from: str | None = option(
+        None,
+        "checkpoint whose averaged weights a new run starts from: ours, a published one, safetensors, or hf://owner/repo/file",
+    )
     data_dir: str = option("../data/imagenet256", "data set: vae-sd/ or vae-sd.zip, and for REPA images/ or images.zip")
+    encoder_weights: list[str] | None = option(
+        None, "REPA: file with the weights of each encoder of --enc-type (default: from the hub)"
+    )
     val_data_dir: str | None = option(None, "held-out data set for the validation loss")
     batch_size: int = option(256, "images per micro-step, over all processes", ge=1)
     vae: str | None = option(None, "VAE for pictures: ema, mse, hub name or folder (default: the data set's record)")
@@ -97,6 +104,9 @@ class TrainConfig(Architecture):
     cfg_prob: float = option(0.1, "probability that a label is dropped, for classifier-free guidance", ge=0, le=1)
     log_every: int = option(50, "steps between lines in metrics.jsonl and the tracker", ge=1)
     cache_dir: str | None = option(None, "where remote data is cached", aliases=("s3_cache_dir",))
+    plan: bool = option(False, "print and check what the run would do, cost and need, and train nothing; needs no GPU")
+    plan_processes: int | None = option(None, "--plan: number of processes (default: the launcher's)", ge=1)
+    plan_tflops: float | None = option(None, "--plan: TFLOP/s that a process is taken to sustain, for the time needed", gt=0)
     legacy: bool = option(False, "accepted from old YAML files; no effect")
 
 

@@ -1,4 +1,4 @@
-"""Interpolants, training times and losses: flow matching (SiT, arXiv 2401.08740, §2) and DFM (2506.19839)."""
+"""Interpolants, training times and losses: flow matching (SiT, arXiv 2401.08740, §2), DFM (2506.19839), REPA (2410.06940, §3)."""
 
 import bisect
 import math
@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.dfm import decompose
@@ -120,6 +121,37 @@ def velocity_loss(
         return flow_matching_loss(model, x, draws.noise, t, y, path_type, **kwargs)
     times = stage_times(t, draws.stage_normal, active_stage)
     return dfm_loss(model, x, [*draws.coarse_noise, draws.noise], times, y, path_type, active_stage, **kwargs)
+
+
+class Projecting:
+    """A model that keeps its REPA projections aside: a velocity loss calls it as it calls any model.
+
+    `projections`: those of the last call, (B, N, z) for each target encoder.
+    """
+
+    def __init__(self, model: Callable):
+        self.model, self.projections = model, []
+
+    def __call__(self, *args, **kwargs):
+        velocity, self.projections = self.model(*args, return_features=True, **kwargs)
+        return velocity
+
+
+def alignment_loss(projections: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+    """REPA: the mean over encoders, images and tokens of −cos(projection, feature), (B, N, z) each; computed in float32.
+
+    Norms taken in half precision overflow at entries of a few thousand and vanish at small ones, and the run with them.
+    """
+
+    def scaled(x: Tensor) -> Tensor:
+        # A cosine does not depend on lengths: with largest entry 1 no square leaves float32, not even bfloat16's.
+        x = x.float()
+        largest = x.detach().abs().amax(dim=-1, keepdim=True)
+        return x / torch.where(largest > 0, largest, 1)
+
+    pairs = zip(projections, features, strict=True)
+    cosines = [F.cosine_similarity(scaled(p), scaled(f), dim=-1) for p, f in pairs]  # (B, N) each
+    return -torch.stack(cosines).mean()
 
 
 @torch.no_grad()

@@ -27,14 +27,16 @@ from tqdm import tqdm
 
 import checkpoint
 import models
+import plan
 from config import TrainConfig, parse, require
-from data import LatentDataset
+from encoders import encoder_names, load_encoders
 from errors import UserError, command
-from loss import active_stage, dropped_labels, held_out_losses, velocity_loss
-from models.elit import mask_levels, mask_to_budget
+from loss import Projecting, active_stage, alignment_loss, dropped_labels, held_out_losses, velocity_loss
+from models.elit import mask_levels
 from pictures import image_grid, save_png
 from randomness import epoch_order, image_labels, pyramid_noise, training_draws
 from samplers import check_schedule, dfm_sampler, euler_sampler
+from transfer import transfer
 from vae import decode, decode_stages, load_vae, sample_latents
 
 PICTURES = 64  # images drawn in training, over all processes
@@ -51,13 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     config, given = parse(TrainConfig, argv, prog="train.py")
     require(config)
     check(config, given)
+    if config.plan:
+        if os.environ.get("RANK", "0") == "0":
+            plan.Plan(config).run()
+        return
     Trainer(config).run()
 
 
 def check(config: TrainConfig, given: dict) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    if config.enc_type != "none" and config.proj_coeff > 0:
-        raise UserError(f"--enc-type {config.enc_type}: REPA is not available yet; use --enc-type none")
     spec = models.model_spec(config.model)
     masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
     if not spec.elastic and any(masks):
@@ -68,6 +72,8 @@ def check(config: TrainConfig, given: dict) -> None:
         check_stages(config)
     if Path(config.exp_name).name != config.exp_name:
         raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --output-dir)")
+    if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
+        _warn(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
     if config.legacy:
         _warn("--legacy has no effect")
     if spec.elastic and "encoder_depth" in given and config.head_depth is None:
@@ -76,7 +82,7 @@ def check(config: TrainConfig, given: dict) -> None:
             f"--encoder-depth {config.encoder_depth} is the block that REPA reads; the head of {config.model} has {head} blocks "
             f"(the published code would take {config.encoder_depth}: --head-depth {config.encoder_depth})"
         )
-    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+    if config.mixed_precision == "fp16" and not config.plan and not torch.accelerator.is_available():
         _warn("--mixed-precision fp16 needs a GPU; running as no")
         config.mixed_precision = "no"
 
@@ -161,11 +167,9 @@ class Trainer:
         self.accelerator = accelerator = _accelerator(config)
         self.main = accelerator.is_main_process
         self.run_dir = Path(config.output_dir) / config.exp_name
-        if config.batch_size % accelerator.num_processes:
-            raise UserError(f"--batch-size {config.batch_size}: must be divisible by the {accelerator.num_processes} processes")
+        self._load_data()
         local = config.batch_size // accelerator.num_processes
         self.places = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-        self._load_data()
         self._build_model()
         state = self._open_run()
         self._optimize(state)
@@ -174,72 +178,35 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ set-up
 
     def _load_data(self) -> None:
-        config = self.config
-        self.dataset = LatentDataset(config.data_dir)
-        self.dataset.check(num_classes=config.num_classes, resolution=config.resolution)
-        self.record = self.dataset.record
-        self.held_out = None
-        if config.val_data_dir:
-            self.held_out = LatentDataset(config.val_data_dir)
-            self.held_out.check(num_classes=config.num_classes, resolution=config.resolution)
-            if self.held_out.record != self.record:
-                raise UserError(
-                    f"--val-data-dir {config.val_data_dir}: its latents were made by another VAE than those of --data-dir"
-                )
-        if len(self.dataset) < config.batch_size:
-            raise UserError(f"--batch-size {config.batch_size}: more than the {len(self.dataset)} samples in {config.data_dir}")
-        if config.resolution % self.record.downsample_factor:
-            raise UserError(
-                f"--resolution {config.resolution}: not divisible by the VAE's factor {self.record.downsample_factor}"
-            )
-        side = config.resolution // self.record.downsample_factor
-        self.shape = (self.record.latent_channels, side, side)
-        per_epoch = len(self.dataset) // config.batch_size
-        self.total_steps = min(config.max_train_steps, config.epochs * per_epoch // config.gradient_accumulation_steps)
-        if self.total_steps == 0:
-            raise UserError(
-                f"--epochs {config.epochs}: {config.epochs * per_epoch} batches are less than --gradient-accumulation-steps {config.gradient_accumulation_steps}"
-            )
+        self.run_data = plan.open_data(self.config, self.accelerator.num_processes)
+        self.dataset, self.held_out, self.record = self.run_data.dataset, self.run_data.held_out, self.run_data.record
+        self.shape = (self.record.latent_channels, *self.dataset.shape[1:])
+        self.total_steps = self.run_data.total_steps
 
     def _build_model(self) -> None:
-        config = self.config
-        torch.manual_seed(config.seed)
-        options = checkpoint.model_options(dataclasses.asdict(config))
-        self.model = models.create_model(
-            config.model,
-            input_size=self.shape[1],
-            in_channels=self.record.latent_channels,
-            num_classes=config.num_classes,
-            fused_attn=config.fused_attn,
-            **options,
-        ).to(self.accelerator.device)
+        config, device = self.config, self.accelerator.device
+        names = encoder_names(config.enc_type, config.proj_coeff)
+        grid = plan.token_grid(config, self.record)
+        self.encoders = load_encoders(names, config.resolution, grid, config.encoder_weights, device)
+        torch.manual_seed(config.seed)  # after the encoders, whose making draws numbers too
+        self.model = plan.build_model(config, self.record, [encoder.z_dim for encoder in self.encoders]).to(device)
         self.ema = EMA(self.model, config.ema_decay)
-        self.budgets: list[float | None] = [None]
         self.coarse_shapes = getattr(self.model, "stage_shapes", [])[:-1]
-        if models.model_spec(config.model).elastic:
-            J = config.elit_group_size**2
-            levels = mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)
-            self.budgets = [mask_to_budget(m, J) for m in levels]
+        self.budgets = plan.trained_budgets(config)
 
     def _open_run(self) -> dict | None:
         """Make the run folder, or the state to go on from. Rank 0 writes; every process reads the same state."""
         config, folder = self.config, self.run_dir / "checkpoints"
-        steps = checkpoint.saved_steps(folder)
-        if config.resume_step == 0 and steps:
-            raise UserError(
-                f"{self.run_dir}: already holds checkpoints (newest: step {steps[-1]}); use --resume-step -1 to go on, or another --exp-name"
-            )
-        state = None
+        plan.check_run_folder(config)
+        state, started = None, ""
         if config.resume_step == -1:
             state = checkpoint.load_newest(folder, _warn)
         elif config.resume_step > 0:
-            if config.resume_step not in steps:
-                raise UserError(
-                    f"--resume-step {config.resume_step}: no such checkpoint in {folder}; there are: {', '.join(map(str, steps)) or 'none'}"
-                )
             state = checkpoint.load(folder / f"{config.resume_step:07d}.pt", verify=True)
         if state is not None:
             self._check_same_run(state)
+        elif config.init_from:
+            started = self._start_from(config.init_from)
         self.start_step = state["step"] if state else 0
         self.accelerator.wait_for_everyone()  # all have looked before anything is written
         if self.main:
@@ -247,6 +214,8 @@ class Trainer:
                 folder.mkdir(parents=True, exist_ok=True)
                 (self.run_dir / "samples").mkdir(exist_ok=True)
                 self._start_log()
+                if started:
+                    log.info(started)
                 _write_aside(self.run_dir / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
                 self._trim_metrics()
                 self.status("running", self.start_step)
@@ -256,6 +225,16 @@ class Trainer:
                 ) from None
         self.accelerator.wait_for_everyone()
         return state
+
+    def _start_from(self, path: str) -> str:
+        """Another run's averaged weights, as far as they fit, for the weights and their averages; returns what was done."""
+        found = checkpoint.read_weights(path, given={"resolution": self.config.resolution}, projectors=bool(self.encoders))
+        made = transfer(found, self.model, dataclasses.asdict(self.config), path)
+        for model in (self.model, *self.ema.models.values()):
+            model.load_state_dict(made.state_dict, strict=False)
+        if self.main:
+            print(made.summary(), flush=True)
+        return made.summary()
 
     def _check_same_run(self, state: dict) -> None:
         """Going on with another model, data order or VAE would silently be another run."""
@@ -272,6 +251,9 @@ class Trainer:
             "batch_size",
             "gradient_accumulation_steps",
             "ema_decay",
+            "enc_type",
+            "proj_coeff",
+            *(["encoder_depth"] if self.encoders else []),
         )
         for name in (*same, *checkpoint.MODEL_OPTIONS):
             if name in recorded and own[name] != recorded[name]:
@@ -411,8 +393,15 @@ class Trainer:
         variant = self.variant(
             self.budgets[int(draws.level * len(self.budgets))], active_stage(draws.stage, config.stage_weights)
         )
-        losses = velocity_loss(self.model, x, draws, y, weighting=config.weighting, path_type=config.path_type, **variant)
-        return losses.mean()
+        model = Projecting(self.model) if self.encoders else self.model
+        losses = velocity_loss(model, x, draws, y, weighting=config.weighting, path_type=config.path_type, **variant)
+        loss = losses.mean()
+        if self.encoders:
+            images = batch["image"].to(device, non_blocking=True)
+            with self.accelerator.autocast():
+                features = [encoder(images) for encoder in self.encoders]
+            loss = loss + config.proj_coeff * alignment_loss(model.projections, features)
+        return loss
 
     def variant(self, budget: float | None, stage: int) -> dict:
         """What this model takes of a budget and an active stage, as arguments of `velocity_loss`."""

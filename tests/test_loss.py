@@ -9,7 +9,15 @@ import torch
 from conftest import randomize
 from scipy import stats
 
-from loss import dropped_labels, flow_matching_loss, held_out_losses, interpolant, training_times
+from loss import (
+    Projecting,
+    alignment_loss,
+    dropped_labels,
+    flow_matching_loss,
+    held_out_losses,
+    interpolant,
+    training_times,
+)
 from models.elit import ELITSiT
 from randomness import Draws, training_draws
 from vae import SD_VAE, VAERecord
@@ -179,3 +187,60 @@ def test_held_out_losses_use_the_same_noise_at_every_budget_and_the_record_of_th
     noise = (x_a.double().numpy() - (1 - t) * data) / t
     np.testing.assert_allclose(losses[0], ((noise - data) ** 2).mean((1, 2, 3)), rtol=1e-3)
     assert math.isclose(losses[0, 0], losses[1, 0])
+
+
+# ------------------------------------------------------------------------------------------------------------ REPA
+
+
+def negative_cosines(projection, feature):
+    """The mean of −cos over images and tokens, in NumPy float64, one token at a time."""
+    pairs = zip(projection.double().numpy().reshape(-1, projection.shape[-1]), feature.double().numpy().reshape(-1, projection.shape[-1]), strict=True)  # fmt: skip
+    return np.mean([-(p / np.linalg.norm(p)) @ (f / np.linalg.norm(f)) for p, f in pairs])
+
+
+def test_alignment_loss_is_the_mean_of_negative_cosines_over_encoders():
+    torch.manual_seed(0)
+    projections, features = ([torch.randn(2, 5, z) for z in (7, 12)] for _ in range(2))
+    expected = np.mean([negative_cosines(p, f) for p, f in zip(projections, features, strict=True)])
+    assert alignment_loss(projections, features).item() == pytest.approx(expected, rel=1e-6)
+    assert alignment_loss(features, features).item() == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 1e-6), (torch.float16, 5e3), (torch.bfloat16, 1e-25), (torch.bfloat16, 1e25), (torch.float32, 1e-30)],
+)
+def test_alignment_loss_is_right_where_a_half_precision_norm_is_not(dtype, size):
+    torch.manual_seed(0)
+    projection, feature = ((size * torch.randn(2, 9, 768)).to(dtype) for _ in range(2))
+    if dtype == torch.float16:
+        assert set(projection.square().sum(dim=-1).unique().tolist()) <= {0.0, math.inf}  # what it would be
+    assert (projection != 0).any(dim=-1).all() and projection.isfinite().all()
+    projection.requires_grad_()
+    loss = alignment_loss([projection], [feature])
+    assert loss.item() == pytest.approx(negative_cosines(projection.detach(), feature), abs=1e-6)
+    if dtype != torch.float16:  # whose gradients leave its range at such sizes
+        loss.backward()
+        p = projection.detach().double().requires_grad_()
+        cosines = (p * feature.double()).sum(-1) / (p.norm(dim=-1) * feature.double().norm(dim=-1))
+        (-cosines.mean()).backward()
+        np.testing.assert_allclose(projection.grad.double() * size, p.grad * size, rtol=2e-2, atol=1e-7)
+
+
+def test_alignment_loss_of_a_zero_projection_is_finite():
+    projection = torch.zeros(1, 2, 4, requires_grad=True)
+    loss = alignment_loss([projection], [torch.randn(1, 2, 4)])
+    loss.backward()
+    assert loss == 0 and projection.grad.isfinite().all()
+
+
+def test_a_velocity_loss_around_a_projecting_model_is_the_same():
+    options = {"head_depth": 1, "tail_depth": 1, "elit_group_size": 2, "encoder_depth": 1, "z_dims": (6,)}
+    model = randomize(ELITSiT(input_size=8, patch_size=2, hidden_size=32, depth=3, num_heads=4, num_classes=5, **options))
+    x, noise, t, y = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 3, 5])
+    around = Projecting(model)
+    losses = flow_matching_loss(around, x, noise, t, y, "linear", inference_budget=0.5)
+    assert torch.equal(losses, flow_matching_loss(model, x, noise, t, y, "linear", inference_budget=0.5))
+    state = (1 - t)[:, None, None, None] * x + t[:, None, None, None] * noise
+    (expected,) = model(state, t, y, return_features=True)[1]
+    assert torch.equal(around.projections[0], expected) and expected.shape == (3, 16, 6)

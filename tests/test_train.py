@@ -335,7 +335,7 @@ THREE_STAGES = """--model DFM-ELIT-SiT-B/2 --stages-count 3 --stage-weights 0.8 
         (("--num-classes", 3), ["--num-classes 3", "dataset.json"]),
         (("--data-dir", "nowhere"), ["nowhere"]),
         (("--val-data-dir", "nowhere"), ["nowhere"]),
-        (("--enc-type", "dinov2-vit-b", "--proj-coeff", 0.5), ["REPA", "not available yet"]),
+        (("--enc-type", "dinov2-vit-b", "--proj-coeff", 0.5), ["images/", "REPA"]),
         (("--exp-name", "a/b"), ["--exp-name", "a/b"]),
         (("--resume-step", 3), ["--resume-step 3", "none"]),
         (("--config", "nowhere.yaml"), ["nowhere.yaml"]),
