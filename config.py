@@ -209,6 +209,8 @@ class ConvertConfig:
         "none", "how images are cropped"
     )
     max_images: int | None = option(None, "only the first so many images", ge=1)
+    workers: int | None = option(None, "processes (default: one for each CPU core)", ge=1)
+    strict: bool = option(False, "stop at the first image that cannot be read (default: list them in skipped.txt)")
 
 
 @dataclasses.dataclass
@@ -220,6 +222,40 @@ class EncodeConfig:
     vae: str = option("stabilityai/sd-vae-ft-mse", "VAE: ema, mse, hub name or folder", aliases=("model_url",))
     max_images: int | None = option(None, "only the first so many images", ge=1)
     batch_size: int = option(32, "images per batch", ge=1)
+    workers: int = option(4, "threads of each process that decode images in advance", ge=1)
+    dtype: Literal["float32", "float16"] = option("float32", "how the latents are stored")
+    packed: bool = option(False, "write a few large files that training maps, e.g. to DATA_DIR/packed")
+    shard_size: int = option(8192, "latents in each packed file", ge=1)
+
+
+@dataclasses.dataclass
+class PackConfig:
+    """Options of dataset_tools.py pack: vae-sd/ or vae-sd.zip → a few large files that training maps."""
+
+    source: str = option(..., "folder or .zip of latents, e.g. DATA_DIR/vae-sd")
+    dest: str = option(..., "new folder, e.g. DATA_DIR/packed")
+    dtype: Literal["same", "float32", "float16"] = option("same", "how the latents are stored; same: as in the source")
+    workers: int = option(8, "threads that read", ge=1)
+    shard_size: int = option(8192, "latents in each packed file", ge=1)
+
+
+@dataclasses.dataclass
+class CheckConfig:
+    """Options of dataset_tools.py check: is a data set whole and sound?"""
+
+    source: str = option(..., "data folder, as given to train.py --data-dir")
+    cache_dir: str | None = option(None, "where remote data is cached", aliases=("s3_cache_dir",))
+    sample_grid: str | None = option(None, "picture to write: a few latents decoded, and beside them their images")
+    vae: str | None = option(None, "VAE for --sample-grid: ema, mse, hub name or folder (default: the data set's record)")
+    workers: int = option(8, "threads that read", ge=1)
+
+
+@dataclasses.dataclass
+class StatsConfig:
+    """Options of dataset_tools.py stats: mean and standard deviation of each latent channel, for --latent-norm channel."""
+
+    source: str = option(..., "data folder, as given to train.py --data-dir")
+    workers: int = option(8, "threads that read", ge=1)
 
 
 @dataclasses.dataclass

@@ -1,95 +1,34 @@
-"""Data sets and their file formats: folders and zips of files, the latents that training reads, the quick start's digits."""
+"""Data sets and their file formats: images and labels, the latents that training reads, the quick start's digits."""
 
 import functools
 import io
 import json
-import os
 import re
-import zipfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
+import remote
 from errors import UserError
+from files import DataError, FileTree, read_json
+from packed import INDEX_FILE, PackedLatents
 from vae import SD_VAE, VAERecord
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LABEL_FILE = "dataset.json"
 VAE_FILE = "vae.json"
-
-
-class DataError(UserError):
-    """A broken data file, met by one process alone.
-
-    A DataLoader worker passes an exception on as type(traceback text): only the line of the message itself is kept.
-    """
-
-    def __init__(self, message: str, *, local: bool = True):
-        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip(), local=local)
-
-
-# ---------------------------------------------------------------------------------------------------- folders and zips
-
-
-class FileTree:
-    """The files of a folder or of a zip, by their path inside it with forward slashes.
-
-    Works in DataLoader workers, forked or spawned: a zip is opened by each process for itself, when it first reads.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._zip: tuple[int, zipfile.ZipFile] | None = None
-        if not self.path.exists():
-            raise UserError(f"{self.path}: no such folder or zip file")
-        if not self.path.is_dir():
-            for name in self._archive().namelist():
-                # Nothing is ever extracted here, but such names come from no honest data set, and others may extract.
-                if name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-                    raise UserError(f"{self.path}: refused, since it holds a path that leads outside: {name!r}")
-
-    def names(self) -> list[str]:
-        """Every file, sorted by path as text."""
-        if not self.path.is_dir():
-            return sorted(name for name in self._archive().namelist() if not name.endswith("/"))
-        found = []
-        for folder, _, files in os.walk(self.path, followlinks=True):  # class folders are often links
-            inside = Path(folder).relative_to(self.path).as_posix()
-            found += files if inside == "." else [f"{inside}/{file}" for file in files]
-        return sorted(found)
-
-    def read(self, name: str) -> bytes:
-        """The content of one file. `DataError` if it cannot be read."""
-        try:
-            return (self.path / name).read_bytes() if self.path.is_dir() else self._archive().read(name)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self.where(name)}: cannot be read: {error}") from None
-
-    def where(self, name: str) -> str:
-        """How messages name a file."""
-        return str(self.path / name)
-
-    def _archive(self) -> zipfile.ZipFile:
-        if self._zip is None or self._zip[0] != os.getpid():
-            try:
-                self._zip = (os.getpid(), zipfile.ZipFile(self.path))
-            except (OSError, zipfile.BadZipFile) as error:
-                raise UserError(f"{self.path}: neither a folder nor a readable zip file: {error}") from None
-        return self._zip[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zip": None}
-
-
-def read_json(files: FileTree, name: str) -> Any:
-    """The content of a JSON file; `UserError` that names it if it is none."""
-    try:
-        return json.loads(files.read(name))
-    except ValueError as error:
-        raise UserError(f"{files.where(name)}: not valid JSON: {error}") from None
+STATS_FILE = "latent_stats.json"
+MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, above which it warns of a decompression bomb
+# Above its limit Pillow warns, and only at twice that refuses; `_rgb` refuses at once.
+warnings.filterwarnings("ignore", message="Image size .* exceeds limit", category=Warning)
 
 
 def read_labels(files: FileTree) -> dict[str, int] | None:
@@ -108,21 +47,35 @@ def read_labels(files: FileTree) -> dict[str, int] | None:
             raise UserError(f"{where}: {json.dumps(entry)} is not [file name, class], with the class a whole number")
         if entry[1] < 0:
             raise UserError(f"{where}: label {entry[1]} of {entry[0]} is negative")
-        labels[entry[0].replace("\\", "/")] = entry[1]
+        name = entry[0].replace("\\", "/")
+        if name in labels:
+            raise UserError(f"{where}: labels {name} twice")
+        labels[name] = entry[1]
     return labels
 
 
 def read_image(files: FileTree, name: str) -> np.ndarray:
-    """An image file as RGB, uint8 (H, W, 3). `DataError` that names it if it is broken."""
+    """An image file as RGB, uint8 (H, W, 3), stored orientation, alpha dropped. `DataError` that names it if it is broken."""
     from PIL import Image
 
     content = files.read(name)
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(image.convert("RGB"))
+            return _rgb(image)
     except Exception as error:  # Pillow's plugins raise whatever they like on broken files
         reason = str(error) if not isinstance(error, Image.UnidentifiedImageError) else "unknown format"
         raise DataError(f"{files.where(name)}: not a readable image: {reason}") from None
+
+
+def _rgb(image: "Image") -> np.ndarray:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} × {image.height} pixels; the limit is {MAX_PIXELS:,}, against decompression bombs")
+    if image.mode.startswith(
+        "I"
+    ):  # 16 bits of grey: Pillow would clip them at 255; the high byte, as it takes of 16-bit colour
+        grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
 
 
 def image_names(names: Iterable[str]) -> list[str]:
@@ -137,119 +90,75 @@ def image_names(names: Iterable[str]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- latents
 
 
-class LatentDataset(Dataset):
-    """VAE latents with their labels, from `vae-sd/` or `vae-sd.zip`, and with `images=True` the images they were made of.
+class LatentFiles:
+    """Latents as encode writes them: `vae-sd/` or `vae-sd.zip`, one npy file (2C, h, w) each, dataset.json and vae.json.
 
-    [i] -> {"moments": float32 (2C, h, w), mean and std of the posterior; "label": int, 0 where unlabelled;
-            "image": uint8 (3, H, W), if asked for}
-
-    `labels`: int64 (n,), or None where unlabelled. `record`: the VAE. `shape`: (2C, h, w) of every item.
-    Raises `UserError` for a folder that holds no such data set, and `DataError` for a broken file met on reading.
+    The names are kept as bytes in one array: a million Python objects would be copied by every worker that counts references.
     """
 
-    def __init__(self, data_dir: str | Path, *, images: bool = False):
-        self.data_dir = Path(data_dir)
-        self._latents = _part(self.data_dir, "vae-sd", "`dataset_tools.py encode` makes it")
-        listed = self._latents.names()
-        self.names = [name for name in listed if name.endswith(".npy")]
-        if not self.names:
-            raise UserError(f"{self._latents.path}: empty, it holds no .npy file (`dataset_tools.py encode` writes them)")
+    def __init__(self, path: Path):
+        self.files = FileTree(path)
+        self.path = path
+        listed = self.files.names()
+        names = [name for name in listed if name.endswith(".npy")]
+        if not names:
+            raise UserError(f"{path}: empty, it holds no .npy file (`dataset_tools.py encode` writes them)")
         if LABEL_FILE not in listed:
             raise UserError(
-                f"{self._latents.where(LABEL_FILE)}: missing; encode writes it last, so continue it by the same command"
+                f"{self.files.where(LABEL_FILE)}: missing; encode writes it last, so continue it by the same command"
             )
-        keys = _keys(self._latents, self.names)
-        self.labels = self._read_labels(keys)
+        self.labels = self._read_labels(names)
+        self._names = np.array([name.encode() for name in names])
         self.record = SD_VAE
         if VAE_FILE in listed:
-            self.record = VAERecord.from_dict(read_json(self._latents, VAE_FILE), self._latents.where(VAE_FILE))
-        self._images: FileTree | None = None
-        if images:
-            self._images = _part(self.data_dir, "images", "REPA needs the images too; `dataset_tools.py convert` makes them")
-            pairs = _keys(self._images, image_names(self._images.names()))
-            for key, name in keys.items():
-                if key not in pairs:
-                    raise UserError(f"{self._images.path}: holds no image for {self._latents.where(name)}")
-            self._image_names = [pairs[key] for key in keys]
-        self.shape = self._read_moments(0, None).shape
-        channels = 2 * self.record.latent_channels
-        if len(self.shape) != 3 or self.shape[0] != channels:
-            raise UserError(
-                f"{self._where(0)}: has shape {_by(self.shape)}; {self.record.vae} makes {channels} × height × width"
-            )
-
-    def check(self, *, num_classes: int | None = None, resolution: int | None = None) -> None:
-        """Raise `UserError` if the labels do not fit `num_classes`, or the latents an image side of `resolution` pixels."""
-        if num_classes is not None and self.labels is None and num_classes != 1:
-            raise UserError(
-                f"{self._latents.where(LABEL_FILE)}: unlabelled, which trains with --num-classes 1 only, not {num_classes}"
-            )
-        if num_classes is not None and self.labels is not None and self.labels.max() >= num_classes:
-            first = int(np.argmax(self.labels >= num_classes))
-            raise UserError(
-                f"{self._latents.where(LABEL_FILE)}: label {self.labels[first]} of {self.names[first]} is out of range; "
-                f"--num-classes {num_classes} allows 0 to {num_classes - 1}"
-            )
-        if resolution is not None:
-            factor = self.record.downsample_factor
-            if resolution % factor:
-                raise UserError(f"--resolution {resolution}: not divisible by the VAE's factor {factor}")
-            side = resolution // factor
-            if self.shape[1:] != (side, side):
-                height, width = (factor * n for n in self.shape[1:])
-                raise UserError(
-                    f"{self._where(0)}: has latents of {_by(self.shape[1:])}, made of images of {height} × {width} pixels; "
-                    f"--resolution {resolution} needs {side} × {side}"
-                )
+            self.record = VAERecord.from_dict(read_json(self.files, VAE_FILE), self.files.where(VAE_FILE))
+        first = self.array(0)
+        self.shape, self.dtype = first.shape, first.dtype
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._names)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item: dict[str, Any] = {
-            "moments": torch.from_numpy(self._read_moments(index, self.shape)),
-            "label": 0 if self.labels is None else int(self.labels[index]),
-        }
-        if self._images is not None:
-            image = read_image(self._images, self._image_names[index])
-            wanted = tuple(self.record.downsample_factor * n for n in self.shape[1:])
-            if image.shape[:2] != wanted:
-                where = self._images.where(self._image_names[index])
-                raise DataError(f"{where}: has {_by(image.shape[:2])} pixels; its latents were made of {_by(wanted)}")
-            item["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
-        return item
+    def name(self, index: int) -> str:
+        return self._names[index].decode()
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """A whole batch. Here one file after the other; formats that can, read it at once."""
-        return [self[index] for index in indices]
+    def where(self, index: int) -> str:
+        return self.files.where(self.name(index))
 
-    def _where(self, index: int) -> str:
-        return self._latents.where(self.names[index])
+    @property
+    def label_file(self) -> str:
+        return self.files.where(LABEL_FILE)
 
-    def _read_moments(self, index: int, shape: tuple[int, ...] | None) -> np.ndarray:
-        """File `index` as float32 (2C, h, w), checked to have `shape` and finite values."""
-        content = self._latents.read(self.names[index])
+    def array(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """File `index` (2C, h, w) as it is stored, checked to hold finite numbers, and those of `shape`."""
+        content = self.files.read(self.name(index))
         try:
             moments = np.load(io.BytesIO(content), allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{self._where(index)}: not a readable npy file: {error}") from None
+            raise DataError(f"{self.where(index)}: not a readable npy file: {error}") from None
         if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
-            raise DataError(f"{self._where(index)}: holds no floating-point array")
+            raise DataError(f"{self.where(index)}: holds no floating-point array")
         if moments.ndim == 4 and moments.shape[0] == 1:
             moments = moments[0]
         if shape is not None and moments.shape != shape:
             raise DataError(
-                f"{self._where(index)}: has shape {_by(moments.shape)}, but {self._where(0)} {_by(shape)}; one size only"
+                f"{self.where(index)}: has shape {_by(moments.shape)}, but {self.where(0)} {_by(shape)}; one size only"
             )
         if not np.isfinite(moments).all():
-            raise DataError(f"{self._where(index)}: holds values that are not finite")
-        return np.ascontiguousarray(moments, dtype=np.float32)
+            raise DataError(f"{self.where(index)}: holds values that are not finite")
+        return moments
 
-    def _read_labels(self, keys: dict[tuple[str, int], str]) -> np.ndarray | None:
-        labels = read_labels(self._latents)
+    def read(self, indices: Sequence[int]) -> list[Tensor]:
+        """float32 (2C, h, w) of each index, one file after the other."""
+        return [torch.from_numpy(np.ascontiguousarray(self.array(i, self.shape), dtype=np.float32)) for i in indices]
+
+    def _read_labels(self, names: list[str]) -> np.ndarray | None:
+        labels = read_labels(self.files)
         if labels is None:
             return None
-        where = self._latents.where(LABEL_FILE)
+        if list(labels) == names:  # as encode writes them
+            return np.fromiter(labels.values(), dtype=np.int64, count=len(labels))
+        keys = _keys(self.files, names)
+        where = self.files.where(LABEL_FILE)
         of_key = {}
         for name, label in labels.items():
             if (key := _key(name)) not in keys:
@@ -261,12 +170,135 @@ class LatentDataset(Dataset):
         return np.array([of_key[key] for key in keys], dtype=np.int64)
 
 
-def _part(data_dir: Path, name: str, hint: str) -> FileTree:
+def open_latents(data_dir: str | Path, cache_dir: str | None = None) -> LatentFiles | PackedLatents:
+    """The latents in a data folder: `packed/` (or the folder itself), `vae-sd/` or `vae-sd.zip`, the first that is there.
+
+    `data_dir` may be remote, e.g. `s3://bucket/folder`: packed latents are then copied to `cache_dir` first.
+    """
+    if remote.is_remote(data_dir):
+        return PackedLatents(remote.local_copy(str(data_dir), cache_dir))
+    data_dir = Path(data_dir)
+    if (data_dir / INDEX_FILE).is_file():
+        return PackedLatents(data_dir)
+    if (data_dir / "packed").is_dir():
+        return PackedLatents(data_dir / "packed")
+    return LatentFiles(_part(data_dir, "vae-sd", "`dataset_tools.py encode` makes it"))
+
+
+class LatentDataset(Dataset):
+    """VAE latents with their labels (`open_latents`), and with `images=True` the images they were made of.
+
+    [i] -> {"moments": float32 (2C, h, w), mean and std of the posterior; "label": int, 0 where unlabelled;
+            "image": uint8 (3, H, W), if asked for}
+
+    `labels`: int64 (n,), or None where unlabelled. `record`: the VAE. `shape`: (2C, h, w) of every item.
+    Raises `UserError` for a folder that holds no such data set, and `DataError` for a broken file met on reading.
+    """
+
+    def __init__(self, data_dir: str | Path, *, images: bool = False, cache_dir: str | None = None):
+        self.data_dir = data_dir
+        self.latents = open_latents(data_dir, cache_dir)
+        self.record, self.shape = self.latents.record, self.latents.shape
+        channels = 2 * self.record.latent_channels
+        if len(self.shape) != 3 or self.shape[0] != channels:
+            raise UserError(
+                f"{self.latents.where(0)}: has shape {_by(self.shape)}; {self.record.vae} makes {channels} × height × width"
+            )
+        self._images: FileTree | None = None
+        if images:
+            self._images = FileTree(
+                _part(Path(data_dir), "images", "REPA needs the images too; `dataset_tools.py convert` makes them")
+            )
+            self._image_names = paired_images(self._images, self.latents)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.latents.labels
+
+    def check(self, *, num_classes: int | None = None, resolution: int | None = None) -> None:
+        """Raise `UserError` if the labels do not fit `num_classes`, or the latents an image side of `resolution` pixels."""
+        if num_classes is not None and self.labels is None and num_classes != 1:
+            raise UserError(f"{self.latents.label_file}: unlabelled, which trains with --num-classes 1 only, not {num_classes}")
+        if num_classes is not None and self.labels is not None and self.labels.max() >= num_classes:
+            first = int(np.argmax(self.labels >= num_classes))
+            raise UserError(
+                f"{self.latents.label_file}: label {self.labels[first]} of {self.latents.name(first)} is out of range; "
+                f"--num-classes {num_classes} allows 0 to {num_classes - 1}"
+            )
+        if resolution is not None:
+            factor = self.record.downsample_factor
+            if resolution % factor:
+                raise UserError(f"--resolution {resolution}: not divisible by the VAE's factor {factor}")
+            side = resolution // factor
+            if self.shape[1:] != (side, side):
+                height, width = (factor * n for n in self.shape[1:])
+                raise UserError(
+                    f"{self.latents.where(0)}: has latents of {_by(self.shape[1:])}, made of images of {height} × {width} pixels; "
+                    f"--resolution {resolution} needs {side} × {side}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A whole batch, its latents in one read."""
+        moments = self.latents.read(indices)
+        labels = [0] * len(indices) if self.labels is None else self.labels[indices].tolist()
+        items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
+        if self._images is not None:
+            for item, index in zip(items, indices, strict=True):
+                item["image"] = self._read_image(index)
+        return items
+
+    def _read_image(self, index: int) -> Tensor:
+        name = self._image_names[index].decode()
+        image = read_image(self._images, name)
+        wanted = tuple(self.record.downsample_factor * n for n in self.shape[1:])
+        if image.shape[:2] != wanted:
+            where = self._images.where(name)
+            raise DataError(f"{where}: has {_by(image.shape[:2])} pixels; its latents were made of {_by(wanted)}")
+        return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def paired_images(images: FileTree, latents: LatentFiles | PackedLatents) -> np.ndarray:
+    """The image's name (bytes) for each latent: that of the same sub-folder and number. `UserError` where there is none."""
+    pairs = _keys(images, image_names(images.names()))
+    found = []
+    for index in range(len(latents)):
+        name = pairs.get(_key(latents.name(index)))
+        if name is None:
+            raise UserError(f"{images.path}: holds no image for {latents.where(index)}")
+        found.append(name.encode())
+    return np.array(found)
+
+
+def channel_record(data_dir: str | Path, latents: LatentFiles | PackedLatents) -> VAERecord:
+    """The record of the latents, with the mean and deviation of each channel that `dataset_tools.py stats` wrote beside them."""
+    where = f"{data_dir}/{STATS_FILE}"
+    try:
+        content = remote.read(str(data_dir), STATS_FILE) if remote.is_remote(data_dir) else Path(where).read_bytes()
+        stats = json.loads(content)
+        count, values = stats["count"], {"channel_mean": stats["mean"], "channel_std": stats["std"]}
+    except FileNotFoundError:
+        raise UserError(f"{where}: missing; --latent-norm channel needs it: `dataset_tools.py stats {data_dir}`") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: not what `dataset_tools.py stats` writes; run it again") from None
+    if count != len(latents):
+        raise UserError(
+            f"{where}: was made of {count} latents, but there are {len(latents)}; run `dataset_tools.py stats` again"
+        )
+    return VAERecord.from_dict(latents.record.to_dict() | values, where)
+
+
+def _part(data_dir: Path, name: str, hint: str) -> Path:
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such data folder")
     for path in (data_dir / name, data_dir / f"{name}.zip"):
         if path.exists():
-            return FileTree(path)
+            return path
     raise UserError(f"{data_dir}: holds neither {name}/ nor {name}.zip; {hint}")
 
 

@@ -5,6 +5,7 @@ the data set and the checkpoint, so that training needs no VAE.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -29,7 +30,11 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.
 
 @dataclasses.dataclass(frozen=True)
 class VAERecord:
-    """Which VAE made the latents, and what using them takes. Its fields are the keys of `vae.json`."""
+    """Which VAE made the latents, and what using them takes. Its fields are the keys of `vae.json`.
+
+    The model sees (z − shift)·scale; with `channel_mean` and `channel_std`, which training by --latent-norm channel records,
+    each channel has its own: (z − mean)/std.
+    """
 
     vae: str  # hub name or folder
     sha256: str | None  # of the weights file; None where it is not known
@@ -37,9 +42,12 @@ class VAERecord:
     latent_channels: int
     scaling_factor: float
     shift_factor: float
+    channel_mean: tuple[float, ...] | None = None
+    channel_std: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        return {k: v for k, v in values.items() if k in _KEYS or v is not None}
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "VAE record") -> "VAERecord":
@@ -49,7 +57,7 @@ class VAERecord:
         missing = [key for key in _KEYS if key not in values]
         if missing:
             raise UserError(f"{where}: {missing[0]} is missing")
-        values = {key: values[key] for key in _KEYS}
+        values = {key: values[key] for key in _KEYS} | {key: values[key] for key in _CHANNEL_KEYS if values.get(key)}
         if values["shift_factor"] is None:
             values["shift_factor"] = 0.0
         if not isinstance(values["vae"], str) or not isinstance(values["sha256"], str | None):
@@ -63,10 +71,37 @@ class VAERecord:
             values[key] = float(values[key])
         if values["scaling_factor"] == 0:
             raise UserError(f"{where}: scaling_factor must not be 0")
+        for key in _CHANNEL_KEYS:
+            numbers = values.get(key)
+            if any(k in values for k in _CHANNEL_KEYS) and not _are_numbers(numbers, values["latent_channels"]):
+                raise UserError(f"{where}: {key} must be {values['latent_channels']} numbers, one for each channel")
+            if numbers is not None:
+                values[key] = tuple(float(n) for n in numbers)
+        if min(values.get("channel_std", (1.0,))) <= 0:
+            raise UserError(f"{where}: channel_std must be above 0")
         return cls(**values)
 
 
-_KEYS = tuple(f.name for f in dataclasses.fields(VAERecord))
+_CHANNEL_KEYS = ("channel_mean", "channel_std")
+_KEYS = tuple(f.name for f in dataclasses.fields(VAERecord) if f.name not in _CHANNEL_KEYS)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    )
+
+
+@functools.cache
+def _shift_and_scale(record: VAERecord, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Shift and factor of every channel, (C or 1, 1, 1), copied to a device once."""
+    mean = record.channel_mean or (record.shift_factor,)
+    factor = tuple(1 / s for s in record.channel_std) if record.channel_std else (record.scaling_factor,)
+    shift, scale = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, factor))
+    return shift, scale
+
 
 # Data without a vae.json was made by the published tool, with a Stable Diffusion VAE (ema and mse share their encoder).
 SD_VAE = VAERecord(SHORT_NAMES["ema"], None, 8, 4, 0.18215, 0.0)
@@ -78,7 +113,7 @@ def load_vae(
     """The VAE in eval mode without gradients, and its record.
 
     `name`: `ema`, `mse`, a hub name or a local folder (relative to the working folder, else to this code's). `expected`: the
-    record of the latents that it shall read. `UserError` if it cannot be found or read, or does not fit those latents.
+    record of the latents that it shall read, normalised as that says. `UserError` if it cannot be found or read, or does not fit those latents.
     """
     folder = _folder(name)
     weights = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
@@ -102,6 +137,8 @@ def load_vae(
     )
     if expected is not None:
         _check_fits(name, record, expected)
+        if expected.channel_mean:
+            vae.register_to_config(**{key: list(getattr(expected, key)) for key in _CHANNEL_KEYS})
     vae.to(device, memory_format=torch.channels_last)  # convolutions are a fifth quicker so on a CPU
     return vae.eval().requires_grad_(False), record
 
@@ -117,13 +154,18 @@ def encode_moments(vae: "AutoencoderKL", images: Tensor) -> Tensor:
 def sample_latents(moments: Tensor, noise: Tensor, record: VAERecord) -> Tensor:
     """Latents as the model sees them, (z − shift) · scale: moments (B, 2C, h, w), noise (B, C, h, w) → (B, C, h, w)."""
     mean, std = moments.chunk(2, dim=1)
-    return (mean + std * noise - record.shift_factor) * record.scaling_factor
+    shift, scale = _shift_and_scale(record, moments.device)
+    return (mean + std * noise - shift) * scale
 
 
 @torch.no_grad()
 def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
     """Images of the model's latents: (B, C, h, w), any float type → uint8 (B, 3, H, W)."""
-    z = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    if vae.config.get("channel_mean"):  # `load_vae` was told so by the record of the latents
+        mean, std = (latents.new_tensor(vae.config[key]).view(-1, 1, 1) for key in _CHANNEL_KEYS)
+        z = latents * std + mean
+    else:
+        z = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     return to_uint8(vae.decode(z.to(vae.device, vae.dtype)).sample)
 
 
@@ -143,6 +185,7 @@ def _folder(name: str) -> Path:
     """The local folder of a VAE, downloaded if `name` is on the hub."""
     for folder in (Path(name), Path(__file__).parent / name):
         if folder.is_dir():
+            folder = _inside_pipeline(folder)
             if not (folder / "config.json").is_file():
                 raise UserError(
                     f"--vae {name}: {folder} has no config.json; wanted: ema, mse, a hub name or a diffusers folder"
@@ -153,10 +196,12 @@ def _folder(name: str) -> Path:
         raise UserError(f"--vae {name}: no such folder; wanted: ema, mse, a hub name (owner/name) or a local folder")
     from huggingface_hub import snapshot_download
 
+    files = ["config.json", "vae/config.json"]
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=["config.json", WEIGHT_FILES[0]]))
-        if not (folder / WEIGHT_FILES[0]).is_file():  # older repositories
-            folder = Path(snapshot_download(repository, allow_patterns=["config.json", WEIGHT_FILES[1]]))
+        for weights in WEIGHT_FILES:  # the second: older repositories
+            folder = _inside_pipeline(Path(snapshot_download(repository, allow_patterns=[*files, weights, f"vae/{weights}"])))
+            if (folder / weights).is_file():
+                break
     except Exception as error:  # network, authentication, no such repository, no space …
         reason = _first_line(error)
         raise UserError(
@@ -166,6 +211,11 @@ def _folder(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"--vae {name}: {repository} on the hub has no config.json of a VAE")
     return folder
+
+
+def _inside_pipeline(folder: Path) -> Path:
+    """The folder of the VAE: that of a whole pipeline (SD3, FLUX, …) has it in vae/."""
+    return folder / "vae" if not (folder / "config.json").is_file() and (folder / "vae/config.json").is_file() else folder
 
 
 def _check_fits(name: str, record: VAERecord, expected: VAERecord) -> None:

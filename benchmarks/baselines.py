@@ -1,13 +1,18 @@
-"""What the benchmarks compare with: the same maths written as plainly as PyTorch allows, sharing no code with `models`.
+"""What the benchmarks compare with: the same maths and reading written as plainly as PyTorch allows, sharing no code with ours.
 
 Shapes: B batch, N tokens, D width.
 """
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 
 class PlainBlock(nn.Module):
@@ -80,3 +85,24 @@ class PlainEMA:
 
     def update(self) -> None:
         torch._foreach_lerp_(self.average, self.source, 1 - self.decay)
+
+
+class FilesOneByOne(Dataset):
+    """Latents, and with `images` the PNGs too, read as the published training code does: each sample opens its own files."""
+
+    def __init__(self, data_dir: Path, images: bool):
+        self.latents = sorted((data_dir / "vae-sd").rglob("*.npy"))
+        self.images = sorted((data_dir / "images").rglob("*.png")) if images else None
+        labels = dict(json.loads((data_dir / "vae-sd" / "dataset.json").read_text())["labels"])
+        self.labels = [labels[path.relative_to(data_dir / "vae-sd").as_posix()] for path in self.latents]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        moments, label = torch.from_numpy(np.load(self.latents[index])), torch.tensor(self.labels[index])
+        if self.images is None:
+            return moments, label
+        with Image.open(self.images[index]) as image:
+            pixels = np.array(image)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), moments, label

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from vision import import_torchvision
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -68,3 +70,18 @@ def golden():
         found = {k: torch.from_numpy(arrays[k]) for k in arrays}
     args = {tag: case["args"] for tag, case in json.loads((GOLDEN / "shapes.json").read_text()).items()}
     return found, args
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory) -> Path:
+    """A small untrained VAE of factor 2."""
+    import_torchvision()  # which diffusers imports
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
+        latent_channels=3, norm_num_groups=4, scaling_factor=0.5,
+    ).save_pretrained(path)  # fmt: skip
+    return path

@@ -16,8 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import DataError, FileTree, LatentDataset
+from data import LatentDataset
 from errors import UserError
+from files import DataError, FileTree
 from vae import SD_VAE
 
 COUNT, CHANNELS, SIDE = 12, 4, 4  # latents 4×4 of SD-VAE: images of 32 pixels

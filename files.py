@@ -1,0 +1,168 @@
+"""Files: folders and zips to read from, writes that are whole or not at all, and the record of what is being made."""
+
+import fcntl
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+
+class DataError(UserError):
+    """A broken data file, met by one process alone.
+
+    A DataLoader worker passes an exception on as type(traceback text): only the line of the message itself is kept.
+    """
+
+    def __init__(self, message: str, *, local: bool = True):
+        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip(), local=local)
+
+
+class FileTree:
+    """The files of a folder or of a zip, by their path inside it with forward slashes.
+
+    Works in DataLoader workers, forked or spawned: a zip is opened by each process for itself, when it first reads.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._zip: tuple[int, zipfile.ZipFile] | None = None
+        if not self.path.exists():
+            raise UserError(f"{self.path}: no such folder or zip file")
+        if not self.path.is_dir():
+            names = self._archive().namelist()
+            for name in names:
+                # Nothing is ever extracted here, but such names come from no honest data set, and others may extract.
+                if name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+                    raise UserError(f"{self.path}: refused, since it holds a path that leads outside: {name!r}")
+            if len(set(names)) < len(names):
+                seen: set[str] = set()
+                twice = next(name for name in names if name in seen or seen.add(name))
+                raise UserError(f"{self.path}: refused, since it holds two files of one name: {twice!r}")
+
+    def names(self) -> list[str]:
+        """Every file, sorted by path as text."""
+        if not self.path.is_dir():
+            return sorted(name for name in self._archive().namelist() if not name.endswith("/"))
+        found = []
+        for folder, _, files in os.walk(self.path, followlinks=True):  # class folders are often links
+            inside = Path(folder).relative_to(self.path).as_posix()
+            found += files if inside == "." else [f"{inside}/{file}" for file in files]
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        """The content of one file. `DataError` if it cannot be read."""
+        try:
+            return (self.path / name).read_bytes() if self.path.is_dir() else self._archive().read(name)
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.where(name)}: cannot be read: {error}") from None
+
+    def where(self, name: str) -> str:
+        """How messages name a file."""
+        return str(self.path / name)
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._zip is None or self._zip[0] != os.getpid():
+            try:
+                self._zip = (os.getpid(), zipfile.ZipFile(self.path))
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(f"{self.path}: neither a folder nor a readable zip file: {error}") from None
+        return self._zip[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_zip": None}
+
+
+def read_json(files: FileTree, name: str) -> Any:
+    """The content of a JSON file; `UserError` that names it if it is none."""
+    try:
+        return json.loads(files.read(name))
+    except ValueError as error:
+        raise UserError(f"{files.where(name)}: not valid JSON: {error}") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file aside and rename it: under its own name it is whole. `UserError` if that fails."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a worker of a killed run may still write the same file
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dest {path}: cannot be made: {error.strerror}") from None
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """One line for a full disk, a read-only folder and the like. Only the process that meets it knows."""
+    return UserError(f"--dest {path}: cannot be written: {error.strerror}", local=True)
+
+
+def lock(path: Path, *, wait: bool = False) -> Any:
+    """Open a file (made where there is none) and lock it for this process; None where another one has it.
+
+    The lock is POSIX's: it ends with the process, and no forked worker inherits it.
+    """
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return None
+        try:
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # its owner removed it meanwhile
+
+
+class Unfinished:
+    """The record of what is being made in a place: `path` holds it, locked by the process that makes it, until that is done."""
+
+    def __init__(self, path: Path, making: dict[str, Any]):
+        self.path, self._making = path, making
+        try:
+            self._file = lock(path)
+        except OSError as error:
+            raise UserError(f"--dest {path.parent}: cannot be written: {error.strerror}") from None
+        if self._file is None:
+            raise UserError(f"--dest {path.parent}: another run is writing there and holds {path.name}; wait for its end")
+        self._file.seek(0)
+        try:
+            self.before = json.load(self._file)
+        except ValueError:  # new, or killed before anything was made
+            self.before = None
+
+    def check_same(self, where: Path) -> None:
+        """Raise `UserError` unless the stopped run made the same."""
+        before = self.before if isinstance(self.before, dict) else {}
+        for key, value in self._making.items():
+            if key in before and before[key] != value:
+                raise UserError(
+                    f"--dest {where}: holds a stopped run of another {key} ({before[key]}, not {value}); give a new name"
+                )
+
+    def begin(self) -> None:
+        """Record what is made from now on."""
+        self._file.truncate(0)
+        self._file.write(json.dumps(self._making, indent=2))  # mode a: at the end, which is the start
+        self._file.flush()
+
+    def release(self, *, remove: bool) -> None:
+        if remove:
+            self.path.unlink(missing_ok=True)
+        self._file.close()

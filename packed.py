@@ -1,0 +1,215 @@
+"""Packed latents: a few large npy files that training memory-maps, with an index.
+
+packed/  index.json              count, shape, dtype, VAE record, and each file's size in latents and SHA-256; written last
+         latents-00000.npy …     float32 or float16 (n, 2C, h, w), mean and std of the posterior
+         labels.npy              int64 (count,); absent where unlabelled
+         names.npy               bytes (count,): the file that each latent is under in `vae-sd/`, which pairs it with its image
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import UserError
+from files import cannot_write, write_file
+from vae import VAERecord
+
+INDEX_FILE, LABELS_FILE, NAMES_FILE = "index.json", "labels.npy", "names.npy"
+FORMAT = 1
+
+
+def shard_file(number: int) -> str:
+    return f"latents-{number:05d}.npy"
+
+
+class PackedLatents:
+    """Packed latents for reading. What the object holds is mapped, so workers share it, and it is pickled by its path alone."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        index = read_index(path)
+        self.record = VAERecord.from_dict(index["vae"], f"{path / INDEX_FILE}: vae")
+        self.shape, self.dtype = tuple(index["shape"]), np.dtype(index["dtype"])
+        counts = [shard["count"] for shard in index["shards"]]
+        self._starts = np.cumsum([0, *counts])
+        self._shards = [self._map(shard["file"], (shard["count"], *self.shape), self.dtype) for shard in index["shards"]]
+        self._names = self._map(NAMES_FILE, (len(self),), None)
+        self.labels = self._map(LABELS_FILE, (len(self),), np.dtype(np.int64)) if index["labelled"] else None
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return PackedLatents, (self.path,)
+
+    def name(self, index: int) -> str:
+        return self._names[index].decode()
+
+    def where(self, index: int) -> str:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"{self.path / shard_file(shard)}[{index - self._starts[shard]}]"
+
+    @property
+    def label_file(self) -> str:
+        return str(self.path / LABELS_FILE)
+
+    def read(self, indices: Sequence[int]) -> list[Tensor]:
+        """float32 (2C, h, w) of each index: views of one array, gathered from every file at once and in the order of the file."""
+        order = np.argsort(indices, kind="stable")
+        ordered = np.asarray(indices)[order]
+        if len(ordered) and not 0 <= ordered[0] <= ordered[-1] < len(self):
+            raise IndexError(f"{self.path}: no latents {ordered[0]} … {ordered[-1]}; it holds {len(self)}")
+        bounds = np.searchsorted(ordered, self._starts)
+        rows = np.empty((len(ordered), *self.shape), dtype=self.dtype)
+        for shard in np.flatnonzero(np.diff(bounds)):
+            first, last = bounds[shard], bounds[shard + 1]
+            # mode clip: by the default, NumPy gathers into a buffer of its own first
+            np.take(self._shards[shard], ordered[first:last] - self._starts[shard], axis=0, out=rows[first:last], mode="clip")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        gathered = torch.from_numpy(rows).float()
+        return [gathered[p] for p in place.tolist()]
+
+    def _map(self, file: str, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray:
+        path = self.path / file
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: missing, truncated or not an npy file: {error}") from None
+        if array.shape != shape or (dtype is not None and array.dtype != dtype):
+            raise UserError(f"{path}: holds {array.dtype} {array.shape}; {INDEX_FILE} says {dtype or 'names'} {shape}")
+        return np.asarray(array)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """index.json of packed latents, checked for what a reader relies on. `UserError` that names what is wrong."""
+    where = path / INDEX_FILE
+    if not where.is_file():
+        raise UserError(f"{where}: missing; it is written last, so continue `dataset_tools.py pack` or `encode --packed`")
+    try:
+        index = json.loads(where.read_bytes())
+        if index["format"] != FORMAT:
+            raise UserError(f"{where}: format {index['format']} is not known; this version reads {FORMAT}")
+        if not index["shards"] or np.dtype(index["dtype"]).kind != "f" or type(index["labelled"]) is not bool:
+            raise ValueError
+        for number, shard in enumerate(index["shards"]):
+            if shard["file"] != shard_file(number) or int(shard["count"]) < 1 or not isinstance(shard["sha256"], str):
+                raise ValueError
+        if not all(isinstance(n, int) for n in index["shape"]) or "vae" not in index or not isinstance(index["sha256"], dict):
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: not an index of packed latents{f': {error}' if str(error) else ''}") from None
+    return index
+
+
+def checksums(index: dict[str, Any]) -> dict[str, str]:
+    """File → SHA-256 of everything that an index describes."""
+    return index["sha256"] | {shard["file"]: shard["sha256"] for shard in index["shards"]}
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_index(
+    path: Path, names: Sequence[str], labels: Sequence[int] | None, record: VAERecord, counts: Sequence[int]
+) -> None:
+    """Labels, names and index.json of the finished files of `counts` latents each: from here on the set is whole."""
+    arrays = {NAMES_FILE: np.array([name.encode() for name in names])}
+    if labels is not None:
+        arrays[LABELS_FILE] = np.array(labels, dtype=np.int64)
+    for file, array in arrays.items():
+        write_array(path / file, array)
+    first = np.load(path / shard_file(0), mmap_mode="r")
+    index = {
+        "format": FORMAT,
+        "shape": first.shape[1:],
+        "dtype": str(first.dtype),
+        "labelled": labels is not None,
+        "vae": record.to_dict(),
+        "sha256": {file: file_sha256(path / file) for file in arrays},
+        "shards": [
+            {"file": shard_file(n), "count": count, "sha256": sum_file(path, n).read_text().split()[0]}
+            for n, count in enumerate(counts)
+        ],
+    }
+    write_file(path / INDEX_FILE, json.dumps(index, indent=1).encode())
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with aside.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
+def sum_file(path: Path, number: int) -> Path:
+    """The checksum of a finished file, until the index holds it."""
+    return path / f"{shard_file(number)}.sha256"
+
+
+class ShardWriter:
+    """One packed file, filled block after block aside and renamed when it holds `count` latents.
+
+    Each block is on disk before the next is begun, so that of a stopped run's blocks all but the last are taken up again
+    (`done`: how many latents that is; `count` where the file is finished).
+    """
+
+    def __init__(self, path: Path, number: int, count: int, shape: tuple[int, ...], dtype: np.dtype, block: int):
+        self.path, self.count, self._sum = path / shard_file(number), count, sum_file(path, number)
+        self._file = None
+        header = _header(count, shape, dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        if self._sum.exists() and self.path.exists() and self.path.stat().st_size == len(header) + count * size:
+            self.done = count
+            return
+        self._aside = self.path.with_name(self.path.name + ".tmp")
+        try:
+            self._file = self._aside.open("r+b" if self._aside.exists() else "w+b")
+            found = (self._aside.stat().st_size - len(header)) // (size * block) * block  # in whole blocks
+            self.done = max(0, found - block) if self._file.read(len(header)) == header else 0
+            self._file.seek(0)
+            if not self.done:
+                self._file.write(header)
+            self._file.seek(len(header) + self.done * size)
+            self._file.truncate()
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+    def append(self, moments: np.ndarray) -> None:
+        """The next latents (n, 2C, h, w), as the shard's type; the last of them finish it."""
+        try:
+            self._file.write(np.ascontiguousarray(moments).data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.done += len(moments)
+            if self.done == self.count:
+                self._file.close()
+                # The checksum first: a file under its own name always has one.
+                write_file(self._sum, f"{file_sha256(self._aside)}  {self.path.name}\n".encode())
+                self._aside.replace(self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+
+def _header(count: int, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    file = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count, *shape)}
+    np.lib.format.write_array_header_1_0(file, fields)
+    return file.getvalue()
