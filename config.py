@@ -41,6 +41,7 @@ class Architecture:
     qk_norm: bool = option(False, "normalise queries and keys")
     fused_attn: bool = option(True, "scaled_dot_product_attention (false: plain matrix products)")
     path_type: Literal["linear", "cosine"] = option("linear", "interpolant between data and noise")
+    time_shift: float = option(1.0, "s of t ← s·t/(1 + (s − 1)·t), in training and sampling: above 1 for larger latents", gt=0)
     enc_type: str = option("none", "REPA target encoders, comma-separated; none: off")
     proj_coeff: float = option(0.0, "weight of the REPA loss; 0: off", ge=0)
     elit_group_size: int = option(4, "ELIT: side of a group, in tokens", ge=1)
@@ -72,7 +73,9 @@ class TrainConfig(Architecture):
         None,
         "checkpoint whose averaged weights a new run starts from: ours, a published one, safetensors, or hf://owner/repo/file",
     )
-    data_dir: str = option("../data/imagenet256", "data set: vae-sd/ or vae-sd.zip, and for REPA images/ or images.zip")
+    data_dir: str = option(
+        "../data/imagenet256", "data set: packed/, vae-sd/ or vae-sd.zip, and for REPA images/ or images.zip; or s3://…, hf://…"
+    )
     encoder_weights: list[str] | None = option(
         None, "REPA: file with the weights of each encoder of --enc-type (default: from the hub)"
     )
@@ -101,9 +104,14 @@ class TrainConfig(Architecture):
     num_workers: int = option(4, "data loading processes per training process", ge=0)
     prediction: Literal["v"] = option("v", "what the model predicts: the velocity")
     weighting: Literal["uniform", "lognormal"] = option("uniform", "distribution of the training times")
+    latent_norm: Literal["vae", "channel"] = option(
+        "vae", "latents by the VAE's own scale and shift, or by each channel's (`dataset_tools.py stats`)"
+    )
     cfg_prob: float = option(0.1, "probability that a label is dropped, for classifier-free guidance", ge=0, le=1)
     log_every: int = option(50, "steps between lines in metrics.jsonl and the tracker", ge=1)
-    cache_dir: str | None = option(None, "where remote data is cached", aliases=("s3_cache_dir",))
+    cache_dir: str | None = option(
+        None, "where remote data is cached (default: ~/.cache/elastic-dit)", aliases=("s3_cache_dir",)
+    )
     plan: bool = option(False, "print and check what the run would do, cost and need, and train nothing; needs no GPU")
     plan_processes: int | None = option(None, "--plan: number of processes (default: the launcher's)", ge=1)
     plan_tflops: float | None = option(None, "--plan: TFLOP/s that a process is taken to sustain, for the time needed", gt=0)

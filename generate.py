@@ -232,7 +232,7 @@ def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
 # What an image depends on, beside the checkpoint.
 _SETTINGS = {
     *("weights", "vae", "mode", "num_steps", "heun", "path_type", "cfg_scale", "guidance_low", "guidance_high", "autoguidance"),
-    *("inference_budget", "unconditional_inference_budget", "global_seed", "class_labels", "mixed_precision"),
+    *("inference_budget", "unconditional_inference_budget", "global_seed", "class_labels", "mixed_precision", "time_shift"),
 }
 _STAGE_SETTINGS = {"num_steps_per_scale", "stage_sampling_thresholds"}
 

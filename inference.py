@@ -54,7 +54,7 @@ def settle_architecture(config: Architecture, given: dict, found: checkpoint.Wei
         recorded = {k: v for k, v in models.model_spec(recorded["model"]).sizes.items() if k.endswith("_depth")} | {
             k: v for k, v in recorded.items() if v is not None
         }
-    for name in ("model", "resolution", "num_classes", "path_type", *checkpoint.MODEL_OPTIONS):
+    for name in ("model", "resolution", "num_classes", "path_type", "time_shift", *checkpoint.MODEL_OPTIONS):
         if name in given and recorded.get(name) is not None and given[name] not in (None, recorded[name]):
             raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts {where}, which records {recorded[name]}")
         value = recorded.get(name, getattr(config, name))
@@ -208,7 +208,7 @@ def sample(
         if isinstance(noise, list):
             options |= {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
             return recompose(dfm_sampler(model, noise, y, on_stage=on_stage, **options))
-        options |= {"num_steps": config.num_steps}
+        options |= {"num_steps": config.num_steps, "time_shift": config.time_shift}
         if config.mode == "sde":
             return euler_maruyama_sampler(model, noise, y, noise=partial(_noise_of_step, seed, indices), **options)
         return euler_sampler(model, noise, y, heun=config.heun, **options)
@@ -261,7 +261,7 @@ def evaluations(config: Options) -> list[tuple[float, ...]]:
     if models.model_spec(config.model).staged:
         phases = dfm_schedule(config.num_steps_per_scale, config.stage_sampling_thresholds)
         return [times[: phase.active_stage + 1] for phase in phases for times in phase.times[:-1]]
-    return [(t,) for t in evaluation_times(config.num_steps, config.mode, config.heun)]
+    return [(t,) for t in evaluation_times(config.num_steps, config.mode, config.heun, config.time_shift)]
 
 
 def steps_of_run(config: Options) -> int:

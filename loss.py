@@ -4,7 +4,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from randomness import Draws, training_draws
 from vae import VAERecord, sample_latents
 
 PathType = Literal["linear", "cosine"]
+T = TypeVar("T", float, Tensor)
 
 
 class Interpolant(NamedTuple):
@@ -35,13 +36,22 @@ def interpolant(t: Tensor, path_type: PathType = "linear") -> Interpolant:
     return Interpolant(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
 
 
-def training_times(draws: Draws, weighting: Literal["uniform", "lognormal"], path_type: PathType = "linear") -> Tensor:
-    """t (B,) of a training step: uniform, or lognormal noise levels σ = e^n put on the path."""
+def shift_time(t: T, s: float) -> T:
+    """t ← s·t/(1 + (s − 1)·t): larger latents need more noise to lose as much (SD3, arXiv 2403.03206, §5.3.2)."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def training_times(
+    draws: Draws, weighting: Literal["uniform", "lognormal"], path_type: PathType = "linear", time_shift: float = 1.0
+) -> Tensor:
+    """t (B,) of a training step: uniform, or lognormal noise levels σ = e^n put on the path; then shifted."""
     if weighting == "uniform":
-        return draws.time_uniform
-    if path_type == "linear":
-        return torch.sigmoid(draws.time_normal)  # σ/(1 + σ)
-    return 2 / math.pi * torch.atan(torch.exp(draws.time_normal))
+        t = draws.time_uniform
+    elif path_type == "linear":
+        t = torch.sigmoid(draws.time_normal)  # σ/(1 + σ)
+    else:
+        t = 2 / math.pi * torch.atan(torch.exp(draws.time_normal))
+    return shift_time(t, time_shift)
 
 
 def dropped_labels(y: Tensor, draws: Draws, probability: float, num_classes: int) -> Tensor:
@@ -112,11 +122,12 @@ def velocity_loss(
     *,
     weighting: Literal["uniform", "lognormal"],
     path_type: PathType,
+    time_shift: float = 1.0,
     active_stage: int | None = None,
     **kwargs,
 ) -> Tensor:
     """The loss of each sample (B,) at the times and with the noise of `draws`; for DFM with its `active_stage`."""
-    t = training_times(draws, weighting, path_type)
+    t = training_times(draws, weighting, path_type, time_shift)
     if active_stage is None:
         return flow_matching_loss(model, x, draws.noise, t, y, path_type, **kwargs)
     times = stage_times(t, draws.stage_normal, active_stage)
@@ -164,6 +175,7 @@ def held_out_losses(
     *,
     weighting: Literal["uniform", "lognormal"],
     path_type: PathType,
+    time_shift: float = 1.0,
     coarse_shapes: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Velocity loss of each held-out sample in each variant, (len(variants), B), with time and noise fixed by the sample's index.
@@ -176,6 +188,5 @@ def held_out_losses(
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     draws = training_draws(0, 0, indices, shape, purpose="held-out", coarse_shapes=coarse_shapes).to(moments.device)
     x = sample_latents(moments, draws.posterior, record)
-    return torch.stack(
-        [velocity_loss(model, x, draws, y, weighting=weighting, path_type=path_type, **variant) for variant in variants]
-    )
+    times = {"weighting": weighting, "path_type": path_type, "time_shift": time_shift}
+    return torch.stack([velocity_loss(model, x, draws, y, **times, **variant) for variant in variants])

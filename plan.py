@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import models
 from config import TrainConfig
-from data import LatentDataset
+from data import LatentDataset, channel_record
 from encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from errors import UserError
 from loss import Projecting, alignment_loss, velocity_loss
@@ -45,23 +45,22 @@ class RunData:
 
     dataset: LatentDataset
     held_out: LatentDataset | None
+    record: VAERecord  # of the VAE, with what --latent-norm adds
     steps_per_epoch: int  # forwards: micro-steps
     total_steps: int
-
-    @property
-    def record(self) -> VAERecord:
-        return self.dataset.record
 
 
 def open_data(config: TrainConfig, num_processes: int) -> RunData:
     """Training and held-out data. Raises UserError where they do not fit the options or each other."""
     if config.batch_size % num_processes:
         raise UserError(f"--batch-size {config.batch_size}: must be divisible by the {num_processes} processes")
-    dataset = LatentDataset(config.data_dir, images=bool(encoder_names(config.enc_type, config.proj_coeff)))
+    dataset = LatentDataset(
+        config.data_dir, images=bool(encoder_names(config.enc_type, config.proj_coeff)), cache_dir=config.cache_dir
+    )
     dataset.check(num_classes=config.num_classes, resolution=config.resolution)
     held_out = None
     if config.val_data_dir:
-        held_out = LatentDataset(config.val_data_dir)
+        held_out = LatentDataset(config.val_data_dir, cache_dir=config.cache_dir)
         held_out.check(num_classes=config.num_classes, resolution=config.resolution)
         if held_out.record != dataset.record:
             raise UserError(
@@ -75,7 +74,8 @@ def open_data(config: TrainConfig, num_processes: int) -> RunData:
         raise UserError(
             f"--epochs {config.epochs}: {config.epochs * per_epoch} batches are less than --gradient-accumulation-steps {config.gradient_accumulation_steps}"
         )
-    return RunData(dataset, held_out, per_epoch, total_steps)
+    record = channel_record(config.data_dir, dataset.latents) if config.latent_norm == "channel" else dataset.record
+    return RunData(dataset, held_out, record, per_epoch, total_steps)
 
 
 def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:

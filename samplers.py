@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import randomness
 from errors import UserError
-from loss import PathType, interpolant
+from loss import PathType, interpolant, shift_time
 
 
 class BudgetSchedule(NamedTuple):
@@ -166,18 +166,20 @@ def _guided(
     ]
 
 
-def sampling_times(num_steps: int, mode: str = "ode") -> list[float]:
-    """The times of a sampler, from 1 (noise) to 0: a uniform grid (ODE), or 1 … 0.04 and then 0 (SDE)."""
+def sampling_times(num_steps: int, mode: str = "ode", time_shift: float = 1.0) -> list[float]:
+    """The times of a sampler, from 1 (noise) to 0: a uniform grid (ODE), or 1 … 0.04 and then 0 (SDE); shifted."""
     if num_steps < 1:
         raise UserError(f"num_steps {num_steps}: must be at least 1")
     if mode == "sde":
-        return [*torch.linspace(1.0, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
-    return [1 - i / num_steps for i in range(num_steps + 1)]
+        times = [*torch.linspace(1.0, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
+    else:
+        times = [1 - i / num_steps for i in range(num_steps + 1)]
+    return [shift_time(t, time_shift) for t in times]
 
 
-def evaluation_times(num_steps: int, mode: str = "ode", heun: bool = False) -> list[float]:
+def evaluation_times(num_steps: int, mode: str = "ode", heun: bool = False, time_shift: float = 1.0) -> list[float]:
     """The times at which a sampler evaluates the velocity."""
-    times = sampling_times(num_steps, mode)
+    times = sampling_times(num_steps, mode, time_shift)
     return times[:-1] + (times[1:-1] if heun else [])
 
 
@@ -207,9 +209,10 @@ def euler_sampler(
     num_steps: int,
     heun: bool = False,
     path_type: PathType = "linear",
+    time_shift: float = 1.0,
     **guidance,
 ) -> Tensor:
-    """Probability-flow ODE on a uniform grid of `num_steps`, by Euler or, with `heun`, second-order steps (but the last).
+    """Probability-flow ODE on a uniform (or shifted) grid of `num_steps`, by Euler or, with `heun`, second-order steps (but the last).
 
     Args:
         latents: (B, C, H, W) noise. y: (B,) class ids.
@@ -221,7 +224,7 @@ def euler_sampler(
     g = Guidance(**guidance)
     g.check()
     x = latents.double()
-    for step, (t, t_next) in enumerate(pairwise(sampling_times(num_steps))):
+    for step, (t, t_next) in enumerate(pairwise(sampling_times(num_steps, time_shift=time_shift))):
         v = guided_velocity(model, x, t, y, g)
         x_next = x + (t_next - t) * v
         if heun and step < num_steps - 1:
@@ -239,6 +242,7 @@ def euler_maruyama_sampler(
     *,
     num_steps: int,
     path_type: PathType = "linear",
+    time_shift: float = 1.0,
     noise: Callable[[int, torch.Size], Tensor] | None = None,
     **guidance,
 ) -> Tensor:
@@ -252,7 +256,7 @@ def euler_maruyama_sampler(
     g.check()
     noise = noise or (lambda step, shape: randomness.sde_noise(0, range(shape[0]), step, shape[1:]))
     x = latents.double()
-    for step, (t, t_next) in enumerate(pairwise(sampling_times(num_steps, "sde"))):
+    for step, (t, t_next) in enumerate(pairwise(sampling_times(num_steps, "sde", time_shift))):
         v, w, dt = guided_velocity(model, x, t, y, g), 2 * t, t_next - t
         drift = v - 0.5 * w * score_from_velocity(v, x, t, path_type)
         x_next = x + dt * drift

@@ -70,6 +70,10 @@ def check(config: TrainConfig, given: dict) -> None:
         mask_levels(config.elit_group_size**2, *masks)
     if spec.staged:
         check_stages(config)
+        if config.time_shift != 1:
+            raise UserError(
+                f"--time-shift {config.time_shift:g}: {config.model} has times of its own for each stage; only 1 works"
+            )
     if Path(config.exp_name).name != config.exp_name:
         raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --output-dir)")
     if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
@@ -246,6 +250,7 @@ class Trainer:
             "resolution",
             "num_classes",
             "path_type",
+            "time_shift",
             "weighting",
             "seed",
             "batch_size",
@@ -260,6 +265,8 @@ class Trainer:
                 raise UserError(
                     f"--{name.replace('_', '-')} {own[name]}: the run in {self.run_dir} was started with {recorded[name]}"
                 )
+        if own["latent_norm"] != recorded.get("latent_norm", "vae"):
+            raise UserError(f"--latent-norm {own['latent_norm']}: the run in {self.run_dir} was started with another")
         if self.record.to_dict() != state["vae"]:
             raise UserError(f"--data-dir {self.config.data_dir}: its latents were made by another VAE than those of the run")
 
@@ -394,7 +401,8 @@ class Trainer:
             self.budgets[int(draws.level * len(self.budgets))], active_stage(draws.stage, config.stage_weights)
         )
         model = Projecting(self.model) if self.encoders else self.model
-        losses = velocity_loss(model, x, draws, y, weighting=config.weighting, path_type=config.path_type, **variant)
+        times = {k: getattr(config, k) for k in ("weighting", "path_type", "time_shift")}
+        losses = velocity_loss(model, x, draws, y, **times, **variant)
         loss = losses.mean()
         if self.encoders:
             images = batch["image"].to(device, non_blocking=True)
@@ -451,6 +459,7 @@ class Trainer:
                     shown,
                     weighting=config.weighting,
                     path_type=config.path_type,
+                    time_shift=config.time_shift,
                     coarse_shapes=self.coarse_shapes,
                 )
             sums += losses.sum(dim=1)
@@ -493,7 +502,8 @@ class Trainer:
             if self.coarse_shapes:
                 schedule = {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
                 return decode_stages(self.vae, dfm_sampler(self.ema.first, noise, y, **schedule, **options))
-            return decode(self.vae, euler_sampler(self.ema.first, noise[0], y, num_steps=PICTURE_STEPS, **options))[None]
+            grid = {"num_steps": PICTURE_STEPS, "time_shift": config.time_shift}
+            return decode(self.vae, euler_sampler(self.ema.first, noise[0], y, **grid, **options))[None]
 
     def save(self) -> None:
         """checkpoints/{step}.pt with everything that a resumed run needs. A failing write stops nothing already saved."""
