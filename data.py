@@ -205,6 +205,8 @@ class LatentDataset(Dataset):
                 f"{self.latents.where(0)}: has shape {_by(self.shape)}; {self.record.vae} makes {channels} × height × width"
             )
         self._images: FileTree | None = None
+        if images and remote.is_remote(data_dir):
+            raise UserError(f"{data_dir}: images are read from local folders and zips only (REPA needs them)")
         if images:
             self._images = FileTree(
                 _part(Path(data_dir), "images", "REPA needs the images too; `dataset_tools.py convert` makes them")

@@ -110,7 +110,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"--dest {path}: cannot be written: {error.strerror}", local=True)
 
 
-def lock(path: Path, *, wait: bool = False) -> Any:
+def lock(path: Path) -> Any:
     """Open a file (made where there is none) and lock it for this process; None where another one has it.
 
     The lock is POSIX's: it ends with the process, and no forked worker inherits it.
@@ -118,7 +118,7 @@ def lock(path: Path, *, wait: bool = False) -> Any:
     while True:
         file = path.open("a+")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return None
@@ -131,36 +131,32 @@ def lock(path: Path, *, wait: bool = False) -> Any:
 
 
 class Unfinished:
-    """The record of what is being made in a place: `path` holds it, locked by the process that makes it, until that is done."""
+    """The record of what is being made in a place: the file `path`, locked by the process that makes it, until that is done."""
 
-    def __init__(self, path: Path, making: dict[str, Any]):
-        self.path, self._making = path, making
+    def __init__(self, path: Path, making: dict[str, Any], dest: Path, *, is_begun: bool):
+        """Lock and write the record. `UserError` if another run has it, or if what `is_begun` in `dest` is something else."""
+        self.path = path
         try:
             self._file = lock(path)
         except OSError as error:
-            raise UserError(f"--dest {path.parent}: cannot be written: {error.strerror}") from None
+            raise cannot_write(dest, error) from None
         if self._file is None:
-            raise UserError(f"--dest {path.parent}: another run is writing there and holds {path.name}; wait for its end")
+            raise UserError(f"--dest {dest}: another run is writing there (it holds {path.name}); wait for its end")
         self._file.seek(0)
         try:
-            self.before = json.load(self._file)
+            before = json.load(self._file)
         except ValueError:  # new, or killed before anything was made
-            self.before = None
-
-    def check_same(self, where: Path) -> None:
-        """Raise `UserError` unless the stopped run made the same."""
-        before = self.before if isinstance(self.before, dict) else {}
-        for key, value in self._making.items():
+            before = {}
+        for key, value in making.items() if is_begun else ():
             if key in before and before[key] != value:
+                self.release(remove=False)
                 raise UserError(
-                    f"--dest {where}: holds a stopped run of another {key} ({before[key]}, not {value}); give a new name"
+                    f"--dest {dest}: holds a stopped run of another {key} ({before[key]}, not {value}); give a new name"
                 )
-
-    def begin(self) -> None:
-        """Record what is made from now on."""
-        self._file.truncate(0)
-        self._file.write(json.dumps(self._making, indent=2))  # mode a: at the end, which is the start
-        self._file.flush()
+        if before != making:
+            self._file.truncate(0)
+            self._file.write(json.dumps(making, indent=2))  # mode a: at the end, which is the start
+            self._file.flush()
 
     def release(self, *, remove: bool) -> None:
         if remove:

@@ -6,6 +6,7 @@ S3's endpoint and credentials come from its usual environment variables and file
 import errno
 import hashlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ class _Source:
 
     def copy(self, file: str, digest: str, folder: Path) -> None:
         """Copy one file into `folder`, unless another process has done so meanwhile."""
-        held = lock(folder / f"{file}.lock", wait=True)
+        while (held := lock(folder / f"{file}.lock")) is None:  # a blocking one would be taken for a deadlock of two processes
+            time.sleep(0.1)
         try:
             if (folder / file).exists():
                 return

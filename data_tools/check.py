@@ -154,14 +154,15 @@ def check_images(images: FileTree, dataset: data.LatentDataset, threads: ThreadP
     """Each latent has its image and each image its latent, of the right size and with the same label."""
     latents = dataset.latents
     try:
+        listed = images.names()
         names = [name.decode() for name in data.paired_images(images, latents)]
-        labels = data.read_labels(images)
+        labels = data.read_labels(images) if data.LABEL_FILE in listed else None
     except UserError as error:
         problems.add("pairing", str(error))
         return
-    for name in sorted(set(data.image_names(images.names())) - set(names)):
+    for name in sorted(set(data.image_names(listed)) - set(names)):
         problems.add("pairing", f"{images.where(name)}: has no latent")
-    for index, name in enumerate(names):
+    for index, name in enumerate(names if data.LABEL_FILE in listed else []):
         label = None if latents.labels is None else int(latents.labels[index])
         if (None if labels is None else labels.get(name)) != label:
             problems.add("label", f"{images.where(name)}: is labelled otherwise than {latents.where(index)}, {label}")

@@ -57,18 +57,8 @@ class FolderDest(Folder):
         present = set() if self._is_new else set(FileTree(path).names())
         self._check(present)
         make_folder(path)
-        self._record = Unfinished(path / UNFINISHED_FILE, making)
-        try:
-            if present & self._targets:
-                self._record.check_same(path)
-            for name in present:
-                if name.endswith(".tmp"):
-                    (path / name).unlink(missing_ok=True)
-            if self._record.before != making:
-                self._record.begin()
-        except BaseException:
-            self._record.release(remove=False)
-            raise
+        self._record = Unfinished(path / UNFINISHED_FILE, making, path, is_begun=bool(present & self._targets))
+        remove_files(path, (name for name in present if name.endswith(".tmp")))
 
     def __enter__(self) -> "FolderDest":
         return self
@@ -113,20 +103,14 @@ class ZipDest:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(path, error) from None
-        self._record = Unfinished(path.with_name(f"{path.name}.{UNFINISHED_FILE}"), making)
+        record = path.with_name(f"{path.name}.{UNFINISHED_FILE}")
+        self._record = Unfinished(record, making, path, is_begun=self._aside.exists())
         self._shapes: dict[str, tuple[int, ...]] = {}
         try:
-            if self._aside.exists():
-                self._record.check_same(path)
-            if self._record.before != making:
-                self._record.begin()
             self._zip = self._continued()
         except OSError as error:
             self._record.release(remove=False)
             raise cannot_write(path, error) from None
-        except BaseException:
-            self._record.release(remove=False)
-            raise
 
     def __enter__(self) -> "ZipDest":
         return self
@@ -202,6 +186,11 @@ def _next_member(file: io.BufferedIOBase) -> zipfile.ZipInfo | None:
     info.external_attr = 0o600 << 16  # what zipfile gives to a member that it writes
     info.header_offset, info.CRC, info.file_size, info.compress_size = start, crc, size, size
     return info
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def create(dest: str, making: dict[str, Any], targets: list[str], decode: Decode) -> FolderDest | ZipDest:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 from config import EncodeConfig, PackConfig
-from data_tools.dest import UNFINISHED_FILE, Folder, FolderDest, ZipDest, label_file, npy_array, npy_bytes
+from data_tools.dest import UNFINISHED_FILE, Folder, FolderDest, ZipDest, label_file, npy_array, npy_bytes, remove_files
 from data_tools.source import image_numbers, list_images, open_source, prefetch
 from errors import UserError
 from files import DataError, FileTree, Unfinished, make_folder
@@ -138,7 +138,8 @@ def fill(
     with bar, ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
         for (there, block), content in prefetch(readers, lambda part: (part, read(part[1])), share, ahead=workers):
-            values = moments(content).astype(plan.dtype)
+            with np.errstate(over="ignore"):  # it is refused below
+                values = moments(content).astype(plan.dtype)
             if not np.isfinite(values).all():
                 raise UserError(
                     f"{plan.targets[block[0]]} and the next {len(block) - 1}: the latents are not all finite in {plan.dtype}",
@@ -238,19 +239,9 @@ class PackedDest:
                 f"--dest {path}: not empty, it holds {min(foreign)}, which is no part of this run; give a new folder"
             )
         make_folder(path)
-        self._record = Unfinished(path / UNFINISHED_FILE, making)
-        try:
-            if present - {UNFINISHED_FILE}:
-                self._record.check_same(path)
-            shards = {shard_file(number) + ".tmp" for number in range(len(self.counts))}  # are continued
-            for name in present:
-                if name.endswith(".tmp") and name not in shards:
-                    (path / name).unlink(missing_ok=True)
-            if self._record.before != making:
-                self._record.begin()
-        except BaseException:
-            self._record.release(remove=False)
-            raise
+        self._record = Unfinished(path / UNFINISHED_FILE, making, path, is_begun=bool(present - {UNFINISHED_FILE}))
+        shards = {shard_file(number) + ".tmp" for number in range(len(self.counts))}  # are continued
+        remove_files(path, (name for name in present - shards if name.endswith(".tmp")))
 
     def __enter__(self) -> "PackedDest":
         return self

@@ -1,6 +1,7 @@
 """Packed latents behind s3://: a real server that speaks S3, on loopback, and a cache that processes share."""
 
 import multiprocessing
+import time
 from pathlib import Path
 
 import numpy as np
@@ -78,27 +79,28 @@ def test_remote_data_are_read_as_local_ones(url, folder, tmp_path, monkeypatch):
 
 
 def test_processes_share_the_work(url, folder, tmp_path, monkeypatch):
-    """Three processes at once copy each file once; what a killed one left is replaced."""
+    """Two processes at once copy each file once; what a killed one left is replaced."""
     name = remote.local_copy(url, str(tmp_path / "first")).name
-    (tmp_path / "cache" / name).mkdir(parents=True)
-    (tmp_path / "cache" / name / "latents-00002.npy.tmp").write_bytes(b"half")
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(3) as pool:
-        jobs = [pool.apply_async(_copies, (url, str(tmp_path / "cache"), rank)) for rank in range(3)]
-        copied = [file for job in jobs for file in job.get(60)]
+    cache = tmp_path / "cache"
+    (cache / name).mkdir(parents=True)
+    (cache / name / "latents-00002.npy.tmp").write_bytes(b"half")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        other = pool.apply_async(copied_files, (url, str(cache), 0))
+        while not (cache / name / "index.json").exists():
+            time.sleep(0.01)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        copied = copied_files(url, str(cache), 1) + other.get(60)
     assert sorted(copied) == sorted(p.name for p in (folder / "packed").iterdir() if p.name != "index.json")
-    assert content(tmp_path / "cache" / name) == content(folder / "packed")
+    assert content(cache / name) == content(folder / "packed")
 
 
-def _copies(url: str, cache: str, rank: int) -> list[str]:
-    """The files that this process copied itself."""
-    import os
-
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3"}
+def copied_files(url: str, cache: str, rank: int) -> list[str]:
+    """The files that this process copied itself, as local rank `rank`."""
     copied: list[str] = []
-    original = remote.file_sha256
-    remote.file_sha256 = lambda path: (copied.append(path.name.removesuffix(".tmp")), original(path))[1]
-    remote.local_copy(url, cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(rank))
+        patch.setattr(remote, "file_sha256", lambda p: (copied.append(p.name.removesuffix(".tmp")), file_sha256(p))[1])
+        remote.local_copy(url, cache)
     return copied
 
 
