@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 import data
-import data_tools.encode  # noqa: F401  loaded before the forks
 import dataset_tools
 import files
 import packed
@@ -135,6 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each command [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    from accelerate import PartialState  # noqa: F401  loaded before the forks
+    from diffusers import AutoencoderKL  # noqa: F401
+
     good = True
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

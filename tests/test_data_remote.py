@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from runs import make_latents, make_vae
 from sets import content
 
+import checkpoint
 import remote
+import train
 from data import LatentDataset, channel_record
 from dataset_tools import main
 from errors import UserError
@@ -76,6 +79,20 @@ def test_remote_data_are_read_as_local_ones(url, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(remote._Source, "copy", lambda *_: pytest.fail("copied again"))
     LatentDataset(url, cache_dir=str(tmp_path))
     assert all(times[p.name] == p.stat().st_mtime_ns for p in copy.iterdir() if p.name != "index.json")
+
+
+def test_training_on_remote_data_is_that_on_local_ones(url, folder, tmp_path):
+    for name, data_dir in (("remote", url), ("local", folder)):
+        train.main(
+            f"--model SiT-Ti/4 --exp-name {name} --output-dir {tmp_path} --data-dir {data_dir} --cache-dir {tmp_path}/cache "
+            "--resolution 32 --num-classes 5 --batch-size 5 --max-train-steps 2 --sampling-steps 0 --num-workers 1 "
+            "--mixed-precision no --report-to none --latent-norm channel".split()
+        )
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    one, other = (checkpoint.load(tmp_path / name / "checkpoints/0000002.pt") for name in ("remote", "local"))
+    assert one["vae"] == other["vae"] and "channel_std" in one["vae"]
+    assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
 
 
 def test_processes_share_the_work(url, folder, tmp_path, monkeypatch):
