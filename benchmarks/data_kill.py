@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def child(argv: list[str], spoil: Callable[[], None] = lambda: None) -> int:
 
 
 def die_inside_a_write(which: int) -> Callable[[], None]:
-    """For `child`: at the write number `which`, of a whole file or of a block, half of it is written, then all are killed."""
+    """For `child`: at the write number `which`, of a file, a zip's member or a block, half of it is written, then all are killed."""
 
     def spoil() -> None:
         done = 0
@@ -66,7 +67,7 @@ def die_inside_a_write(which: int) -> Callable[[], None]:
                 write(content[: len(content) // 2])
                 os.killpg(0, signal.SIGKILL)
 
-        write_file, append = files.write_file, packed.ShardWriter.append
+        write_file, append, writestr = files.write_file, packed.ShardWriter.append, zipfile.ZipFile.writestr
 
         def spoiled_write_file(path: Path, content: bytes) -> None:
             half(path.with_name(f"{path.name}.{os.getpid()}.tmp").write_bytes, content)
@@ -76,6 +77,11 @@ def die_inside_a_write(which: int) -> Callable[[], None]:
             half(lambda content: (writer._file.write(content), writer._file.flush()), moments.tobytes())
             append(writer, moments)
 
+        def spoiled_writestr(archive: zipfile.ZipFile, info: zipfile.ZipInfo, content: bytes) -> None:
+            half(lambda part: (archive.fp.write(info.FileHeader() + part), archive.fp.flush()), content)
+            writestr(archive, info, content)
+
+        zipfile.ZipFile.writestr = spoiled_writestr
         for module in (files, packed, sys.modules["data_tools.dest"]):
             module.write_file = spoiled_write_file
         packed.ShardWriter.append = spoiled_append
