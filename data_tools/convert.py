@@ -1,6 +1,9 @@
 """Images to numbered square PNGs, by many processes, and the quick start's canvases."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from data_tools.transforms import Transform, make_transform, parse_resolution
 from errors import UserError
 from files import DataError, FileTree
 
+PR_SET_PDEATHSIG = 1
 DEMO_CANVASES_PER_CLASS = {"train": 500, "val": 50}
 
 
@@ -96,9 +100,9 @@ class Conversion(Dataset):
         """The results in order, computed by `workers` processes a bounded number of images ahead."""
         if workers == 1:
             return (self[i] for i in range(len(self)))
-        # A DataLoader is a bounded, ordered queue whose workers end when their parent is killed.
-        loader = DataLoader(self, batch_size=None, num_workers=workers, prefetch_factor=8, multiprocessing_context="fork")
-        return _watched(iter(loader))
+        # A DataLoader is a bounded, ordered queue of work.
+        context = {"multiprocessing_context": "fork", "worker_init_fn": _end_with_parent}
+        return _watched(iter(DataLoader(self, batch_size=None, num_workers=workers, prefetch_factor=8, **context)))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -148,6 +152,12 @@ def check_size(where: str, width: int, height: int, side: int) -> None:
         raise UserError(f"{where}: the result is {width} pixels wide, not a power of two; give --transform and --resolution")
     if width != side:
         raise UserError(f"{where}: the result is {width} pixels wide, others {side}; give --transform and --resolution")
+
+
+def _end_with_parent(_: int) -> None:
+    """Linux kills this worker when its parent dies: one that waits to hand over a result would wait for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _watched(results: Any) -> Generator[Result, None, None]:
