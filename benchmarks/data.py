@@ -105,7 +105,7 @@ def fresh(folder: Path, numbers: Iterable[int] = iter(range(10**9))) -> Path:
 
 def convert(folder: Path, rounds: int) -> bool:
     """JPEGs of ImageNet's usual size to 256 pixels, folder output."""
-    count, rng = 240, np.random.default_rng(0)
+    count, rng = 800, np.random.default_rng(0)
     (folder / "source").mkdir()
     for i in range(count):
         small = Image.fromarray(rng.integers(0, 256, (25, 32, 3), dtype=np.uint8))
