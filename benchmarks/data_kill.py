@@ -24,6 +24,7 @@ import dataset_tools
 import files
 import packed
 from errors import command
+from vision import import_torchvision
 
 IMAGES, VAE = 400, "experiments_updated/quickstart_vae"
 
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each command [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    import_torchvision()
     from accelerate import PartialState  # noqa: F401  loaded before the forks
     from diffusers import AutoencoderKL  # noqa: F401
 

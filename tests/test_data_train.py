@@ -20,6 +20,7 @@ from loss import held_out_losses, training_times
 from randomness import epoch_order, image_noise, training_draws
 from samplers import euler_maruyama_sampler, euler_sampler, evaluation_times
 from vae import decode, load_vae, to_uint8
+from vision import import_torchvision
 
 COUNT, RESOLUTION = 8, 32
 # What the published VAEs have in their config.json; the widths are small here.
@@ -39,6 +40,7 @@ def fresh_accelerate():
 
 def make_kind(kind: str, folder: Path) -> Path:
     """A random VAE of factor 8, in the sub-folder vae/ as in a whole pipeline."""
+    import_torchvision()  # which diffusers imports
     from diffusers import AutoencoderKL
 
     torch.manual_seed(1)
