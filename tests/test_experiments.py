@@ -138,7 +138,7 @@ def test_benchmark_prints_every_line(capsys):
     train_step.main(["--model-size", "Ti", "--tokens", "16", "--batch-size", "2", "--repeats", "1", "--warmup", "0"])
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.endswith(("ok", "MISSED"))]
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert "same velocity" in printed
 
 
