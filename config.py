@@ -95,6 +95,14 @@ class TrainConfig(Architecture):
     prediction: Literal["v"] = option("v", "what the model predicts: the velocity")
     weighting: Literal["uniform", "lognormal"] = option("uniform", "distribution of the training times")
     cfg_prob: float = option(0.1, "probability that a label is dropped, for classifier-free guidance", ge=0, le=1)
+    keep_last: int = option(0, "keep only the last so many checkpoints; 0: all", ge=0)
+    keep_every: int = option(0, "of the older ones keep those at multiples of so many steps; 0: none", ge=0)
+    allow_change: list[str] = option(
+        [], "names of options that a resumed run may change; data_size for another number of samples"
+    )
+    compile: bool = option(False, "torch.compile the blocks")
+    gradient_checkpointing: bool = option(False, "compute the blocks twice, to keep less in memory")
+    max_skipped_steps: int = option(50, "stop once so many steps in a row had a gradient that is not finite", ge=1)
     log_every: int = option(50, "steps between lines in metrics.jsonl and the tracker", ge=1)
     cache_dir: str | None = option(None, "where remote data is cached", aliases=("s3_cache_dir",))
     legacy: bool = option(False, "accepted from old YAML files; no effect")

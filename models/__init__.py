@@ -1,6 +1,7 @@
 """The registry: names → models, and what a forward costs."""
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import UserError, nearest
@@ -95,6 +97,14 @@ def compile_model(model: nn.Module, backend: str | Callable = "inductor") -> nn.
     """`torch.compile` the transformer blocks, in place: one graph that all of them share, for every budget and batch size."""
     for block in model.blocks:
         block.compile(dynamic=True, backend=backend)
+    return model
+
+
+def checkpoint_blocks(model: nn.Module) -> nn.Module:
+    """Gradient checkpointing, in place: each block keeps its input alone and is computed again in the backward pass."""
+    for block in model.blocks:
+        # Nothing in a model is random, so no state of a generator has to be kept (and read from the device).
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     return model
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,42 @@ def make_checkpoint(path: Path, record: VAERecord, model: str = "ELIT-SiT-Ti/2",
 def launch(*command: str, cwd: Path | None = None, **kwargs) -> subprocess.CompletedProcess:
     """Run a script or launcher of this environment, on the CPU, with one thread a process."""
     return subprocess.run(command_line(*command), cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, **kwargs)
+
+
+FORK = """
+import os, sys
+import train  # once, for all processes
+os.environ |= {"WORLD_SIZE": sys.argv[1], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
+children = []
+for rank in range(int(sys.argv[1])):
+    if not (child := os.fork()):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        code = 1
+        try:
+            exec(sys.argv[3])
+            train.main(sys.argv[4:])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    children.append(child)
+print("exit codes:", *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def train_on(count: int, argv, before: str = "") -> str:
+    """train.py on `count` processes, as a launcher would start them but quicker; each runs the code `before` first.
+
+    Returns what they wrote to stdout; its last line holds their exit codes.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = launch("-c", FORK, str(count), str(port), before, *map(str, argv))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def command_line(*command: str) -> list[str]:
