@@ -341,6 +341,7 @@ class Trainer:
         optimizer.param_groups[0] |= options | {"initial_lr": config.learning_rate}
         factor = learning_rate_factor(config, self.total_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=self.start_step - 1)
+        self.schedule._step_count = self.start_step + 1  # it is saved, and should tell nothing of interruptions
         accumulation = config.gradient_accumulation_steps
         start, stop = self.start_step * accumulation, self.total_steps * accumulation
         batches = StepBatches(len(self.dataset), config.batch_size, self.places, config.seed, start, stop)
@@ -415,25 +416,23 @@ class Trainer:
     def _loop(self, preemption: Preemption) -> None:
         config = self.config
         batches = iter(self.loader)
-        bar = tqdm(
-            total=self.total_steps, initial=self.start_step, desc="train", unit="step", disable=not self.main, mininterval=1
-        )
-        self.since, self.images, self.flops = time.perf_counter(), 0, 0
-        while not preemption.reached(self.step) and self.step < self.total_steps:
-            self.step += 1
-            self.train_step(batches)
-            bar.update()
-            if self.step % config.log_every == 0 or self.step in (1, self.total_steps):
-                bar.set_postfix_str(self.log_line())
-            if config.sampling_steps and (self.step % config.sampling_steps == 0 or self.step == 1):
-                with self._untimed():
-                    self.look()
-            if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps:
-                with self._untimed():
-                    self.save()
-            elif self.step == self.start_step + 1 and self.main:
-                self.writer.copy(self.state())  # makes the memory, so that no checkpoint waits for it
-        bar.close()
+        progress = {"total": self.total_steps, "initial": self.start_step, "disable": not self.main}
+        self.start_measuring()
+        with tqdm(**progress, desc="train", unit="step", mininterval=1) as bar:
+            while not preemption.reached(self.step) and self.step < self.total_steps:
+                self.step += 1
+                self.train_step(batches)
+                bar.update()
+                if self.step % config.log_every == 0 or self.step in (1, self.total_steps):
+                    bar.set_postfix_str(self.log_line())
+                if config.sampling_steps and (self.step % config.sampling_steps == 0 or self.step == 1):
+                    with self._untimed():
+                        self.look()
+                if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps:
+                    with self._untimed():
+                        self.save()
+                elif self.step == self.start_step + 1 and self.main:
+                    self.writer.copy(self.state())  # makes the memory, so that no checkpoint waits for it
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; the host waits for the device nowhere."""
@@ -482,6 +481,10 @@ class Trainer:
         yield
         self.since += time.perf_counter() - begin
 
+    def start_measuring(self) -> None:
+        """Speed is measured from here on."""
+        self.since, self.images, self.flops = time.perf_counter(), 0, 0
+
     def log_line(self) -> str:
         """Report the means and the speed since the last line; returns them in short. Waits for the device."""
         config, accelerator = self.config, self.accelerator
@@ -499,7 +502,7 @@ class Trainer:
             raise UserError(
                 f"step {self.step}: {in_a_row:.0f} steps in a row had a gradient that is not finite, and were skipped; the last good checkpoint is {newest}"
             )
-        self.since, self.images, self.flops = time.perf_counter(), 0, 0
+        self.start_measuring()
         loss = float("nan") if values["loss"] is None else values["loss"]
         return f"loss {loss:.4f}, {values['images_per_second']:.1f} images/s"
 

@@ -1,8 +1,8 @@
 """The registry: names → models, and what a forward costs."""
 
 import copy
-import functools
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +103,13 @@ def compile_model(model: nn.Module, backend: str | Callable = "inductor") -> nn.
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
     """Gradient checkpointing, in place: each block keeps its input alone and is computed again in the backward pass."""
     for block in model.blocks:
-        # Nothing in a model is random, so no state of a generator has to be kept (and read from the device).
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = types.MethodType(_twice, block)
     return model
+
+
+def _twice(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    # Nothing in a model is random, so no state of a generator has to be kept (and read from the device).
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def count_flops(model: nn.Module, inference_budget: float | None = None, batch_size: int = 1) -> int:

@@ -84,39 +84,45 @@ def launch(*command: str, cwd: Path | None = None, **kwargs) -> subprocess.Compl
 
 
 FORK = """
-import os, sys
-import train  # once, for all processes
-os.environ |= {"WORLD_SIZE": sys.argv[1], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
-children = []
-for rank in range(int(sys.argv[1])):
-    if not (child := os.fork()):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        code = 1
-        try:
-            exec(sys.argv[3])
-            train.main(sys.argv[4:])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    children.append(child)
-print("exit codes:", *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+import json, os, sys
+import train  # once, for all processes of all runs
+for port, count, argv, before in json.loads(sys.argv[1]):
+    os.environ |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = []
+    for rank in range(count):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            code = 1
+            try:
+                exec(before)
+                train.main(argv)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(child)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
 
 
-def train_on(count: int, argv, before: str = "") -> str:
-    """train.py on `count` processes, as a launcher would start them but quicker; each runs the code `before` first.
+def train_on(*several: tuple[int, list[str], str]) -> list[str]:
+    """Runs of train.py, one after the other: (number of processes, arguments, code that each process executes before).
 
-    Returns what they wrote to stdout; its last line holds their exit codes.
+    The processes are as a launcher would start them, but it takes less time. Returns the lines that they wrote to stdout; each
+    run ends with one of its processes' exit codes.
     """
+    told = [(free_port(), count, argv, before) for count, argv, before in several]
+    done = launch("-c", FORK, json.dumps(told))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = launch("-c", FORK, str(count), str(port), before, *map(str, argv))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+        return free.getsockname()[1]
 
 
 def command_line(*command: str) -> list[str]:
@@ -136,7 +142,7 @@ def refused(main, capsys, argv) -> str:
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in argv])
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "warning" not in line and "%|" not in line]
     assert len(lines) == 1, lines
     return lines[0]
 

@@ -1,5 +1,6 @@
 """train.py: what a step computes, what a run leaves, resume, several processes, and what it refuses."""
 
+import itertools
 import json
 import math
 import os
@@ -229,30 +230,21 @@ def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undistur
     assert number.name in errors and "--resume-step -1" in errors
 
 
-def test_four_processes_train_as_one_and_two_go_on(data, undisturbed, tmp_path):
-    for count, steps in ((4, 2), (2, 4)):
-        done = runs.train_on(count, arguments(data, tmp_path, "--max-train-steps", steps, "--resume-step", -1))
-        assert done.splitlines()[-1] == "exit codes: " + " ".join("0" * count)
-    one, many = metrics(undisturbed), metrics(tmp_path)
-    for step in one:
-        assert many[step] == pytest.approx(one[step], rel=1e-5)
-    assert_close_weights(final_state(undisturbed)["model"], final_state(tmp_path)["model"])
-
-
 COUNT_REDUCTIONS = """
 import signal
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-run, step, counted = train.Trainer.run, train.Trainer.train_step, []
+run, step, counted, trainer = train.Trainer.run, train.Trainer.train_step, [], []
 def count(group, bucket):
-    counted.append(bucket.index())
+    counted.append((trainer[0].step, bucket.index()))
     return allreduce_hook(group, bucket)
 def counting_run(self, preemption):
+    trainer.append(self)
     self.model.register_comm_hook(None, count)
     try:
         run(self, preemption)
     finally:
         if rank == 0:
-            print("buckets of a step:", len(counted) / self.step, 1 + max(counted))
+            print("reductions, buckets, steps:", len(counted), len(set(counted)), len({s for s, _ in counted}))
 def counting_step(self, batches):
     step(self, batches)
     if rank == 1 and self.step == 3:
@@ -261,16 +253,27 @@ train.Trainer.run, train.Trainer.train_step = counting_run, counting_step
 """
 
 
-def test_a_signal_to_one_process_ends_all_and_accumulation_reduces_once_a_step(data, tmp_path):
-    lasting = ("--max-train-steps", 100_000, "--epochs", 100_000, "--gradient-accumulation-steps", 3, "--batch-size", 4)
-    done = runs.train_on(2, arguments(data, tmp_path, *lasting, model="SiT-Ti/4"), COUNT_REDUCTIONS)
-    counted, codes = done.splitlines()
-    assert codes == f"exit codes: {128 + signal.SIGUSR1} {128 + signal.SIGUSR1}"
-    reductions, buckets = map(float, counted.removeprefix("buckets of a step: ").split())
-    assert reductions == buckets
-    stopped = status(tmp_path)
-    assert stopped["state"] == "preempted" and stopped["step"] >= 3
-    assert final_state(tmp_path, stopped["step"])["step"] == stopped["step"]
+def test_four_processes_train_as_one_and_two_go_on_and_a_signal_to_one_ends_both(data, undisturbed, tmp_path):
+    """The two go on to where the undisturbed run ends; and then reduce their gradients once for several micro-steps."""
+    split, lasting = tmp_path / "split", tmp_path / "lasting"
+    many = ("--max-train-steps", 100_000, "--epochs", 100_000, "--gradient-accumulation-steps", 3, "--batch-size", 4)
+    told = runs.train_on(
+        (4, arguments(data, split, "--max-train-steps", 2), ""),
+        (2, arguments(data, split, "--resume-step", -1), ""),
+        (2, arguments(data, lasting, *many, model="SiT-Ti/4"), COUNT_REDUCTIONS),
+    )
+    assert told[:2] == ["0 0 0 0", "0 0"]
+    one, two = metrics(undisturbed), metrics(split)
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5)
+    assert_close_weights(final_state(undisturbed)["model"], final_state(split)["model"])
+
+    reductions, buckets, steps = map(int, told[2].removeprefix("reductions, buckets, steps: ").split())
+    stopped = status(lasting)
+    assert stopped["state"] == "preempted" and stopped["step"] == steps >= 3
+    assert reductions == buckets >= steps
+    assert final_state(lasting, steps)["step"] == steps
+    assert told[3] == f"{128 + signal.SIGUSR1} {128 + signal.SIGUSR1}"
 
 
 def interrupt(monkeypatch, action, at):
@@ -306,6 +309,7 @@ def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_lines(data, t
         epoch_order(0, n // 3, COUNT)[n % 3 * 8 : n % 3 * 8 + 8].tolist() for n in (4, 5, 6)
     ]  # nothing before its place
     a, b = final_state(tmp_path / "whole", 7), final_state(tmp_path / "cut", 7)
+    assert a["scheduler"] == b["scheduler"]
     for kind in ("model", "meters"):
         assert_same_tensors(a[kind], b[kind])
     for decay in ("0.9", "0.99"):
@@ -364,7 +368,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(data, t
     poison(monkeypatch, {2, 4})
     train.main(arguments(data, tmp_path, "--checkpointing-steps", 1))
     states = [final_state(tmp_path, step) for step in (1, 2, 3, 4)]
-    for before, after, same in zip(states, states[1:], (True, False, True), strict=True):
+    for (before, after), same in zip(itertools.pairwise(states), (True, False, True), strict=True):
         assert all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"]) == same
         moments = [[v for s in state["optimizer"]["state"].values() for v in s.values()] for state in (before, after)]
         assert all(map(torch.equal, *moments)) == same
@@ -529,7 +533,7 @@ def test_1024_processes_use_every_sample_once_and_512_or_2048_go_on(monkeypatch)
     whole = used(1024, 0, 2 * per_epoch)
     for epoch in (whole[:per_epoch], whole[per_epoch:]):
         assert len(np.unique(epoch)) == epoch.size == per_epoch * batch
-        assert 0 <= epoch.min() and epoch.max() < num_samples
+        assert epoch.min() >= 0 and epoch.max() < num_samples
     for world, start in ((512, 5), (2048, 17)):
         assert np.array_equal(used(world, start, 2 * per_epoch), whole[start:])
 
@@ -616,7 +620,10 @@ def test_a_run_folder_with_checkpoints_needs_resume_and_the_same_model(data, und
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--model", "SiT-Ti/2"), ["--model SiT-Ti/2", "ELIT-SiT-Ti/2"]),
+        (
+            ("--model", "ELIT-SiT-Ti/4", "--elit-group-size", 1, "--elit-max-mask-prob", 0),
+            ["--model ELIT-SiT-Ti/4", "ELIT-SiT-Ti/2"],
+        ),
         (("--seed", 5), ["--seed 5", "with 0", "--allow-change seed"]),
         (("--batch-size", 4), ["--batch-size 4", "with 8", "--allow-change batch_size"]),
         (("--gradient-accumulation-steps", 2), ["--gradient-accumulation-steps 2", "with 1"]),
