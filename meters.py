@@ -35,16 +35,16 @@ def peak_tflops(device: torch.device, mixed_precision: str, allow_tf32: bool) ->
 
 
 class Meters:
-    """Sums on the device since the last line: losses over all images, by tenth of t, and by kind; gradient norms.
+    """Sums on the device since the last line: losses of all images, by tenth of t, and by kind of forward; gradient norms.
 
     Values that are not finite are left out of all means. A step whose gradient is not finite counts as skipped.
 
     Args:
-        kinds: names of what a forward can be beside, e.g. its budget; each has a mean of its own.
+        names: of the loss of all images and of each kind of forward, e.g. ["loss", "loss_budget_0.5", "loss_budget_1"].
     """
 
-    def __init__(self, kinds: list[str], device: torch.device):
-        self.names = ["loss", *(f"loss_t{i}" for i in range(TENTHS)), *kinds]
+    def __init__(self, names: list[str], device: torch.device):
+        self.names = [*(f"loss_t{i}" for i in range(TENTHS)), *names]
         self.tenths = torch.arange(TENTHS, device=device)
         self.losses = torch.zeros(len(self.names), 2, device=device)  # (sum, count) of the process's own images
         self.norms = torch.zeros(2, device=device)  # (sum, count)
@@ -53,15 +53,14 @@ class Meters:
         self.longest = torch.zeros((), device=device)  # in a row, since the last line
 
     @torch.no_grad()
-    def add(self, losses: Tensor, t: Tensor, kind: int | None = None) -> None:
-        """Losses (B,) at times t (B,) of one forward of the given kind."""
+    def add(self, losses: Tensor, t: Tensor, kind: str = "loss") -> None:
+        """Losses (B,) at times t (B,) of one forward, of the kind with this name."""
         finite = losses.isfinite()
         sums = torch.stack([torch.where(finite, losses, 0), finite.to(losses.dtype)], dim=1)  # (B, 2)
         inside = (t[:, None] * TENTHS).floor().clamp(max=TENTHS - 1) == self.tenths  # (B, TENTHS)
-        self.losses[0] += sums.sum(dim=0)
-        self.losses[1 : TENTHS + 1] += (inside[:, :, None] * sums[:, None]).sum(dim=0)
-        if kind is not None:
-            self.losses[TENTHS + 1 + kind] += sums.sum(dim=0)
+        self.losses[:TENTHS] += (inside[:, :, None] * sums[:, None]).sum(dim=0)
+        for name in {"loss", kind}:
+            self.losses[self.names.index(name)] += sums.sum(dim=0)
 
     @torch.no_grad()
     def step(self, norm: Tensor) -> Tensor:

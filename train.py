@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -51,7 +52,15 @@ SAME = ("model", "resolution", "num_classes", "path_type", *checkpoint.MODEL_OPT
 # … and what the user may change on purpose, by --allow-change.
 CHANGEABLE = (
     *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "weighting", "cfg_prob", "ema_decay"),
-    *("elit_min_mask_prob", "elit_max_mask_prob", "max_grad_norm", "learning_rate", "adam_beta1", "adam_beta2"),
+    *(
+        "elit_min_mask_prob",
+        "elit_max_mask_prob",
+        "stage_weights",
+        "max_grad_norm",
+        "learning_rate",
+        "adam_beta1",
+        "adam_beta2",
+    ),
     *("adam_weight_decay", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "lr_cooldown"),
 )
 DATA_SIZE = "data_size"  # no option, but changed by --data-dir
@@ -246,8 +255,9 @@ class Trainer:
             J = config.elit_group_size**2
             levels = mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)
             self.budgets = [mask_to_budget(m, J) for m in levels]
-        kinds = [f"loss_budget_{b:g}" for b in self.budgets] if len(self.budgets) > 1 else []
-        self.meters = Meters(kinds, self.accelerator.device)
+        stages = range(len(self.coarse_shapes) + 1)
+        kinds = dict.fromkeys("loss" + _named(self.variant(b, stage)) for b in self.budgets for stage in stages)
+        self.meters = Meters(["loss", *(kind for kind in kinds if kind != "loss")], self.accelerator.device)
 
     def _open_run(self) -> dict | None:
         """Make the run folder, or the state to go on from. Rank 0 writes; every process reads the same state."""
@@ -372,6 +382,7 @@ class Trainer:
     def _start_log(self) -> None:
         handler = logging.FileHandler(self.run_dir / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.handleError = lambda _: None  # a full disk is told where it matters
         log.handlers[:] = [handler]
         log.setLevel(logging.INFO)
 
@@ -458,11 +469,11 @@ class Trainer:
         moments, y = (batch[k].to(device, non_blocking=True) for k in ("moments", "label"))
         x = sample_latents(moments, draws.posterior, self.record)
         y = dropped_labels(y, draws, config.cfg_prob, config.num_classes)
-        level, stage = int(draws.level * len(self.budgets)), active_stage(draws.stage, config.stage_weights)
-        budget = self.budgets[level]
+        budget = self.budgets[int(draws.level * len(self.budgets))]
+        variant = self.variant(budget, active_stage(draws.stage, config.stage_weights))
         options = {"weighting": config.weighting, "path_type": config.path_type}
-        losses = velocity_loss(self.model, x, draws, y, **options, **self.variant(budget, stage))
-        self.meters.add(losses, training_times(draws, **options), [*self.budget_kinds[level], *self.stage_kinds[stage]])
+        losses = velocity_loss(self.model, x, draws, y, **options, **variant)
+        self.meters.add(losses, training_times(draws, **options), "loss" + _named(variant))
         self.images += config.batch_size
         self.flops += 3 * config.batch_size * self.forward_flops(budget)  # a backward pass is two forwards
         return losses.mean()
@@ -552,9 +563,7 @@ class Trainer:
                 )
             sums += losses.sum(dim=1)
         means = (accelerator.reduce(sums, reduction="sum") / count).tolist()
-        labels = {"active_stage": "stage", "inference_budget": "budget"}
-        names = ["".join(f"_{labels[k]}_{v:g}" for k, v in variant.items()) for variant in shown]
-        return {f"val_loss{name}": mean for name, mean in zip(names, means, strict=True)}
+        return {"val_loss" + _named(variant): mean for variant, mean in zip(shown, means, strict=True)}
 
     def draw_pictures(self) -> None:
         """samples/{step}.png: 64 images at full budget and, beside them, at the lowest trained one; of DFM each stage first."""
@@ -571,7 +580,9 @@ class Trainer:
         if self.main:
             rows = np.concatenate([g.reshape(-1, 8, *g.shape[1:]) for g in grids], axis=1)  # views side by side
             picture = image_grid(rows.reshape(-1, *grids[0].shape[1:]), columns=8 * len(grids))
-            save_png(picture, self.run_dir / "samples" / f"{self.step:07d}.png")
+            path = self.run_dir / "samples" / f"{self.step:07d}.png"
+            with _warned(path):
+                save_png(picture, path)
             for tracker in accelerator.trackers:
                 _never_stop(lambda t=tracker: t.log_images({"samples": grids[views - 1]}, step=self.step))
 
@@ -644,11 +655,13 @@ class Trainer:
             return
         run = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()}
         folder = self.run_dir / config.logging_dir
-        arguments = {}
-        if config.report_to == "wandb":
-            arguments = {"wandb": {"name": config.exp_name, "dir": str(folder), "mode": _wandb_mode()}}
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
+        arguments = {"tensorboard": {"purge_step": self.start_step + 1}}  # what an interrupted run logged after its checkpoint
+        if config.report_to == "wandb" and self.main:
+            arguments = {"wandb": {"name": config.exp_name, "dir": str(folder), "mode": _wandb_mode()}}
+            if arguments["wandb"]["mode"] == "online":
+                arguments["wandb"] |= {"id": _kept(folder / "wandb_id", secrets.token_hex(4)), "resume": "allow"}
         _never_stop(lambda: self.accelerator.init_trackers("elit", config=run, init_kwargs=arguments))
 
 
@@ -691,6 +704,13 @@ def _wandb_mode() -> str:
     return "offline"
 
 
+def _kept(path: Path, value: str) -> str:
+    """What the file holds; `value` the first time, which is then kept."""
+    if not path.exists():
+        _write_aside(path, value)
+    return path.read_text()
+
+
 def _never_stop(action: Callable[[], None]) -> None:
     """A tracker that fails is a warning, never the end of a run."""
     try:
@@ -709,6 +729,12 @@ def _write_aside(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
     shutil.move(aside, path)
+
+
+def _named(variant: dict) -> str:
+    """What a forward's `variant` adds to the name of its loss."""
+    labels = {"active_stage": "stage", "inference_budget": "budget"}
+    return "".join(f"_{labels[k]}_{v:g}" for k, v in variant.items())
 
 
 def _append(path: Path, line: str) -> None:

@@ -22,7 +22,7 @@ import checkpoint
 import train
 from errors import command
 
-SAMPLES, SIDE, CLASSES = 64, 8, 5
+SIDE, CLASSES = 8, 5
 EVERY = 10  # steps between checkpoints
 KEPT = 3
 TIMED = ("images_per_second", "tflops")  # the entries of a line that two runs need not share
@@ -39,15 +39,16 @@ class Kill(NamedTuple):
     unfinished: int  # bytes of a checkpoint that was being written
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, samples: int, side: int, classes: int) -> Path:
     """Random latents in the published layout."""
     rng = np.random.default_rng(0)
     (folder / "vae-sd").mkdir(parents=True)
-    names = [f"img-mean-std-{i:08d}.npy" for i in range(SAMPLES)]
+    names = [f"img-mean-std-{i:08d}.npy" for i in range(samples)]
     for name in names:
-        np.save(folder / "vae-sd" / name, rng.random((8, SIDE, SIDE), dtype=np.float32))
-    labels = [[name, i % CLASSES] for i, name in enumerate(names)]
+        np.save(folder / "vae-sd" / name, rng.random((8, side, side), dtype=np.float32))
+    labels = [[name, i % classes] for i, name in enumerate(names)]
     (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
 
 
 def arguments(data: Path, run_dir: Path, steps: int) -> list[str]:
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # and no computing here: a forked process must not inherit a pool of threads
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make_data(root / "data")
+        make_data(root / "data", 64, SIDE, CLASSES)
         log, whole, cut = root / "log.txt", root / "whole", root / "cut"
 
         since = time.perf_counter()

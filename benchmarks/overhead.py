@@ -6,36 +6,23 @@ while training waits. Each line is the median over the rounds of the ratio of tw
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import checkpoint
 import models
+from benchmarks.kill_resume import make_data
 from benchmarks.train_step import HEADER, Line, durations, quantile
 from config import TrainConfig
 from errors import command
 from train import Trainer
 
 STEP_BOUND, PAUSE_BOUND = 1.05, 1.5
-SAMPLES, SIDE, CLASSES = 256, 32, 1000
-
-
-def make_data(folder: Path) -> Path:
-    """Random latents of 256 pixels in the published layout."""
-    rng = np.random.default_rng(0)
-    (folder / "vae-sd").mkdir(parents=True)
-    names = [f"img-mean-std-{i:08d}.npy" for i in range(SAMPLES)]
-    for name in names:
-        np.save(folder / "vae-sd" / name, rng.random((8, SIDE, SIDE), dtype=np.float32))
-    labels = [[name, i % CLASSES] for i, name in enumerate(names)]
-    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return folder
+SIDE, CLASSES = 32, 1000
 
 
 class BareStep:
@@ -81,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             model=args.model,
             exp_name="run",
             output_dir=folder,
-            data_dir=str(make_data(Path(folder) / "data")),
+            data_dir=str(make_data(Path(folder) / "data", 256, SIDE, CLASSES)),
             batch_size=args.batch_size,
             ema_decay=[0.999, 0.9999],
             mixed_precision=args.mixed_precision,

@@ -353,6 +353,20 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one
     assert status(tmp_path) == {"state": "failed", "step": 4}
 
 
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_of_it(tmp_path, capsys):
+    path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    train._append(path, "one\n")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))
+        with train._warned(path):
+            train._append(path, "two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "metrics.jsonl: cannot be written" in capsys.readouterr().err
+    train._append(path, "three\n")
+    assert path.read_text() == "one\nthree\n"
+
+
 def poison(monkeypatch, steps):
     """The gradient of these steps is not finite, though the loss is."""
     forward = train.Trainer.forward
