@@ -6,7 +6,9 @@ while training waits. Each line is the median over the rounds of the ratio of tw
 """
 
 import argparse
+import functools
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,10 +88,11 @@ def main(argv: list[str] | None = None) -> None:
             trainer.train_step(batches)
             trainer.log_line()
 
+        timed = functools.partial(durations, device, time.perf_counter)
         trainer.start_measuring()
         rounds = []
         for r in range(-args.warmup, args.repeats):
-            first, second = durations(device, step, bare) if r % 2 else reversed(durations(device, bare, step))
+            first, second = timed(step, bare) if r % 2 else reversed(timed(bare, step))
             if r >= 0:
                 rounds.append((first, second))
 
@@ -106,9 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         for r in range(-args.warmup, args.repeats):
             trainer.step += 1
             actions = [copy, trainer.save] if r % 2 else [trainer.save, copy]
-            times = dict(zip(actions, durations(device, *actions), strict=True))
+            times = dict(zip(actions, timed(*actions), strict=True))
             trainer.writer.wait()  # as in training, where the steps between take longer than the write
-            (saving,) = durations(device, lambda: checkpoint.save(path, trainer.state()))
+            (saving,) = timed(lambda: checkpoint.save(path, trainer.state()))
             if r >= 0:
                 pauses.append((times[copy], times[trainer.save], saving))
             for step_ in checkpoint.saved_steps(trainer.writer.folder):
