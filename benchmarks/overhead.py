@@ -9,7 +9,7 @@ import argparse
 import functools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +55,13 @@ def tensors(value) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
+def show(names: Sequence[str], rounds: list[tuple[float, ...]]) -> None:
+    """The median time of each column, and the head of the ratios that follow."""
+    for name, seconds in zip(names, zip(*rounds, strict=True), strict=True):
+        print(f"{name:36} {1000 * quantile(list(seconds), 0.5):8.1f} ms")
+    print(HEADER)
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="overhead.py", description=(__doc__ or "").split("\n")[0])
@@ -96,6 +103,11 @@ def main(argv: list[str] | None = None) -> None:
             if r >= 0:
                 rounds.append((first, second))
 
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        print(f"{args.model}, batch {args.batch_size}, {args.mixed_precision}, {name}, PyTorch {torch.__version__}")
+        show(("step of the loop", "bare step"), rounds)
+        print(Line("step of the loop / bare step", [a / b for a, b in rounds], 1.0, STEP_BOUND), "\n", flush=True)
+
         state = trainer.state()
         pairs = [(torch.empty_like(t, device="cpu", pin_memory=device.type == "cuda"), t) for t in tensors(state)]
         size = sum(t.nbytes for _, t in pairs)
@@ -117,19 +129,10 @@ def main(argv: list[str] | None = None) -> None:
             for step_ in checkpoint.saved_steps(trainer.writer.folder):
                 checkpoint.step_path(trainer.writer.folder, step_).unlink()
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{args.model}, batch {args.batch_size}, {args.mixed_precision}, {name}, PyTorch {torch.__version__}, {args.repeats} rounds"
-    )
-    columns = [*zip(*rounds, strict=True), *zip(*pauses, strict=True)]
-    names = ("step of the loop", "bare step", "plain copy of the state", "pause of a checkpoint", "saving while training waits")
-    print(f"state of a checkpoint: {size / 1e6:.0f} MB\n")
-    for label, seconds in zip(names, columns, strict=True):
-        print(f"{label:36} {1000 * quantile(list(seconds), 0.5):8.1f} ms")
-    print(f"\n{HEADER}")
-    print(Line("step of the loop / bare step", [a / b for a, b in rounds], 1.0, STEP_BOUND))
+    print(f"state of a checkpoint: {size / 1e6:.0f} MB")
+    show(("plain copy of the state", "pause of a checkpoint", "saving while training waits"), pauses)
     print(Line("pause / plain copy", [pause / copied for copied, pause, _ in pauses], 1.0, PAUSE_BOUND))
-    print(f"{'saving while training waits / pause':36} {quantile([s / p for _, p, s in pauses], 0.5):8.1f}")
+    print(f"{'saving while training waits / pause':36} {quantile([s / p for _, p, s in pauses], 0.5):8.3f}")
 
 
 if __name__ == "__main__":
