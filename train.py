@@ -6,6 +6,7 @@ Build, loop, save. Every random number belongs to (seed, forward), so a run does
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -739,11 +740,12 @@ def _named(variant: dict) -> str:
 
 def _append(path: Path, line: str) -> None:
     """The whole line or nothing of it."""
-    with path.open("ab") as file:
+    data = line.encode()
+    with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
-            file.write(line.encode())
-            file.flush()
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             file.truncate(size)
             raise

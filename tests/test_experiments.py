@@ -208,7 +208,7 @@ fi
 exit $CODE
 """
 SCONTROL = """#!/usr/bin/env bash
-[ "$1" = show ] && echo node17 && echo node18 || echo "$@" >> "$HERE/scontrol"
+[ "$1" = show ] && echo node17 && echo node18 || echo "$@" >> "$HERE/told"
 """
 
 
@@ -232,9 +232,9 @@ def test_the_slurm_job_queues_itself_again_where_training_was_preempted(tmp_path
         text=True,
     )
     assert done.returncode == (0 if queued else code), done.stderr
-    assert (tmp_path / "scontrol").exists() == queued
+    assert (tmp_path / "told").exists() == queued
     if queued:
-        assert (tmp_path / "scontrol").read_text() == "requeue 5\n"
+        assert (tmp_path / "told").read_text() == "requeue 5\n"
         assert json.loads(status.read_text())["step"] == 7
     command = (tmp_path / "command").read_text().splitlines()
     launcher = get_args_parser().parse_args(command[command.index("torchrun") + 1 :])
