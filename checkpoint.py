@@ -12,7 +12,9 @@ import math
 import os
 import pickle
 import re
+import threading
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +37,36 @@ MODEL_OPTIONS = ("qk_norm", *ELIT_OPTIONS, "stages_count")
 
 
 class _HashingFile:
-    """A file that hashes what is written to it."""
+    """A file that hashes what is written to it.
+
+    `torch.save` cannot take an error in the middle of a file: the first one is kept, what follows is dropped, `close` raises it.
+    """
 
     def __init__(self, path: Path):
-        self.file, self.sha256 = path.open("wb"), hashlib.sha256()
+        self.file, self.sha256, self.error = path.open("wb"), hashlib.sha256(), None
 
     def write(self, data) -> int:
+        self._try(self.file.write, data)
         self.sha256.update(data)
-        return self.file.write(data)
+        return memoryview(data).nbytes
 
     def flush(self) -> None:
-        self.file.flush()
+        self._try(self.file.flush)
+
+    def close(self) -> None:
+        """On the disk, or the error that kept it from getting there."""
+        with self.file:
+            self.flush()
+            self._try(os.fsync, self.file.fileno())
+            if self.error is not None:
+                raise self.error
+
+    def _try(self, action: Callable, *arguments) -> None:
+        if self.error is None:
+            try:
+                action(*arguments)
+            except OSError as error:
+                self.error = error
 
 
 def sidecar(path: Path) -> Path:
@@ -54,19 +75,119 @@ def sidecar(path: Path) -> Path:
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `state` (interfaces: model, ema, optimizer, …) and its checksum; written aside, synced and renamed."""
+    """Write `state` (interfaces: model, ema, optimizer, …) and its checksum: aside, synced to the disk, then renamed.
+
+    Raises:
+        OSError: the disk is full, or not writable; nothing that was there has changed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    out = _HashingFile(aside)
-    with out.file:
-        torch.save({"format": FORMAT} | state, out)
-        out.flush()
-        os.fsync(out.file.fileno())
-    aside_sum = sidecar(aside)
-    aside_sum.write_text(f"{out.sha256.hexdigest()}  {path.name}\n")
-    aside_sum.replace(sidecar(path))  # the checksum first: a checkpoint under its own name always has one
-    aside.replace(path)
+    try:
+        out = _HashingFile(aside)
+        with contextlib.closing(out):
+            torch.save({"format": FORMAT} | state, out)
+        out_sum = _HashingFile(sidecar(aside))
+        with contextlib.closing(out_sum):
+            out_sum.write(f"{out.sha256.hexdigest()}  {path.name}\n".encode())
+        sidecar(aside).replace(sidecar(path))  # the checksum first: a checkpoint under its own name always has one
+        aside.replace(path)
+    except BaseException:
+        _delete(aside)  # its room on the disk is needed
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Renames outlive a power cut once the folder is synced. Some file systems know no such thing."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _delete(path: Path) -> None:
+    """A file and its checksum, in this order: a checkpoint without one would be taken on trust."""
+    path.unlink(missing_ok=True)
+    sidecar(path).unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Delete what killed writes left aside."""
+    for path in Path(folder).glob("*.pt.tmp"):
+        _delete(path)
+
+
+def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int) -> None:
+    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`.
+
+    Ones after `newest` are of no account: `newest` was written after them, because they were damaged or not wanted.
+    """
+    steps = [step for step in saved_steps(folder) if step <= newest]
+    for step in steps[:-keep_last] if keep_last else []:
+        if not keep_every or step % keep_every:
+            _delete(step_path(folder, step))
+
+
+class Writer:
+    """Saves a run's checkpoints in the background: `save` returns once the state is copied to memory of the host.
+
+    One thread, one write at a time; the memory (pinned where the state is on a GPU) is kept from one checkpoint to the next.
+    A failing write is told to `tell`, harms no file and is kept in `error` until another succeeds.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int, keep_every: int, tell: Callable[[str], None]):
+        self.folder, self.keep_last, self.keep_every, self.tell = Path(folder), keep_last, keep_every, tell
+        self.error: Exception | None = None
+        self._memory: dict[tuple, Tensor] = {}  # by the tensor's place in the state
+        self._thread: threading.Thread | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy `state` and begin to write it; waits for the write before, whose memory it needs."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state)), name="checkpoint writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the write under way has ended."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` in the kept memory, made the first time."""
+        copied = self._copy(state, ())
+        if torch.accelerator.is_available():
+            torch.accelerator.current_stream().synchronize()
+        return copied
+
+    def _copy(self, value: Any, place: tuple) -> Any:
+        if isinstance(value, Tensor):
+            memory = self._memory.get(place)
+            if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
+                memory = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type != "cpu")
+                self._memory[place] = memory
+            return memory.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {k: self._copy(v, (*place, k)) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(v, (*place, i)) for i, v in enumerate(value))
+        return value
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        try:
+            save(step_path(self.folder, step), state)
+            self.error = None
+        except Exception as error:  # whatever a file system may come up with
+            self.error = error
+            self.tell(f"{step_path(self.folder, step)}: could not be written: {error}; the checkpoints before it are whole")
+            return
+        try:
+            prune(self.folder, step, self.keep_last, self.keep_every)
+        except OSError as error:
+            self.tell(f"{self.folder}: old checkpoints could not be deleted: {error}")
 
 
 def load(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
@@ -110,6 +231,11 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def step_path(folder: str | Path, step: int) -> Path:
+    """The checkpoint of a step, in a run's `checkpoints` folder."""
+    return Path(folder) / f"{step:07d}.pt"
+
+
 def saved_steps(folder: str | Path) -> list[int]:
     """The steps of the checkpoints in a run's `checkpoints` folder, ascending."""
     return sorted(int(p.stem) for p in Path(folder).glob("*.pt") if p.stem.isdigit())
@@ -119,7 +245,7 @@ def load_newest(folder: str | Path, warn) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, `None` where there is none; `warn(message)` tells of each damaged one passed over."""
     for step in reversed(saved_steps(folder)):
         try:
-            return load(Path(folder) / f"{step:07d}.pt", verify=True)
+            return load(step_path(folder, step), verify=True)
         except UserError as error:
             warn(f"{error}; trying the one before")
     return None

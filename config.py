@@ -108,6 +108,14 @@ class TrainConfig(Architecture):
         "vae", "latents by the VAE's own scale and shift, or by each channel's (`dataset_tools.py stats`)"
     )
     cfg_prob: float = option(0.1, "probability that a label is dropped, for classifier-free guidance", ge=0, le=1)
+    keep_last: int = option(0, "keep only the last so many checkpoints; 0: all", ge=0)
+    keep_every: int = option(0, "of the older ones keep those at multiples of so many steps; 0: none", ge=0)
+    allow_change: list[str] = option(
+        [], "names of options that a resumed run may change; data_size for another number of samples"
+    )
+    compile: bool = option(False, "torch.compile the blocks")
+    gradient_checkpointing: bool = option(False, "compute the blocks twice, to keep less in memory")
+    max_skipped_steps: int = option(50, "stop once so many steps in a row had a gradient that is not finite", ge=1)
     log_every: int = option(50, "steps between lines in metrics.jsonl and the tracker", ge=1)
     cache_dir: str | None = option(
         None, "where remote data is cached (default: ~/.cache/elastic-dit)", aliases=("s3_cache_dir",)

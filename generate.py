@@ -215,9 +215,10 @@ def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
         if folder.is_dir() and any(folder.glob("*.png")):
             made_with = json.loads(record.read_text()) if record.is_file() else {}
             for name, value in settings.items():
-                if made_with.get(name) != value:
+                made = made_with.get(name, getattr(GenerateConfig(), name, None))  # older records lack newer options
+                if made != value:
                     raise UserError(
-                        f"{folder}: holds images made with {name} {made_with.get(name)}, not {value}; move it away or choose another --sample-dir or --exp-name"
+                        f"{folder}: holds images made with {name} {made}, not {value}; move it away or choose another --sample-dir or --exp-name"
                     )
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):

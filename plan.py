@@ -173,9 +173,11 @@ def activation_bytes(
     """What autograd keeps of one forward of `batch_size` images for the backward pass, parameters not counted.
 
     A step on fake tensors, which have sizes but no memory: what would be saved is counted, each storage once. Under
-    autocast that includes the parameters' copies in half precision.
+    autocast that includes the parameters' copies in half precision. With gradient checkpointing it is what the forward keeps,
+    the blocks' inputs among it, and one block computed again.
     """
     saved: dict[int, torch.UntypedStorage] = {}
+    block_inputs: list[tuple[nn.Module, tuple[torch.Tensor, ...]]] = []
     with FakeTensorMode():
         model = build_model(config, record, [e.z_dim for e in encoders])
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
@@ -192,6 +194,10 @@ def activation_bytes(
                 saved[storage._cdata] = storage
             return tensor
 
+        if config.gradient_checkpointing:
+            models.checkpoint_blocks(model)
+            for block in model.blocks:
+                block.register_forward_pre_hook(lambda block, inputs: block_inputs.append((block, inputs)))
         arguments = {} if budget is None else {"inference_budget": budget}
         if coarse:
             arguments["active_stage"] = len(coarse)  # the last one, whose loss takes the others' too
@@ -203,6 +209,13 @@ def activation_bytes(
             if encoders:
                 features = [torch.empty(p.shape, dtype=dtype) for p in call.projections]
                 losses = losses + alignment_loss(call.projections, features)
+            for _, inputs in block_inputs:
+                for tensor in inputs:
+                    keep(tensor)
+            if block_inputs:
+                block, inputs = max(block_inputs, key=lambda found: found[1][0].numel())
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    _ = type(block).forward(block, *inputs)
         return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -353,12 +366,18 @@ class Plan:
             text += f": {count} checkpoints of {_gib(self.checkpoint_bytes)} = {_gib(need)}; {_gib(free)} free"
             if need > free:
                 self.errors.append(
-                    f"--output-dir {config.output_dir}: {count} checkpoints of {_gib(self.checkpoint_bytes)} need {_gib(need)}, but {_gib(free)} are free (--checkpointing-steps)"
+                    f"--output-dir {config.output_dir}: {count} checkpoints of {_gib(self.checkpoint_bytes)} need {_gib(need)}, but {_gib(free)} are free (--checkpointing-steps, --keep-last)"
                 )
         self.say("outputs", text)
 
     def checkpoints_kept(self, total_steps: int) -> int:
-        return math.ceil(total_steps / self.config.checkpointing_steps)
+        """The most that lie in the folder at one time: by --keep-last and --keep-every, and the one being written."""
+        config = self.config
+        steps = [*range(config.checkpointing_steps, total_steps, config.checkpointing_steps), total_steps]
+        if not config.keep_last:
+            return len(steps)
+        old = steps[: -config.keep_last]
+        return min(len(steps), config.keep_last + 1 + sum(config.keep_every > 0 and s % config.keep_every == 0 for s in old))
 
     def describe_parts(self) -> None:
         """What a run uses beside the data: the VAE of its pictures, REPA's encoders, the checkpoint that it starts from."""

@@ -3,13 +3,18 @@
 Build, loop, save. Every random number belongs to (seed, forward), so a run does not depend on the number of processes.
 """
 
+import contextlib
 import copy
 import dataclasses
+import errno
+import functools
 import json
 import logging
 import math
 import os
+import secrets
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +24,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -29,11 +34,13 @@ import checkpoint
 import models
 import plan
 from config import TrainConfig, parse, require
-from encoders import encoder_names, load_encoders
-from errors import UserError, command
-from loss import Projecting, active_stage, alignment_loss, dropped_labels, held_out_losses, velocity_loss
+from encoders import describe_encoders, encoder_names, load_encoders
+from errors import UserError, command, nearest
+from loss import Projecting, active_stage, alignment_loss, dropped_labels, held_out_losses, training_times, velocity_loss
+from meters import Meters, peak_tflops
 from models.elit import mask_levels
 from pictures import image_grid, save_png
+from preemption import SIGNALS, Preemption
 from randomness import epoch_order, image_labels, pyramid_noise, training_draws
 from samplers import check_schedule, dfm_sampler, euler_sampler
 from transfer import transfer
@@ -42,6 +49,27 @@ from vae import decode, decode_stages, load_vae, sample_latents
 PICTURES = 64  # images drawn in training, over all processes
 PICTURE_STEPS, PICTURE_CFG = 50, 4.0
 HELD_OUT = 2048  # held-out samples measured, at most
+
+# What a resumed run must share with the run that it goes on with, or it would silently be another one: …
+SAME = (
+    *("model", "resolution", "num_classes", "path_type", "time_shift", "latent_norm", "enc_type"),
+    *checkpoint.MODEL_OPTIONS,
+)
+# … and what the user may change on purpose, by --allow-change.
+CHANGEABLE = (
+    *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "weighting", "cfg_prob", "ema_decay"),
+    *(
+        "elit_min_mask_prob",
+        "elit_max_mask_prob",
+        "stage_weights",
+        "max_grad_norm",
+        "learning_rate",
+        "adam_beta1",
+        "adam_beta2",
+    ),
+    *("adam_weight_decay", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "lr_cooldown", "proj_coeff"),
+)
+DATA_SIZE = "data_size"  # no option, but changed by --data-dir
 
 log = logging.getLogger("train")  # to log.txt alone; what a user must see is printed too
 log.addHandler(logging.NullHandler())
@@ -57,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             plan.Plan(config).run()
         return
-    Trainer(config).run()
+    with Preemption() as preemption:
+        Trainer(config).run(preemption)
 
 
 def check(config: TrainConfig, given: dict) -> None:
@@ -78,6 +107,10 @@ def check(config: TrainConfig, given: dict) -> None:
         raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --output-dir)")
     if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
         _warn(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
+    config.allow_change = [name.removeprefix("--").replace("-", "_") for name in config.allow_change]
+    for name in config.allow_change:
+        if name not in (known := (*CHANGEABLE, DATA_SIZE)):
+            raise UserError(f"--allow-change {name}: cannot be changed{nearest(name, known)}; choose from {', '.join(known)}")
     if config.legacy:
         _warn("--legacy has no effect")
     if spec.elastic and "encoder_depth" in given and config.head_depth is None:
@@ -194,29 +227,38 @@ class Trainer:
         self.encoders = load_encoders(names, config.resolution, grid, config.encoder_weights, device)
         torch.manual_seed(config.seed)  # after the encoders, whose making draws numbers too
         self.model = plan.build_model(config, self.record, [encoder.z_dim for encoder in self.encoders]).to(device)
+        # FLOPs of one image's forward at a budget; each is counted once, when first asked for.
+        self.forward_flops = functools.cache(functools.partial(models.count_flops, copy.deepcopy(self.model).to("meta")))
+        targets = describe_encoders(names, config.resolution, grid)
+        self.repa_flops = 3 * plan.projector_flops(self.model) + sum(map(plan.encoder_flops, targets))  # of one image's step
         self.ema = EMA(self.model, config.ema_decay)
+        if config.gradient_checkpointing:
+            models.checkpoint_blocks(self.model)
+        if config.compile:
+            models.compile_model(self.model)
         self.coarse_shapes = getattr(self.model, "stage_shapes", [])[:-1]
         self.budgets = plan.trained_budgets(config)
+        stages = range(len(self.coarse_shapes) + 1)
+        kinds = dict.fromkeys("loss" + _named(self.variant(b, stage)) for b in self.budgets for stage in stages)
+        names = ["loss", *(kind for kind in kinds if kind != "loss"), *(["alignment_loss"] if self.encoders else [])]
+        self.meters = Meters(names, self.accelerator.device)
 
     def _open_run(self) -> dict | None:
         """Make the run folder, or the state to go on from. Rank 0 writes; every process reads the same state."""
         config, folder = self.config, self.run_dir / "checkpoints"
         plan.check_run_folder(config)
-        state, started = None, ""
-        if config.resume_step == -1:
-            state = checkpoint.load_newest(folder, _warn)
-        elif config.resume_step > 0:
-            state = checkpoint.load(folder / f"{config.resume_step:07d}.pt", verify=True)
+        state, started = self._load_state(folder) if config.resume_step else None, ""
         if state is not None:
             self._check_same_run(state)
         elif config.init_from:
             started = self._start_from(config.init_from)
-        self.start_step = state["step"] if state else 0
+        self.start_step = self.step = self.saved_step = state["step"] if state else 0
         self.accelerator.wait_for_everyone()  # all have looked before anything is written
         if self.main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (self.run_dir / "samples").mkdir(exist_ok=True)
+                checkpoint.remove_unfinished(folder)
                 self._start_log()
                 if started:
                     log.info(started)
@@ -240,57 +282,66 @@ class Trainer:
             print(made.summary(), flush=True)
         return made.summary()
 
+    def _load_state(self, folder: Path) -> dict | None:
+        """The state to go on from. Rank 0 verifies it and the others follow, so that all of them take the same."""
+        step, state, error = self.config.resume_step, None, None
+        if self.main:
+            try:
+                if step == -1:
+                    state = checkpoint.load_newest(folder, _warn)
+                else:
+                    state = checkpoint.load(checkpoint.step_path(folder, step), verify=True)
+            except UserError as found:
+                error = str(found)
+        step, error = broadcast_object_list([state and state["step"], error])
+        if error:
+            raise UserError(error)
+        return state if self.main or step is None else checkpoint.load(checkpoint.step_path(folder, step))
+
     def _check_same_run(self, state: dict) -> None:
         """Going on with another model, data order or VAE would silently be another run."""
         if "optimizer" not in state:
             raise UserError(f"{self.run_dir}: its checkpoints hold no training state")
-        own, recorded = dataclasses.asdict(self.config), state["config"]
-        same = (
-            "model",
-            "resolution",
-            "num_classes",
-            "path_type",
-            "time_shift",
-            "weighting",
-            "seed",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "ema_decay",
-            "enc_type",
-            "proj_coeff",
-            *(["encoder_depth"] if self.encoders else []),
-        )
-        for name in (*same, *checkpoint.MODEL_OPTIONS):
-            if name in recorded and own[name] != recorded[name]:
+        config = self.config
+        own, recorded = dataclasses.asdict(config), state["config"]
+        for name in (*SAME, *(["encoder_depth"] if self.encoders else []), *CHANGEABLE):
+            if name in recorded and own[name] != recorded[name] and name not in config.allow_change:
+                hint = f" (--allow-change {name} goes on all the same)" if name in CHANGEABLE else ""
                 raise UserError(
-                    f"--{name.replace('_', '-')} {own[name]}: the run in {self.run_dir} was started with {recorded[name]}"
+                    f"--{name.replace('_', '-')} {_spoken(own[name])}: the run in {self.run_dir} was started with {_spoken(recorded[name])}{hint}"
                 )
-        if own["latent_norm"] != recorded.get("latent_norm", "vae"):
-            raise UserError(f"--latent-norm {own['latent_norm']}: the run in {self.run_dir} was started with another")
         if self.record.to_dict() != state["vae"]:
-            raise UserError(f"--data-dir {self.config.data_dir}: its latents were made by another VAE than those of the run")
+            raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
+        size = state.get(DATA_SIZE, len(self.dataset))
+        if len(self.dataset) != size and DATA_SIZE not in config.allow_change:
+            raise UserError(
+                f"--data-dir {config.data_dir}: holds {len(self.dataset)} samples; the run in {self.run_dir} was started with {size} (--allow-change {DATA_SIZE} goes on all the same)"
+            )
 
     def _optimize(self, state: dict | None) -> None:
         """Optimizer, schedule and data, at the place where `state` stands."""
         config = self.config
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=True,
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, self.total_steps))
+        options = {
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "weight_decay": config.adam_weight_decay,
+            "eps": config.adam_epsilon,
+        }
+        optimizer = torch.optim.AdamW(self.model.parameters(), **options, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if state is not None:
             checkpoint.load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], self.run_dir)
-            for decay, model in self.ema.models.items():
-                checkpoint.load_state_dict(model, state["ema"][decay], self.run_dir)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["scheduler"])
+            for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
+                checkpoint.load_state_dict(model, state["ema"].get(decay, state["model"]), self.run_dir)
+            optimizer.load_state_dict(state["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.meters.load_state_dict(state.get("meters", {}), self.main)
+        # The rate is a function of the step, and the rest is as the options say, whatever a checkpoint may hold.
+        optimizer.param_groups[0] |= options | {"initial_lr": config.learning_rate}
+        factor = learning_rate_factor(config, self.total_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=self.start_step - 1)
+        self.schedule._step_count = self.start_step + 1  # it is saved, and should tell nothing of interruptions
         accumulation = config.gradient_accumulation_steps
         start, stop = self.start_step * accumulation, self.total_steps * accumulation
         batches = StepBatches(len(self.dataset), config.batch_size, self.places, config.seed, start, stop)
@@ -300,7 +351,10 @@ class Trainer:
             num_workers=config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             persistent_workers=config.num_workers > 0,
+            worker_init_fn=_outlive_signals,
         )
+        folder = self.run_dir / "checkpoints"
+        self.writer = checkpoint.Writer(folder, config.keep_last, config.keep_every, _warn)
 
     def _prepare_pictures(self) -> None:
         """The VAE for pictures. One that the user named must load; the data set's own may be missing, with a warning."""
@@ -318,6 +372,7 @@ class Trainer:
     def _start_log(self) -> None:
         handler = logging.FileHandler(self.run_dir / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.handleError = lambda _: None  # a full disk is told where it matters
         log.handlers[:] = [handler]
         log.setLevel(logging.INFO)
 
@@ -330,7 +385,8 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------------- loop
 
-    def run(self) -> None:
+    def run(self, preemption: Preemption) -> None:
+        """Train to the end, or to the step at which the processes are told to stop: then exit as that signal would have it."""
         config, accelerator = self.config, self.accelerator
         self._start_trackers()
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -340,55 +396,61 @@ class Trainer:
             f"{len(self.places)} × {config.gradient_accumulation_steps}; {accelerator.device.type}, {config.mixed_precision}"
         )
         try:
-            self._loop()
+            preemption.watch(self.start_step)
+            self._loop(preemption)
+            self._finish_saving()
         except BaseException:
-            self.status("failed", getattr(self, "step", self.start_step))
+            self.writer.wait()
+            self.status("failed", self.step)
             raise
-        self.status("finished", self.total_steps)
+        accelerator.wait_for_everyone()  # who leaves early is taken for failed, and its launcher ends the others
+        preemption.end()
+        preempted = self.step < self.total_steps
+        self.status("preempted" if preempted else "finished", self.step)
         _never_stop(accelerator.end_training)
+        if preempted:
+            _warn(
+                f"{signal.Signals(preemption.signal).name}: stopped after step {self.step}; --resume-step -1 goes on from there"
+            )
+            raise SystemExit(128 + preemption.signal)
 
-    def _loop(self) -> None:
+    def _loop(self, preemption: Preemption) -> None:
+        config = self.config
+        batches = iter(self.loader)
+        progress = {"total": self.total_steps, "initial": self.start_step, "disable": not self.main}
+        self.start_measuring()
+        with tqdm(**progress, desc="train", unit="step", mininterval=1) as bar:
+            while not preemption.reached(self.step) and self.step < self.total_steps:
+                self.step += 1
+                self.train_step(batches)
+                bar.update()
+                if self.step % config.log_every == 0 or self.step in (1, self.total_steps):
+                    bar.set_postfix_str(self.log_line())
+                if config.sampling_steps and (self.step % config.sampling_steps == 0 or self.step == 1):
+                    with self._untimed():
+                        self.look()
+                if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps:
+                    with self._untimed():
+                        self.save()
+                elif self.step == self.start_step + 1 and self.main:
+                    self.writer.copy(self.state())  # makes the memory, so that no checkpoint waits for it
+
+    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        """One optimizer step; the host waits for the device nowhere."""
         config, accelerator = self.config, self.accelerator
         accumulation = config.gradient_accumulation_steps
-        batches = iter(self.loader)
-        bar = tqdm(
-            total=self.total_steps, initial=self.start_step, desc="train", unit="step", disable=not self.main, mininterval=1
-        )
-        loss_sum, steps_summed = torch.zeros((), device=accelerator.device), 0
-        grad_norm = torch.zeros((), device=accelerator.device)
-        since = time.perf_counter()
-        for step in range(self.start_step + 1, self.total_steps + 1):
-            self.step = step
-            for micro in range(accumulation):
-                with accelerator.accumulate(self.model):
-                    loss = self.forward((step - 1) * accumulation + micro, next(batches))
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-                loss_sum += loss.detach() / accumulation
-            steps_summed += 1
-            self.schedule.step()
-            self.ema.update()
-            bar.update()
-
-            if step % config.log_every == 0 or step in (1, self.total_steps):
-                mean = accelerator.reduce(loss_sum / steps_summed, reduction="mean").item()  # waits for the device
-                rate = steps_summed * config.batch_size * accumulation / (time.perf_counter() - since)
-                lr = self.schedule.optimizer.param_groups[0]["lr"]
-                self.report({"loss": mean, "grad_norm": float(grad_norm), "lr": lr, "images_per_second": rate})
-                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.1f} images/s")
-                loss_sum.zero_()
-                steps_summed = 0
-                since = time.perf_counter()
-            if config.sampling_steps and (step % config.sampling_steps == 0 or step == 1):
-                self.look()
-                since = time.perf_counter()
-            if step % config.checkpointing_steps == 0 or step == self.total_steps:
-                self.save()
-                since = time.perf_counter()
-        bar.close()
+        for micro in range(accumulation):
+            with accelerator.accumulate(self.model):
+                accelerator.backward(self.forward((self.step - 1) * accumulation + micro, next(batches)))
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                    skip = self.meters.step(norm)
+                    if accelerator.scaler is None:  # which sets this itself
+                        self.optimizer.optimizer.found_inf = skip  # fused AdamW then leaves weights and state as they are
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.schedule.step()
+        self.ema.update()
 
     def forward(self, n: int, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of this process's images in forward `n` (counted over micro-steps)."""
@@ -397,18 +459,23 @@ class Trainer:
         moments, y = (batch[k].to(device, non_blocking=True) for k in ("moments", "label"))
         x = sample_latents(moments, draws.posterior, self.record)
         y = dropped_labels(y, draws, config.cfg_prob, config.num_classes)
-        variant = self.variant(
-            self.budgets[int(draws.level * len(self.budgets))], active_stage(draws.stage, config.stage_weights)
-        )
+        budget = self.budgets[int(draws.level * len(self.budgets))]
+        variant = self.variant(budget, active_stage(draws.stage, config.stage_weights))
+        options = {k: getattr(config, k) for k in ("weighting", "path_type", "time_shift")}
         model = Projecting(self.model) if self.encoders else self.model
-        times = {k: getattr(config, k) for k in ("weighting", "path_type", "time_shift")}
-        losses = velocity_loss(model, x, draws, y, **times, **variant)
+        losses = velocity_loss(model, x, draws, y, **options, **variant)
+        self.meters.add(losses, training_times(draws, **options), "loss" + _named(variant))
+        self.images += config.batch_size
+        # A backward pass is two forwards.
+        self.flops += config.batch_size * (3 * self.forward_flops(budget) + self.repa_flops)
         loss = losses.mean()
         if self.encoders:
             images = batch["image"].to(device, non_blocking=True)
             with self.accelerator.autocast():
                 features = [encoder(images) for encoder in self.encoders]
-            loss = loss + config.proj_coeff * alignment_loss(model.projections, features)
+            alignment = alignment_loss(model.projections, features)
+            self.meters.add_mean("alignment_loss", alignment)
+            loss = loss + config.proj_coeff * alignment
         return loss
 
     def variant(self, budget: float | None, stage: int) -> dict:
@@ -418,15 +485,48 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------------- reports
 
-    def report(self, values: dict[str, float]) -> None:
-        """One line in metrics.jsonl and in the tracker."""
+    @contextlib.contextmanager
+    def _untimed(self) -> Iterator[None]:
+        """What is done here does not count in images per second."""
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+
+    def start_measuring(self) -> None:
+        """Speed is measured from here on."""
+        self.since, self.images, self.flops = time.perf_counter(), 0, 0
+
+    def log_line(self) -> str:
+        """Report the means and the speed since the last line; returns them in short. Waits for the device."""
+        config, accelerator = self.config, self.accelerator
+        values = self.meters.read(accelerator)
+        seconds = time.perf_counter() - self.since
+        values |= {"lr": self.schedule.get_last_lr()[0], "images_per_second": self.images / seconds}
+        values["tflops"] = self.flops / seconds / 1e12
+        peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
+        if peak is not None:
+            values["mfu"] = values["tflops"] / (peak * accelerator.num_processes)
+        in_a_row = values.pop("longest")
+        self.report(values)
+        if in_a_row >= config.max_skipped_steps:
+            newest = self._newest_checkpoint()
+            raise UserError(
+                f"step {self.step}: {in_a_row:.0f} steps in a row had a gradient that is not finite, and were skipped; the last good checkpoint is {newest}"
+            )
+        self.start_measuring()
+        loss = float("nan") if values["loss"] is None else values["loss"]
+        return f"loss {loss:.4f}, {values['images_per_second']:.1f} images/s"
+
+    def report(self, values: dict[str, float | None]) -> None:
+        """One line in metrics.jsonl and in the tracker; `None` for what could not be measured."""
         if not self.main:
             return
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step} | values) + "\n")
-        log.info(f"step {self.step}: " + ", ".join(f"{k} {v:.6g}" for k, v in values.items()))
+        with _warned(self.run_dir / "metrics.jsonl"):
+            _append(self.run_dir / "metrics.jsonl", json.dumps({"step": self.step} | values) + "\n")
+        known = {k: v for k, v in values.items() if v is not None}
+        log.info(f"step {self.step}: " + ", ".join(f"{k} {v:.6g}" for k, v in known.items()))
         for tracker in self.accelerator.trackers:
-            _never_stop(lambda t=tracker: t.log(values, step=self.step))
+            _never_stop(lambda t=tracker: t.log(known, step=self.step))
         self.status("running", self.step)
 
     def look(self) -> None:
@@ -464,9 +564,7 @@ class Trainer:
                 )
             sums += losses.sum(dim=1)
         means = (accelerator.reduce(sums, reduction="sum") / count).tolist()
-        labels = {"active_stage": "stage", "inference_budget": "budget"}
-        names = ["".join(f"_{labels[k]}_{v:g}" for k, v in variant.items()) for variant in shown]
-        return {f"val_loss{name}": mean for name, mean in zip(names, means, strict=True)}
+        return {"val_loss" + _named(variant): mean for variant, mean in zip(shown, means, strict=True)}
 
     def draw_pictures(self) -> None:
         """samples/{step}.png: 64 images at full budget and, beside them, at the lowest trained one; of DFM each stage first."""
@@ -483,7 +581,9 @@ class Trainer:
         if self.main:
             rows = np.concatenate([g.reshape(-1, 8, *g.shape[1:]) for g in grids], axis=1)  # views side by side
             picture = image_grid(rows.reshape(-1, *grids[0].shape[1:]), columns=8 * len(grids))
-            save_png(picture, self.run_dir / "samples" / f"{self.step:07d}.png")
+            path = self.run_dir / "samples" / f"{self.step:07d}.png"
+            with _warned(path):
+                save_png(picture, path)
             for tracker in accelerator.trackers:
                 _never_stop(lambda t=tracker: t.log_images({"samples": grids[views - 1]}, step=self.step))
 
@@ -505,13 +605,10 @@ class Trainer:
             grid = {"num_steps": PICTURE_STEPS, "time_shift": config.time_shift}
             return decode(self.vae, euler_sampler(self.ema.first, noise[0], y, **grid, **options))[None]
 
-    def save(self) -> None:
-        """checkpoints/{step}.pt with everything that a resumed run needs. A failing write stops nothing already saved."""
-        self.accelerator.wait_for_everyone()
-        if not self.main:
-            return
+    def state(self) -> dict:
+        """Everything that a resumed run needs."""
         scaler = self.accelerator.scaler
-        state = {
+        return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             "ema": {decay: model.state_dict() for decay, model in self.ema.models.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -520,14 +617,39 @@ class Trainer:
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "vae": self.record.to_dict(),
+            DATA_SIZE: len(self.dataset),
+            "meters": self.meters.state_dict(),
         }
-        checkpoint.save(self.run_dir / "checkpoints" / f"{self.step:07d}.pt", state)
-        log.info(f"step {self.step}: saved")
+
+    def save(self) -> None:
+        """checkpoints/{step}.pt, written in the background. A failing write harms none before it; the next one is as always."""
+        self.meters.gather(self.accelerator)
+        self.saved_step = self.step
+        if self.main:
+            self.writer.save(self.step, self.state())
+            log.info(f"step {self.step}: saving")
+
+    def _finish_saving(self) -> None:
+        """The last step's checkpoint, on the disk."""
+        if self.saved_step != self.step:
+            self.save()
+        self.writer.wait()
+        if self.writer.error is not None:
+            raise UserError(
+                f"{checkpoint.step_path(self.writer.folder, self.step)}: could not be written: {self.writer.error}; the last good checkpoint is {self._newest_checkpoint()}"
+            )
+
+    def _newest_checkpoint(self) -> str:
+        """The newest one of this run, as messages name it."""
+        self.writer.wait()
+        steps = checkpoint.saved_steps(self.writer.folder)
+        return str(checkpoint.step_path(self.writer.folder, steps[-1])) if steps else "none: nothing was saved yet"
 
     def status(self, state: str, step: int) -> None:
         """status.json: running, preempted, finished or failed, and the step."""
         if self.main:
-            _write_aside(self.run_dir / "status.json", json.dumps({"state": state, "step": step}) + "\n")
+            with _warned(self.run_dir / "status.json"):
+                _write_aside(self.run_dir / "status.json", json.dumps({"state": state, "step": step}) + "\n")
 
     def _start_trackers(self) -> None:
         config = self.config
@@ -535,11 +657,13 @@ class Trainer:
             return
         run = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()}
         folder = self.run_dir / config.logging_dir
-        arguments = {}
-        if config.report_to == "wandb":
-            arguments = {"wandb": {"name": config.exp_name, "dir": str(folder), "mode": _wandb_mode()}}
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
+        arguments = {"tensorboard": {"purge_step": self.start_step + 1}}  # what an interrupted run logged after its checkpoint
+        if config.report_to == "wandb" and self.main:
+            arguments = {"wandb": {"name": config.exp_name, "dir": str(folder), "mode": _wandb_mode()}}
+            if arguments["wandb"]["mode"] == "online":
+                arguments["wandb"] |= {"id": _kept(folder / "wandb_id", secrets.token_hex(4)), "resume": "allow"}
         _never_stop(lambda: self.accelerator.init_trackers("elit", config=run, init_kwargs=arguments))
 
 
@@ -582,6 +706,13 @@ def _wandb_mode() -> str:
     return "offline"
 
 
+def _kept(path: Path, value: str) -> str:
+    """What the file holds; `value` the first time, which is then kept."""
+    if not path.exists():
+        _write_aside(path, value)
+    return path.read_text()
+
+
 def _never_stop(action: Callable[[], None]) -> None:
     """A tracker that fails is a warning, never the end of a run."""
     try:
@@ -600,6 +731,45 @@ def _write_aside(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
     shutil.move(aside, path)
+
+
+def _named(variant: dict) -> str:
+    """What a forward's `variant` adds to the name of its loss."""
+    labels = {"active_stage": "stage", "inference_budget": "budget"}
+    return "".join(f"_{labels[k]}_{v:g}" for k, v in variant.items())
+
+
+def _append(path: Path, line: str) -> None:
+    """The whole line or nothing of it."""
+    data = line.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+@contextlib.contextmanager
+def _warned(path: Path) -> Iterator[None]:
+    """A file beside the checkpoints that cannot be written is a warning: disks fill, and get emptied."""
+    try:
+        yield
+    except OSError as error:
+        _warn(f"{path}: cannot be written: {error.strerror}")
+
+
+def _outlive_signals(_) -> None:
+    """In data loading processes: a signal to the whole group must not take from training what the last step needs."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _spoken(value) -> str:
+    """An option's value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
 def _step_of(line: str) -> float:

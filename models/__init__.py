@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import UserError, nearest
@@ -96,6 +98,18 @@ def compile_model(model: nn.Module, backend: str | Callable = "inductor") -> nn.
     for block in model.blocks:
         block.compile(dynamic=True, backend=backend)
     return model
+
+
+def checkpoint_blocks(model: nn.Module) -> nn.Module:
+    """Gradient checkpointing, in place: each block keeps its input alone and is computed again in the backward pass."""
+    for block in model.blocks:
+        block.forward = types.MethodType(_twice, block)
+    return model
+
+
+def _twice(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    # Nothing in a model is random, so no state of a generator has to be kept (and read from the device).
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def count_flops(model: nn.Module, inference_budget: float | None = None, batch_size: int = 1) -> int:

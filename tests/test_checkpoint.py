@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import hashlib
 import pickle
+import resource
+import threading
 
 import pytest
 import torch
@@ -97,6 +99,99 @@ def test_a_failing_save_leaves_the_old_file(tmp_path):
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
         checkpoint.save(path, {"step": 2, "broken": lambda: None})
     assert checkpoint.load(path, verify=True)["step"] == 1
+
+
+@pytest.fixture
+def small_files():
+    """small_files(n): no file can grow beyond n bytes, as on a full disk; None: all room again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+
+    yield limit
+    limit(None)
+
+
+@pytest.mark.parametrize("room", [0, 100, 30_000, 399_000])
+def test_a_full_disk_harms_nothing_and_is_left_clean(tmp_path, small_files, room):
+    old, new = tmp_path / "0000001.pt", tmp_path / "0000002.pt"
+    checkpoint.save(old, {"step": 1})
+    names = sorted(tmp_path.iterdir())
+    small_files(room)
+    with pytest.raises(OSError, match="File too large"):
+        checkpoint.save(new, {"step": 2, "w": torch.zeros(100_000), "v": torch.ones(10)})
+    small_files(None)
+    assert sorted(tmp_path.iterdir()) == names
+    assert checkpoint.load(old, verify=True)["step"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ in the background
+
+
+def test_the_writer_saves_the_state_of_its_call(tmp_path):
+    """What training does to the weights while the file is written does not get into it; the memory is used again."""
+    writer = checkpoint.Writer(tmp_path, 0, 0, pytest.fail)
+    weight, addresses = torch.zeros(1000), set()
+    for step in (1, 2):
+        weight += 1
+        writer.save(step, {"step": step, "nested": [{"w": weight}]})
+        weight += 100
+        addresses |= {tensor.data_ptr() for tensor in writer._memory.values()}
+    writer.wait()
+    assert len(addresses) == 1
+    for step, value in ((1, 1.0), (2, 102.0)):
+        assert checkpoint.load(tmp_path / f"{step:07d}.pt", verify=True)["nested"][0]["w"].unique().tolist() == [value]
+
+
+def test_a_checkpoint_under_way_is_not_seen(tmp_path, monkeypatch):
+    begun, go_on, write = threading.Event(), threading.Event(), checkpoint._HashingFile.write
+
+    def slowly(file, data):
+        begun.set()
+        assert go_on.wait(30)
+        return write(file, data)
+
+    monkeypatch.setattr(checkpoint._HashingFile, "write", slowly)
+    checkpoint_writer = checkpoint.Writer(tmp_path, 0, 0, pytest.fail)
+    checkpoint_writer.save(5, {"step": 5})  # comes back at once
+    assert begun.wait(30)
+    assert checkpoint.saved_steps(tmp_path) == [] and checkpoint.load_newest(tmp_path, pytest.fail) is None
+    go_on.set()
+    checkpoint_writer.wait()
+    assert checkpoint.load_newest(tmp_path, pytest.fail)["step"] == 5
+
+
+def test_a_failed_write_is_told_and_the_next_one_succeeds(tmp_path, small_files):
+    told = []
+    writer = checkpoint.Writer(tmp_path, 1, 0, told.append)
+    state = {"w": torch.zeros(100_000)}
+    for step, room in ((1, None), (2, 1000), (3, 1000), (4, None)):
+        small_files(room)
+        writer.save(step, state | {"step": step})
+        writer.wait()
+        assert (writer.error is None) == (room is None)
+        assert checkpoint.saved_steps(tmp_path) == [{1: 1, 2: 1, 3: 1, 4: 4}[step]]  # one is kept, if another is whole
+    assert len(told) == 2 and all("0000002.pt" in m or "0000003.pt" in m for m in told) and "too large" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "kept"),
+    [
+        (0, 0, [2, 4, 5, 6, 8, 10, 12]),
+        (0, 4, [2, 4, 5, 6, 8, 10, 12]),
+        (1, 0, [10, 12]),
+        (3, 0, [6, 8, 10, 12]),
+        (2, 4, [4, 8, 10, 12]),
+        (9, 0, [2, 4, 5, 6, 8, 10, 12]),
+    ],
+)
+def test_old_checkpoints_are_deleted_but_for_the_last_and_every_so_many_steps(tmp_path, last, every, kept):
+    for step in (2, 4, 5, 6, 8, 10, 12):
+        checkpoint.save(tmp_path / f"{step:07d}.pt", {"step": step})
+    checkpoint.prune(tmp_path, 10, last, every)  # 12 is not older than 10
+    assert checkpoint.saved_steps(tmp_path) == kept
+    assert len(list(tmp_path.iterdir())) == 2 * len(kept)  # their checksums went too
 
 
 # ------------------------------------------------------------------------------------------------------------ damage

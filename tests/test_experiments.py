@@ -1,6 +1,8 @@
 """The published training and generation configs, and the benchmark scripts."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from conftest import randomize
 from runs import refused
+from torch.distributed.run import get_args_parser
 
 import checkpoint
 import inference
@@ -194,3 +197,48 @@ def test_guidance_table(tmp_path, monkeypatch, capsys):
         assert row["gflops_per_image"] == pytest.approx(cost) and row["digits"] == 8 and row["images_per_second"] > 0
         assert 0 <= row["digits_in_class"] <= 1 and row["frechet_distance"] > 0
     assert not rows and (tmp_path / "guidance.md").read_text() in capsys.readouterr().out
+
+
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$HERE/command"
+if [ "$STATE" != crash ]; then
+    sleep 0.05; kill -USR1 $PPID; sleep 0.05  # Slurm may tell the batch script too
+    mkdir -p exps/long && echo '{"state": "'$STATE'", "step": 7}' > exps/long/status.json
+fi
+exit $CODE
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" = show ] && echo node17 && echo node18 || echo "$@" >> "$HERE/told"
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "queued"), [("preempted", 1, True), ("finished", 0, False), ("failed", 2, False), ("crash", 1, False)]
+)
+def test_the_slurm_job_queues_itself_again_where_training_was_preempted(tmp_path, state, code, queued):
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "exps" / "long").mkdir(parents=True)
+    status = tmp_path / "exps" / "long" / "status.json"
+    status.write_text('{"state": "preempted", "step": 1}')  # of the job before
+    os.utime(status, (1, 1))
+    slurm = {"SLURM_JOB_NAME": "long", "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "node[17-18]", "SLURM_NNODES": "2"}
+    done = subprocess.run(
+        ["bash", ROOT / "slurm" / "train.sbatch", "--config", str(ROOT / "train" / "sit_xl_256.yaml"), "--batch-size", "512"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "HERE": str(tmp_path), "STATE": state, "CODE": str(code)} | slurm,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (0 if queued else code), done.stderr
+    assert (tmp_path / "told").exists() == queued
+    if queued:
+        assert (tmp_path / "told").read_text() == "requeue 5\n"
+        assert json.loads(status.read_text())["step"] == 7
+    command = (tmp_path / "command").read_text().splitlines()
+    launcher = get_args_parser().parse_args(command[command.index("torchrun") + 1 :])
+    assert (launcher.nnodes, launcher.nproc_per_node, launcher.rdzv_endpoint) == ("2", "8", "node17:29500")
+    assert launcher.signals_to_handle == "SIGUSR1,SIGTERM" and launcher.training_script == "train.py"
+    config, _ = parse(TrainConfig, launcher.training_script_args)
+    assert (config.exp_name, config.batch_size, config.resume_step) == ("long", 512, -1)

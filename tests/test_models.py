@@ -331,3 +331,49 @@ def test_flops_of_a_tiny_model_are_counted_product_by_product():
 def test_plain_attention_counts_the_same_flops():
     assert gflops("ELIT-SiT-Ti/2", 0.25, fused_attn=True) == gflops("ELIT-SiT-Ti/2", 0.25, fused_attn=False)
     assert gflops("ELIT-SiT-Ti/2", None) == gflops("ELIT-SiT-Ti/2", 1.0)
+
+
+# ------------------------------------------------------------------------------------------- gradient checkpointing
+
+
+def saved_bytes(model, batch, **arguments):
+    """Gradients of a forward and backward pass, and the most memory that tensors kept for the backward pass took at once.
+
+    Counted by storage, parameters aside: from its saving until autograd lets go of it.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    alive, peak = {}, 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal peak
+            self.tensor, self.key = tensor, tensor.untyped_storage().data_ptr()
+            count, size = alive.get(self.key, (0, tensor.untyped_storage().nbytes()))
+            alive[self.key] = (count + 1, size if self.key not in parameters else 0)
+            peak = max(peak, sum(size for _, size in alive.values()))
+
+        def __del__(self):
+            count, size = alive.pop(self.key)
+            if count > 1:
+                alive[self.key] = (count - 1, size)
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        loss = model(*batch, **arguments).square().mean()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()], peak
+
+
+@pytest.mark.parametrize("name", ["SiT-S/4", "ELIT-SiT-S/4"])
+def test_checkpointed_blocks_have_the_same_gradients_and_keep_at_most_half(name):
+    options = {"elit_group_size": 2} if name.startswith("ELIT") else {}
+    model = randomize(models.create_model(name, input_size=32, num_classes=5, **options)).float()
+    batch = inputs(model, [0.1, 0.6], dtype=torch.float32)
+    plain, kept = saved_bytes(model, batch)
+    x = torch.randn(2, 64, 384, requires_grad=True)
+    _, of_one_block = saved_bytes(model.blocks[1], (x, torch.randn(2, 384)))
+    models.checkpoint_blocks(model)
+    checkpointed, kept_now = saved_bytes(model, batch)
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * max(1, b.abs().max())
+    assert kept_now + of_one_block <= kept / 2  # in the backward pass one block at a time is computed again

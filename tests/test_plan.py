@@ -1,6 +1,7 @@
 """plan.py: what `train.py --plan` says is what a run then does, needs and costs, and what it refuses."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -234,3 +235,23 @@ def test_repa_and_init_from_are_in_the_plan(data, tmp_path, capsys, tiny_weights
     assert f"started from {sit}" in out and "projectors.* (6), interface.query" in out
     plain = account_of(capsys, *arguments(data, tmp_path / "out", "--plan"))
     assert "encoders" not in plain
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_checkpointed_activations_are_the_blocks_inputs_and_little_more(precision):
+    options = {"model": "SiT-S/2", "resolution": 256, "mixed_precision": precision}
+    kept = activation_bytes(TrainConfig(**options), SD_VAE, [], 4, None)
+    found = activation_bytes(TrainConfig(**options, gradient_checkpointing=True), SD_VAE, [], 4, None)
+    inputs = 12 * 4 * 256 * 384 * 4  # twelve blocks, 4 × 256 tokens of width 384, float32
+    assert inputs < found < inputs + kept / 12 * 1.3 < kept / 2
+
+
+def test_checkpoints_kept_at_one_time(tmp_path):
+    def kept(**options):
+        config = TrainConfig(model="SiT-S/2", checkpointing_steps=10, **options)
+        return Plan.checkpoints_kept(SimpleNamespace(config=config), 95)
+
+    assert kept() == 10
+    assert kept(keep_last=2) == 3  # 90 and 95, and 80 until 95 is written
+    assert kept(keep_last=2, keep_every=40) == 5  # 40 and 80 too
+    assert kept(keep_last=20) == 10

@@ -1,7 +1,11 @@
 """train.py: what a step computes, what a run leaves, resume, several processes, and what it refuses."""
 
+import itertools
 import json
 import math
+import os
+import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +18,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from reference import pyramid
 from runs import CLASSES, RESOLUTION, command_line, environment, launch, make_latents, make_vae
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import train
@@ -98,7 +104,8 @@ def test_a_run_leaves_its_folder(undisturbed):
     assert "model: ELIT-SiT-Ti/2" in (run / "config.yaml").read_text()
     assert "step 4" in (run / "log.txt").read_text()
     state = final_state(undisturbed)
-    assert set(state) == {"format", "model", "ema", "optimizer", "scheduler", "scaler", "step", "config", "vae"}
+    parts = {"format", "model", "ema", "optimizer", "scheduler", "scaler", "step", "config", "vae", "data_size", "meters"}
+    assert set(state) == parts
     assert state["step"] == 4 and list(state["ema"]) == ["0.9999"] and state["vae"]["downsample_factor"] == 4
 
 
@@ -185,19 +192,255 @@ def test_first_loss_of_dfm_is_the_velocity_error_of_its_stages(data, tmp_path):
     assert metrics(tmp_path)[1] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("launcher", [("torchrun", "--nproc_per_node=2", "--master_port=29611"),
-                                      ("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29612")])  # fmt: skip
-def test_two_processes_train_as_one(data, undisturbed, tmp_path, launcher):
-    done = launch(*launcher, "train.py", *arguments(data, tmp_path))
-    assert done.returncode == 0, done.stderr
+def assert_close_weights(one, two):
+    """Adam turns float rounding of near-zero gradients into steps of its learning rate: means agree, not each entry."""
+    for key in one:
+        assert (one[key] - two[key]).abs().mean() < 2e-5, key
+
+
+def status(output_dir):
+    return json.loads((output_dir / "run" / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        (("torchrun", "--nproc_per_node=2", "--master_port=29611", "--signals_to_handle=SIGUSR1,SIGTERM"), signal.SIGUSR1),
+        (("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29612"), signal.SIGTERM),
+    ],
+)
+def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undisturbed, tmp_path, launcher, number):
+    lasting = ("--max-train-steps", 100_000, "--epochs", 100_000, "--checkpointing-steps", 100_000, "--num-workers", 1)
+    command = command_line(*launcher, "train.py", *arguments(data, tmp_path, *lasting))
+    process = subprocess.Popen(command, env=environment(), cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
     assert "= 2 processes × 4 × 1" in (tmp_path / "run" / "log.txt").read_text()
     one, two = metrics(undisturbed), metrics(tmp_path)
     for step in one:
         assert two[step] == pytest.approx(one[step], rel=1e-5)
-    one, two = final_state(undisturbed)["model"], final_state(tmp_path)["model"]
-    # Adam turns float rounding of near-zero gradients into steps of its learning rate: means agree, not each entry.
-    for key in one:
-        assert (one[key] - two[key]).abs().mean() < 2e-5, key
+    stopped = status(tmp_path)
+    assert stopped["state"] == "preempted" and stopped["step"] == max(two), errors
+    assert final_state(tmp_path, stopped["step"])["step"] == stopped["step"]
+    assert number.name in errors and "--resume-step -1" in errors
+
+
+COUNT_REDUCTIONS = """
+import signal
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+run, step, counted, trainer = train.Trainer.run, train.Trainer.train_step, [], []
+def count(group, bucket):
+    counted.append((trainer[0].step, bucket.index()))
+    return allreduce_hook(group, bucket)
+def counting_run(self, preemption):
+    trainer.append(self)
+    self.model.register_comm_hook(None, count)
+    try:
+        run(self, preemption)
+    finally:
+        if rank == 0:
+            print("reductions, buckets, steps:", len(counted), len(set(counted)), len({s for s, _ in counted}))
+def counting_step(self, batches):
+    step(self, batches)
+    if rank == 1 and self.step == 3:
+        os.kill(os.getpid(), signal.SIGUSR1)
+train.Trainer.run, train.Trainer.train_step = counting_run, counting_step
+"""
+
+
+def test_four_processes_train_as_one_and_two_go_on_and_a_signal_to_one_ends_both(data, undisturbed, tmp_path):
+    """The two go on to where the undisturbed run ends; and then reduce their gradients once for several micro-steps."""
+    split, lasting = tmp_path / "split", tmp_path / "lasting"
+    many = ("--max-train-steps", 100_000, "--epochs", 100_000, "--gradient-accumulation-steps", 3, "--batch-size", 4)
+    told = runs.train_on(
+        (4, arguments(data, split, "--max-train-steps", 2), ""),
+        (2, arguments(data, split, "--resume-step", -1), ""),
+        (2, arguments(data, lasting, *many, model="SiT-Ti/4"), COUNT_REDUCTIONS),
+    )
+    assert told[:2] == ["0 0 0 0", "0 0"]
+    one, two = metrics(undisturbed), metrics(split)
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5)
+    assert_close_weights(final_state(undisturbed)["model"], final_state(split)["model"])
+
+    reductions, buckets, steps = map(int, told[2].removeprefix("reductions, buckets, steps: ").split())
+    stopped = status(lasting)
+    assert stopped["state"] == "preempted" and stopped["step"] == steps >= 3
+    assert reductions == buckets >= steps
+    assert final_state(lasting, steps)["step"] == steps
+    assert told[3] == f"{128 + signal.SIGUSR1} {128 + signal.SIGUSR1}"
+
+
+def interrupt(monkeypatch, action, at):
+    """Do `action` when the run has taken step `at`."""
+    train_step = train.Trainer.train_step
+
+    def step(self, batches):
+        train_step(self, batches)
+        if self.step == at:
+            action()
+
+    monkeypatch.setattr(train.Trainer, "train_step", step)
+
+
+def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_lines(data, tmp_path, monkeypatch, capsys):
+    """Lines are logged every 3 steps, and the run is cut between two of them: their means still are of 3 steps."""
+    number = signal.SIGTERM
+    options = ("--log-every", 3, "--checkpointing-steps", 100, "--max-train-steps", 7, "--ema-decay", 0.9, 0.99)
+    train.main(arguments(data, tmp_path / "whole", *options))
+    read = []
+    with monkeypatch.context() as patch:
+        interrupt(patch, lambda: os.kill(os.getpid(), number), at=4)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(data, tmp_path / "cut", *options))
+    assert stop.value.code == 128 + number and status(tmp_path / "cut") == {"state": "preempted", "step": 4}
+    assert f"{number.name}: stopped after step 4; --resume-step -1" in capsys.readouterr().err
+    assert signal.getsignal(number) == signal.SIG_DFL
+    monkeypatch.setattr(train.LatentDataset, "__getitems__", lambda self, i: read.append(i) or [self[j] for j in i])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main(arguments(data, tmp_path / "cut", *options, "--resume-step", -1))
+    assert read == [
+        epoch_order(0, n // 3, COUNT)[n % 3 * 8 : n % 3 * 8 + 8].tolist() for n in (4, 5, 6)
+    ]  # nothing before its place
+    a, b = final_state(tmp_path / "whole", 7), final_state(tmp_path / "cut", 7)
+    assert a["scheduler"] == b["scheduler"]
+    for kind in ("model", "meters"):
+        assert_same_tensors(a[kind], b[kind])
+    for decay in ("0.9", "0.99"):
+        assert_same_tensors(a["ema"][decay], b["ema"][decay])
+    lines = [[json.loads(line) for line in (tmp_path / run / "run" / "metrics.jsonl").open()] for run in ("whole", "cut")]
+    assert [line["step"] for line in lines[0]] == [1, 3, 6, 7]
+    for line in lines[0] + lines[1]:
+        assert line.pop("images_per_second") > 0 and line.pop("tflops") > 0
+    assert lines[0] == lines[1]
+    names = set().union(*lines[0])
+    assert {"loss", "grad_norm", "lr", "skipped", "loss_t0", "loss_t9", "loss_budget_0.25", "loss_budget_1"} <= names
+
+
+def test_full_disk_in_training_is_told_and_outlived(data, tmp_path, monkeypatch, capsys, undisturbed):
+    """No room for checkpoints while steps 2 and 3 are saved: those are missing, and the run is as it would have been."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = train.Trainer.save
+
+    def saving(self):
+        self.writer.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6 if self.step in (2, 3) else limits[0], limits[1]))
+        save(self)
+
+    monkeypatch.setattr(train.Trainer, "save", saving)
+    train.main(arguments(data, tmp_path, "--checkpointing-steps", 1, "--keep-last", 2))
+    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [1, 4]
+    told = capsys.readouterr().err
+    assert told.count("could not be written") == 2 and "0000002.pt" in told and "0000003.pt" in told
+    assert status(tmp_path) == {"state": "finished", "step": 4}
+    assert_same_tensors(final_state(tmp_path)["model"], final_state(undisturbed)["model"])
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one_before(data, tmp_path, monkeypatch, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    interrupt(monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1])), at=4)
+    try:
+        line = refused(capsys, arguments(data, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "0000004.pt: could not be written" in line and "last good checkpoint is" in line and "0000002.pt" in line
+    assert status(tmp_path) == {"state": "failed", "step": 4}
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_of_it(tmp_path, capsys):
+    path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    train._append(path, "one\n")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))
+        with train._warned(path):
+            train._append(path, "two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "metrics.jsonl: cannot be written" in capsys.readouterr().err
+    train._append(path, "three\n")
+    assert path.read_text() == "one\nthree\n"
+
+
+def poison(monkeypatch, steps):
+    """The gradient of these steps is not finite, though the loss is."""
+    forward = train.Trainer.forward
+
+    def poisoned(self, n, batch):
+        loss = forward(self, n, batch)
+        return loss + (next(self.model.parameters()).sum() * float("inf") if n + 1 in steps else 0)
+
+    monkeypatch.setattr(train.Trainer, "forward", poisoned)
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(data, tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 4})
+    train.main(arguments(data, tmp_path, "--checkpointing-steps", 1))
+    states = [final_state(tmp_path, step) for step in (1, 2, 3, 4)]
+    for (before, after), same in zip(itertools.pairwise(states), (True, False, True), strict=True):
+        assert all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"]) == same
+        moments = [[v for s in state["optimizer"]["state"].values() for v in s.values()] for state in (before, after)]
+        assert all(map(torch.equal, *moments)) == same
+    assert metrics(tmp_path, "skipped") == {1: 0, 2: 1, 3: 1, 4: 2}
+    assert metrics(tmp_path, "grad_norm")[2] is None and metrics(tmp_path, "grad_norm")[3] > 0
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_at_the_next_line(data, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {3, 5, 6, 7})
+    options = ("--max-skipped-steps", 3, "--log-every", 4, "--max-train-steps", 20)
+    line = refused(capsys, arguments(data, tmp_path, *options))
+    assert "step 8: 3 steps in a row" in line and "0000006.pt" in line
+    assert status(tmp_path) == {"state": "failed", "step": 8}
+
+
+def test_a_step_does_not_wait_for_the_device(data, tmp_path, monkeypatch):
+    """No operation that brings a value to the host, or has a shape that depends on one."""
+    found, steps, train_step = [], [], train.Trainer.train_step
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket._qualified_op_name
+            found.extend([name] if name in WAITING else [])
+            return function(*args, **(kwargs or {}))
+
+    def watched(self, batches):
+        with Record():
+            train_step(self, batches)
+            steps.append(self.step)
+
+    monkeypatch.setattr(train.Trainer, "train_step", watched)
+    train.main(arguments(data, tmp_path, "--gradient-accumulation-steps", 2, "--mixed-precision", "bf16"))
+    assert steps == [1, 2, 3, 4] and found == []
+    with Record():
+        torch.ones(2).sum().item()
+    assert found == ["aten::_local_scalar_dense"]
+
+
+WAITING = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique_dim",
+    "aten::_unique2",
+    "aten::equal",
+)
+
+
+def test_compiled_training_is_the_same_with_at_most_two_graphs(data, undisturbed, tmp_path, monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    compile_model = train.models.compile_model
+    monkeypatch.setattr(train.models, "compile_model", lambda model: compile_model(model, backend=counter))
+    torch._dynamo.reset()
+    train.main(arguments(data, tmp_path, "--compile", "--gradient-checkpointing", "--max-train-steps", 4))
+    assert 1 <= counter.frame_count <= 2
+    one, two = metrics(undisturbed), metrics(tmp_path)
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-4)
 
 
 def test_averaged_weights_follow_every_step(data, tmp_path):
@@ -288,6 +531,27 @@ def test_every_sample_of_an_epoch_is_used_once_whatever_the_process_count(world)
     assert late == steps[7:]  # a resumed run goes on at its place
 
 
+def test_1024_processes_use_every_sample_once_and_512_or_2048_go_on(monkeypatch):
+    num_samples, batch, per_epoch = 50_000, 4096, 12  # the last 848 of an epoch's order are dropped
+    orders = {epoch: epoch_order(7, epoch, num_samples) for epoch in range(2)}
+    monkeypatch.setattr(train, "epoch_order", lambda seed, epoch, n: orders[epoch])  # each would make its own
+
+    def used(world, start, stop):
+        """(forward, place) → sample, over all ranks."""
+        found = np.empty((stop - start, batch), dtype=int)
+        for rank in range(world):
+            places = range(rank * batch // world, (rank + 1) * batch // world)
+            found[:, places.start : places.stop] = list(StepBatches(num_samples, batch, places, 7, start, stop))
+        return found
+
+    whole = used(1024, 0, 2 * per_epoch)
+    for epoch in (whole[:per_epoch], whole[per_epoch:]):
+        assert len(np.unique(epoch)) == epoch.size == per_epoch * batch
+        assert epoch.min() >= 0 and epoch.max() < num_samples
+    for world, start in ((512, 5), (2048, 17)):
+        assert np.array_equal(used(world, start, 2 * per_epoch), whole[start:])
+
+
 def test_learning_rate_is_that_of_the_spec():
     warm = learning_rate_factor(TrainConfig(warmup_steps=10), 100)
     for n in range(1, 31):
@@ -364,10 +628,66 @@ def test_bad_data_is_named(data, tmp_path, capsys):
 def test_a_run_folder_with_checkpoints_needs_resume_and_the_same_model(data, undisturbed, capsys, tmp_path):
     line = refused(capsys, arguments(data, undisturbed))
     assert "--resume-step -1" in line
-    line = refused(capsys, arguments(data, undisturbed, "--resume-step", -1, model="SiT-Ti/2"))
-    assert "--model" in line and "ELIT-SiT-Ti/2" in line
-    assert "--seed" in refused(capsys, arguments(data, undisturbed, "--resume-step", 2, "--seed", 5))
     assert "2, 4" in refused(capsys, arguments(data, undisturbed, "--resume-step", 3))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            ("--model", "ELIT-SiT-Ti/4", "--elit-group-size", 1, "--elit-max-mask-prob", 0),
+            ["--model ELIT-SiT-Ti/4", "ELIT-SiT-Ti/2"],
+        ),
+        (("--seed", 5), ["--seed 5", "with 0", "--allow-change seed"]),
+        (("--batch-size", 4), ["--batch-size 4", "with 8", "--allow-change batch_size"]),
+        (("--gradient-accumulation-steps", 2), ["--gradient-accumulation-steps 2", "with 1"]),
+        (("--learning-rate", 0.5), ["--learning-rate 0.5", "with 0.001", "--allow-change learning_rate"]),
+        (("--ema-decay", 0.9, 0.99), ["--ema-decay 0.9 0.99", "with 0.9999"]),
+        (("--elit-tail", "skip", "--allow-change", "seed"), ["--elit-tail skip", "with drop"]),
+        (("--seed", 5, "--allow-change", "learning-rate"), ["--seed 5"]),
+        (("--allow-change", "model"), ["--allow-change model", "choose from", "seed", "data_size"]),
+        (("--allow-change", "lerning-rate"), ["--allow-change lerning_rate", "did you mean learning_rate"]),
+    ],
+)
+def test_resuming_another_run_is_refused_by_name(data, undisturbed, capsys, more, words):
+    line = refused(capsys, arguments(data, undisturbed, "--resume-step", -1, *more))
+    for word in words:
+        assert word in line, line
+    assert status(undisturbed) == {"state": "finished", "step": 4}
+
+
+def test_data_of_another_size_is_refused_or_allowed(data, undisturbed, capsys, tmp_path):
+    shutil.copytree(undisturbed / "run", tmp_path / "run")
+    record = train.LatentDataset(data).record
+    more = make_latents(tmp_path / "more", COUNT + 8, record)
+    line = refused(capsys, arguments(more, tmp_path, "--resume-step", -1))
+    assert "--data-dir" in line and "32 samples" in line and "with 24" in line and "--allow-change data_size" in line
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main(arguments(more, tmp_path, "--resume-step", -1, "--allow-change", "data-size", "--max-train-steps", 5))
+    assert status(tmp_path) == {"state": "finished", "step": 5}
+
+
+def test_what_may_change_takes_effect(data, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "run", tmp_path / "run")
+    changes = {"learning-rate": 0.02, "adam-beta1": 0.5, "ema-decay": 0.25}
+    options = [str(part) for name, value in changes.items() for part in ("--" + name, value)]
+    train.main(
+        arguments(
+            data, tmp_path, "--resume-step", 2, "--max-train-steps", 3, *options, "--allow-change", *changes, "--keep-last", 1
+        )
+    )
+    before, after = final_state(undisturbed, 2), final_state(tmp_path, 3)
+    group = after["optimizer"]["param_groups"][0]
+    assert (group["lr"], group["betas"]) == (0.02, (0.5, 0.999)) and metrics(tmp_path, "lr")[3] == 0.02
+    # AdamW's first update of a weight, from its definition.
+    old, new = ({k: s["optimizer"]["state"][0][k].double() for k in ("exp_avg", "exp_avg_sq")} for s in (before, after))
+    name = next(name for name in before["model"] if name != "pos_embed")
+    mean, square = new["exp_avg"] / (1 - 0.5**3), new["exp_avg_sq"] / (1 - 0.999**3)
+    expected = before["model"][name].double() - 0.02 * mean / (square.sqrt() + 1e-8)
+    torch.testing.assert_close(after["model"][name].double(), expected, rtol=0, atol=1e-6)
+    assert not torch.equal(old["exp_avg"], new["exp_avg"])
+    ema = 0.25 * before["model"][name] + 0.75 * after["model"][name]
+    torch.testing.assert_close(after["ema"]["0.25"][name], ema)
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(data, tmp_path, capsys):
