@@ -103,7 +103,9 @@ def test_processes_share_the_work(url, folder, tmp_path, monkeypatch):
     (cache / name / "latents-00002.npy.tmp").write_bytes(b"half")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         other = pool.apply_async(copied_files, (url, str(cache), 0))
+        deadline = time.monotonic() + 60
         while not (cache / name / "index.json").exists():
+            assert time.monotonic() < deadline and not other.ready()
             time.sleep(0.01)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         copied = copied_files(url, str(cache), 1) + other.get(60)
