@@ -145,7 +145,7 @@ def test_training_refuses_what_contradicts(tmp_path, capsys):
     dataset_tools.main(["stats", f"{tmp_path}/set"])
     capsys.readouterr()
     line = refused(train.main, capsys, ["--model", "SiT-Ti/4", *base, "--latent-norm", "channel"])
-    assert "--latent-norm channel" in line and "another" in line
+    assert "--latent-norm channel" in line and "started with vae" in line
     argv = ["--ckpt", tmp_path / "run/checkpoints/0000001.pt", "--time-shift", 2, "--sample-dir", tmp_path / "o"]
     assert "--time-shift 2.0 contradicts" in refused(generate.main, capsys, argv)
 

@@ -277,11 +277,16 @@ def test_training_with_repa(data, tiny_weights, tmp_path):
     x = (1 - draws.time_uniform)[:, None, None, None] * torch.from_numpy(latents).float()
     x = x + draws.time_uniform[:, None, None, None] * draws.noise
     labels = torch.tensor([i % CLASSES for i in order])
-    untrained(x.float(), draws.time_uniform, torch.where(draws.label_drop < 0.1, CLASSES, labels))
+    predicted = untrained(x.float(), draws.time_uniform, torch.where(draws.label_drop < 0.1, CLASSES, labels))
     projection = untrained.projectors[0](taken["x"]).double()
-    alignment = -F.cosine_similarity(projection, features, dim=-1).mean().item()
+    alignment = -F.cosine_similarity(projection, features, dim=-1).mean()
     assert abs(alignment) > 1e-3
-    assert metrics(tmp_path / "whole")[1] == pytest.approx(velocity + 0.5 * alignment, rel=1e-5)
+    assert metrics(tmp_path / "whole")[1] == pytest.approx(velocity, rel=1e-5)
+    assert metrics(tmp_path / "whole", "alignment_loss")[1] == pytest.approx(alignment.item(), rel=1e-4)
+    target = draws.noise - torch.from_numpy(latents).float()
+    ((predicted - target).square().mean() + 0.5 * alignment).backward()
+    norm = torch.stack([p.grad.norm() for p in untrained.parameters() if p.grad is not None]).norm().item()
+    assert metrics(tmp_path / "whole", "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
 
     assert any(k.startswith("projectors.0.") for k in whole["model"])
     assert whole["model"].keys() == whole["ema"]["0.9999"].keys()

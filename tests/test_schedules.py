@@ -75,7 +75,7 @@ def test_the_cost_of_a_step_counts_guidance_schedule_and_corrections():
     flops = {b: models.count_flops(model, b) for b in BUDGETS}
 
     def cost(**options):
-        config = GenerateConfig(num_steps=4, **options)
+        config = GenerateConfig(model="ELIT-SiT-Ti/2", num_steps=4, **options)
         return inference.mean_flops_per_step(config, inference.guidance(config), model)
 
     assert cost(cfg_scale=1.0, inference_budget="0.5") == flops[0.5]

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import train
 from config import TrainConfig
+from data import LatentDataset
 from loss import active_stage
 from randomness import epoch_order, training_draws
 from train import StepBatches, learning_rate_factor
@@ -302,7 +303,8 @@ def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_lines(data, t
     assert stop.value.code == 128 + number and status(tmp_path / "cut") == {"state": "preempted", "step": 4}
     assert f"{number.name}: stopped after step 4; --resume-step -1" in capsys.readouterr().err
     assert signal.getsignal(number) == signal.SIG_DFL
-    monkeypatch.setattr(train.LatentDataset, "__getitems__", lambda self, i: read.append(i) or [self[j] for j in i])
+    batch = LatentDataset.__getitems__
+    monkeypatch.setattr(LatentDataset, "__getitems__", lambda self, i: read.append(i) or batch(self, i))
     AcceleratorState._reset_state(reset_partial_state=True)
     train.main(arguments(data, tmp_path / "cut", *options, "--resume-step", -1))
     assert read == [
@@ -658,7 +660,7 @@ def test_resuming_another_run_is_refused_by_name(data, undisturbed, capsys, more
 
 def test_data_of_another_size_is_refused_or_allowed(data, undisturbed, capsys, tmp_path):
     shutil.copytree(undisturbed / "run", tmp_path / "run")
-    record = train.LatentDataset(data).record
+    record = LatentDataset(data).record
     more = make_latents(tmp_path / "more", COUNT + 8, record)
     line = refused(capsys, arguments(more, tmp_path, "--resume-step", -1))
     assert "--data-dir" in line and "32 samples" in line and "with 24" in line and "--allow-change data_size" in line

@@ -183,7 +183,8 @@ def test_a_run_starts_from_a_checkpoint_and_resume_wins(data, tmp_path, capsys):
         for key in weights:
             torch.testing.assert_close(kind[key], weights[key], rtol=0, atol=1e-7)  # the steps are of 1e-9
     assert state["config"]["init_from"] == str(sit) and state["optimizer"]["state"][0]["step"] == 2
-    options = ("--init-from", "gone.pt", "--max-train-steps", 4, "--resume-step", -1)  # goes on, and does not look for it
+    # Goes on, and does not look for it.
+    options = ("--init-from", "gone.pt", "--max-train-steps", 4, "--learning-rate", 1e-9, "--resume-step", -1)
     train.main(arguments(latents, tmp_path, *options))
     assert "started from" not in capsys.readouterr().out
     assert final_state(tmp_path, 4)["step"] == 4
