@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import models
 from config import ARCHITECTURE_KEYS, TrainConfig, coerce
 from errors import UserError
+from files import file_sha256
 from vae import SD_VAE, VAERecord, load_vae
 
 FORMAT = 1
@@ -223,12 +224,6 @@ def recorded_sha256(path: Path) -> str | None:
     """What the checkpoint's sidecar says, `None` where there is none or it is empty."""
     words = sidecar(path).read_text().split() if sidecar(path).is_file() else []
     return words[0] if words else None
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def step_path(folder: str | Path, step: int) -> Path:

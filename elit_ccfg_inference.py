@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 import inference
-from config import CCFGConfig, parse, require
+from config import CCFGConfig
 from errors import command
 from models.elit import budget_to_k
 from pictures import bar_plot, labelled_grid
@@ -35,10 +35,7 @@ MODES = {"CFG": "CFG", "CCFG": "cheap CFG", "AutoG": "autoguidance"}
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(CCFGConfig, argv, prog="elit_ccfg_inference.py")
-    require(config, "ckpt")
-    found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    inference.settle_architecture(config, given, found, config.ckpt)
+    config, given, found = inference.from_command_line(CCFGConfig, argv, "elit_ccfg_inference.py")
     check(config, given)
     compare(config, found)
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import inference
-from config import MultibudgetConfig, parse, require
+from config import MultibudgetConfig
 from errors import command
 from loss import on_path
 from models.dfm import decompose
@@ -37,10 +37,7 @@ from samplers import BudgetSchedule, Guidance
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(MultibudgetConfig, argv, prog="elit_multibudget_inference.py")
-    require(config, "ckpt")
-    found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    inference.settle_architecture(config, given, found, config.ckpt)
+    config, _, found = inference.from_command_line(MultibudgetConfig, argv, "elit_multibudget_inference.py")
     check(config)
     compare(config, found)
 

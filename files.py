@@ -1,6 +1,7 @@
 """Files: folders and zips to read from, writes that are whole or not at all, and the record of what is being made."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,12 @@ class DataError(UserError):
 
     def __init__(self, message: str, *, local: bool = True):
         super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip(), local=local)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FileTree:

@@ -26,8 +26,9 @@ import checkpoint
 import inference
 import metrics.images
 import models
-from config import GenerateConfig, parse, require
+from config import GenerateConfig
 from errors import UserError, command
+from files import file_sha256
 from models.dfm import recompose
 from pictures import save_png
 from randomness import image_labels
@@ -39,10 +40,7 @@ WRITERS = 4  # threads that write PNG files
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(GenerateConfig, argv, prog="generate.py")
-    require(config, "ckpt")
-    found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    inference.settle_architecture(config, given, found, config.ckpt)
+    config, given, found = inference.from_command_line(GenerateConfig, argv, "generate.py")
     if config.exp_name is None:
         config.exp_name = found.config.get("exp_name") or config.model.replace("/", "-")
     check(config)
@@ -204,7 +202,7 @@ def folder_name(config: GenerateConfig) -> str:
 def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
     """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
     path = checkpoint.local_file(config.ckpt)
-    digest = checkpoint.recorded_sha256(path) or checkpoint.file_sha256(path)
+    digest = checkpoint.recorded_sha256(path) or file_sha256(path)
     names = _SETTINGS | (_STAGE_SETTINGS if models.model_spec(config.model).staged else set())
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names} | {
         "ckpt_sha256": digest,

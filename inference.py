@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
-from config import Architecture, CCFGConfig, GenerateConfig, InferenceTool, MultibudgetConfig
+from config import Architecture, CCFGConfig, GenerateConfig, InferenceTool, MultibudgetConfig, parse, require
 from errors import UserError
 from models.dfm import recompose
 from models.elit import budget_to_k
@@ -45,6 +45,15 @@ Run = list[tuple[float | None, ...]]  # the budgets of the passes of each veloci
 Job = TypeVar("Job", bound=Hashable)
 
 # ---------------------------------------------------------------------------------------------------------- options
+
+
+def from_command_line(cls: type, argv: list[str] | None, prog: str) -> tuple[Any, dict[str, Any], checkpoint.Weights]:
+    """The options of a script that takes `--ckpt`, with its architecture filled in; those given by hand; and the weights."""
+    config, given = parse(cls, argv, prog=prog)
+    require(config, "ckpt")
+    found = checkpoint.read_weights(config.ckpt, config.weights, given)
+    settle_architecture(config, given, found, config.ckpt)
+    return config, given, found
 
 
 def settle_architecture(config: Architecture, given: dict, found: checkpoint.Weights, where: str | Path) -> None:

@@ -6,7 +6,6 @@ packed/  index.json              count, shape, dtype, VAE record, and each file'
          names.npy               bytes (count,): the file that each latent is under in `vae-sd/`, which pairs it with its image
 """
 
-import hashlib
 import io
 import json
 import os
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from files import cannot_write, write_file
+from files import cannot_write, file_sha256, write_file
 from vae import VAERecord
 
 INDEX_FILE, LABELS_FILE, NAMES_FILE = "index.json", "labels.npy", "names.npy"
@@ -113,11 +112,6 @@ def read_index(path: Path) -> dict[str, Any]:
 def checksums(index: dict[str, Any]) -> dict[str, str]:
     """File → SHA-256 of everything that an index describes."""
     return index["sha256"] | {shard["file"]: shard["sha256"] for shard in index["shards"]}
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from errors import UserError
-from files import lock
-from packed import INDEX_FILE, checksums, file_sha256, read_index
+from files import file_sha256, lock
+from packed import INDEX_FILE, checksums, read_index
 
 DEFAULT_CACHE = "~/.cache/elastic-dit"
 DOWNLOADS = 4  # files at once

@@ -6,7 +6,6 @@ the data set and the checkpoint, so that training needs no VAE.
 
 import dataclasses
 import functools
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
+from files import file_sha256
 from models.dfm import recompose
 from vision import import_torchvision
 
@@ -129,7 +129,7 @@ def load_vae(
         raise UserError(f"--vae {name}: {folder} does not load as an AutoencoderKL: {_first_line(error)}") from None
     record = VAERecord(
         vae=SHORT_NAMES.get(name, name),
-        sha256=_sha256(weights),
+        sha256=file_sha256(weights),
         downsample_factor=2 ** (len(vae.config.block_out_channels) - 1),
         latent_channels=vae.config.latent_channels,
         scaling_factor=float(vae.config.scaling_factor),
@@ -225,14 +225,6 @@ def _check_fits(name: str, record: VAERecord, expected: VAERecord) -> None:
             raise UserError(f"--vae {name}: its {key} is {found}, but the latents were made by {expected.vae} with {wanted}")
     if record.vae == expected.vae and expected.sha256 is not None and record.sha256 != expected.sha256:
         raise UserError(f"--vae {name}: its weights are not those that made the latents (sha256 differs)")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

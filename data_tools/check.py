@@ -13,8 +13,8 @@ import remote
 from config import CheckConfig, StatsConfig
 from data_tools.source import prefetch
 from errors import UserError
-from files import FileTree, write_file
-from packed import PackedLatents, checksums, file_sha256, read_index
+from files import FileTree, file_sha256, write_file
+from packed import PackedLatents, checksums, read_index
 
 BLOCK = 256  # latents read at once
 SHOWN = 20  # problems printed of each kind

@@ -10,10 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
-import checkpoint
 import generate
 import inference
-from config import GenerateConfig, option, parse, require
+from config import GenerateConfig, option
 from errors import UserError, command
 from experiments_updated import digit_classifier
 from pictures import labelled_grid
@@ -31,10 +30,7 @@ class ReportConfig(GenerateConfig):
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(ReportConfig, argv, prog="quickstart_dfm_report.py")
-    require(config, "ckpt")
-    found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    inference.settle_architecture(config, given, found, config.ckpt)
+    config, _, found = inference.from_command_line(ReportConfig, argv, "quickstart_dfm_report.py")
     config.exp_name = config.exp_name or found.config.get("exp_name")
     generate.check(config)
     samples = Path(config.sample_dir) / config.exp_name / (generate.folder_name(config) + ".npz")

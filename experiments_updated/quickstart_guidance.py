@@ -18,10 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
-import checkpoint
 import generate
 import inference
-from config import GenerateConfig, option, parse, require
+from config import GenerateConfig, option, require
 from errors import command
 from experiments_updated import digit_classifier
 from metrics import frechet_distance
@@ -41,10 +40,7 @@ class GuidanceConfig(GenerateConfig):
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(GuidanceConfig, argv, prog="quickstart_guidance.py")
-    require(config, "ckpt")
-    found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    inference.settle_architecture(config, given, found, config.ckpt)
+    config, _, found = inference.from_command_line(GuidanceConfig, argv, "quickstart_guidance.py")
     config.exp_name = config.exp_name or found.config.get("exp_name")
     require(config, "exp_name")
     runs = cells(config)

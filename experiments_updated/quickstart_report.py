@@ -17,7 +17,7 @@ import evaluate
 import generate
 import inference
 import models
-from config import GenerateConfig, option, parse, require
+from config import GenerateConfig, option, require
 from data import LatentDataset
 from errors import UserError, command
 from experiments_updated import digit_classifier
@@ -40,10 +40,8 @@ class ReportConfig(GenerateConfig):
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    config, given = parse(ReportConfig, argv, prog="quickstart_report.py")
-    require(config, "ckpt", "val_data_dir")
-    found = checkpoint.read_weights(config.ckpt, config.weights, given)
-    inference.settle_architecture(config, given, found, config.ckpt)
+    config, _, found = inference.from_command_line(ReportConfig, argv, "quickstart_report.py")
+    require(config, "val_data_dir")
     config.exp_name = config.exp_name or found.config["exp_name"]
     generate.check(config)
     model, vae, shape = inference.load(config, found, inference.device())

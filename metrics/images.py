@@ -13,9 +13,9 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-import checkpoint
 import data
 from errors import UserError
+from files import file_sha256
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "mu_dinov2", "sigma_dinov2")
 READERS = 4  # threads that decode image files
@@ -124,7 +124,7 @@ class NpzImages(ImageSet):
         return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
     def sha256(self) -> str:
-        return checkpoint.file_sha256(self.path)
+        return file_sha256(self.path)
 
     def _small_array(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         with archive.open(info) as file:

@@ -17,7 +17,7 @@ import train
 from data import LatentDataset, channel_record
 from dataset_tools import main
 from errors import UserError
-from packed import file_sha256
+from files import file_sha256
 
 COUNT = 10
 
