@@ -405,9 +405,10 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
     if "config" not in metadata:
         beside = path.with_name("config.json")
         try:
-            recorded = json.loads(beside.read_text()) if beside.is_file() else {}
+            # The mixin leaves out defaults of a constructor's base classes; of these only the tail's is not told by the weights.
+            recorded = {"elit_tail": "drop"} | json.loads(beside.read_text()) if beside.is_file() else {}
             recorded = {k: v for k, v in recorded.items() if k in MODEL_OPTIONS}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             raise UserError(f"{beside}: must hold a JSON object") from None
         return _bare(path, state_dict, given | {k: coerce(TrainConfig, k, v, f"{beside}: {k}") for k, v in recorded.items()})
     try:

@@ -82,6 +82,26 @@ def test_a_bare_published_state_dict_tells_its_stages(golden, golden_checkpoint,
     checkpoint.build_model(found, "bare.pt")
 
 
+def test_kept_and_read_again_by_every_way(tmp_path, golden_checkpoint):
+    """save_pretrained, that folder as a checkpoint, and the published file in our formats."""
+    import convert_checkpoint
+
+    sizes = {"input_size": 8, "elit_group_size": 2, "num_classes": 5}
+    model = randomize(models.create_model("DFM-ELIT-SiT-Ti/2", **sizes)).float().eval()
+    arguments = noise_like(model.stage_shapes, dtype=torch.float32), torch.rand(3, 2), torch.tensor([0, 1, 5]), 0.5
+    model.save_pretrained(tmp_path / "folder")
+    again, (loaded, config) = DFMELITSiT.from_pretrained(tmp_path / "folder"), checkpoint.load_model(tmp_path / "folder")
+    assert (config["model"], config["stages_count"]) == ("DFM-ELIT-SiT-Ti/2", 2)
+    for other in (again.eval(), loaded):
+        for a, b in zip(model(*arguments), other(*arguments), strict=True):
+            assert torch.equal(a, b)
+    published = golden_checkpoint("dfm")
+    for name, option in (("ours.pt", []), ("ours.safetensors", ["--safetensors"])):
+        convert_checkpoint.main([str(published), str(tmp_path / name), *option])
+        one, other = (checkpoint.load_model(path)[0].state_dict() for path in (published, tmp_path / name))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
 @pytest.mark.parametrize(
     ("options", "budget"),
     [
