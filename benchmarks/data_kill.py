@@ -120,16 +120,18 @@ def soak(name: str, argv: list[str], dest: Path, kills: int, seed: int) -> bool:
             killed += 1
             there = sum(1 for p in dest.rglob("*") if p.is_file()) if dest.is_dir() else int(dest.exists())
             print(f"  {name}, kill {killed:2d}: {moment}; {there} files there", flush=True)
+            if not dest.exists() or digest(dest) != expected:
+                continue
         elif os.WEXITSTATUS(status):
             print(f"{name}: failed by itself after kill {killed}")
             return False
-        else:  # it came through: once more from the start
-            if {f: h for f, h in digest(dest).items()} != expected:
-                print(f"{name}: DIFFERS after kill {killed}")
-                return False
-            for path in sorted(dest.rglob("*"), reverse=True) if dest.is_dir() else []:
-                path.rmdir() if path.is_dir() else path.unlink()
-            dest.rmdir() if dest.is_dir() else dest.unlink()
+        elif digest(dest) != expected:
+            print(f"{name}: DIFFERS after kill {killed}")
+            return False
+        # It came through, or was killed when all was done: once more from the start.
+        for path in sorted(dest.rglob("*"), reverse=True) if dest.is_dir() else []:
+            path.rmdir() if path.is_dir() else path.unlink()
+        dest.rmdir() if dest.is_dir() else dest.unlink()
     _, status = os.waitpid(child([*argv, f"--dest={dest}"]), 0)
     same = status == 0 and digest(dest) == expected
     print(f"{name}: {kills} kills in {rounds} runs, {'byte-identical to' if same else 'DIFFERS from'} the undisturbed run")
