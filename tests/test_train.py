@@ -346,7 +346,15 @@ def test_full_disk_in_training_is_told_and_outlived(data, tmp_path, monkeypatch,
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one_before(data, tmp_path, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    interrupt(monkeypatch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1])), at=4)
+    save = train.Trainer.save
+
+    def saving(self):
+        self.writer.wait()  # the checkpoint before is on the disk when that is full
+        if self.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+        save(self)
+
+    monkeypatch.setattr(train.Trainer, "save", saving)
     try:
         line = refused(capsys, arguments(data, tmp_path))
     finally:
