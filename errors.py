@@ -41,3 +41,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     folded = {k.lower(): k for k in known}
     found = get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     return f" (did you mean {folded[found[0]]}?)" if found else ""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says first, for a message of one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

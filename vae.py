@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, first_line
 from files import file_sha256
 from models.dfm import recompose
 from vision import import_torchvision
@@ -126,7 +126,7 @@ def load_vae(
         safe = weights.suffix == ".safetensors"
         vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=safe, local_files_only=True)
     except Exception as error:  # whatever a broken config or weights file makes diffusers raise
-        raise UserError(f"--vae {name}: {folder} does not load as an AutoencoderKL: {_first_line(error)}") from None
+        raise UserError(f"--vae {name}: {folder} does not load as an AutoencoderKL: {first_line(error)}") from None
     record = VAERecord(
         vae=SHORT_NAMES.get(name, name),
         sha256=file_sha256(weights),
@@ -203,7 +203,7 @@ def _folder(name: str) -> Path:
             if (folder / weights).is_file():
                 break
     except Exception as error:  # network, authentication, no such repository, no space …
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(
             f"--vae {name}: found no folder of that name, and {repository} could not be downloaded ({type(error).__name__}: {reason}); "
             "give a local folder of a diffusers AutoencoderKL"
@@ -225,7 +225,3 @@ def _check_fits(name: str, record: VAERecord, expected: VAERecord) -> None:
             raise UserError(f"--vae {name}: its {key} is {found}, but the latents were made by {expected.vae} with {wanted}")
     if record.vae == expected.vae and expected.sha256 is not None and record.sha256 != expected.sha256:
         raise UserError(f"--vae {name}: its weights are not those that made the latents (sha256 differs)")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
-from errors import UserError
+from errors import UserError, first_line
 from files import file_sha256
 from vision import import_torchvision
 
@@ -146,7 +146,7 @@ def _download_inception(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(url))
         except Exception as error:  # network, space, hash
             raise UserError(
-                f"--inception-weights: could not be downloaded ({_first_line(error)}); get {url} and put it at {path}, "
+                f"--inception-weights: could not be downloaded ({first_line(error)}); get {url} and put it at {path}, "
                 "or give its path"
             ) from None
     return path
@@ -171,7 +171,3 @@ def _hash_in_name(url: str) -> str:
 def _other_network(error: Exception, wanted: str) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"holds no weights of {wanted}: {' '.join(lines[:2])[:200]}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
