@@ -120,6 +120,9 @@ class TrainConfig(Architecture):
     cache_dir: str | None = option(
         None, "where remote data is cached (default: ~/.cache/elastic-dit)", aliases=("s3_cache_dir",)
     )
+    wait_for_lock: float = option(
+        0.0, "minutes to wait for the end of another run in the same folder (a queued job's predecessor)", ge=0
+    )
     plan: bool = option(False, "print and check what the run would do, cost and need, and train nothing; needs no GPU")
     plan_processes: int | None = option(None, "--plan: number of processes (default: the launcher's)", ge=1)
     plan_tflops: float | None = option(None, "--plan: TFLOP/s that a process is taken to sustain, for the time needed", gt=0)

@@ -31,6 +31,7 @@ from data_tools.check import check, stats
 from data_tools.convert import convert, demo
 from data_tools.encode import encode, pack
 from errors import UserError, command, nearest
+from processes import end_with_launcher
 
 
 def reference(config: ReferenceConfig) -> None:
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         options.insert(0, "--source")
     config, _ = parse(cls, options, prog=f"dataset_tools.py {argv[0]}")
     require(config)
+    end_with_launcher()
     run(config)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 class UserError(ValueError):
     """Something that the user can put right. The message names the option or file, what is wrong and what is valid.
 
-    Errors of the set-up are met by every process alike, and rank 0 speaks for all. `local=True` marks one that only the
-    process which meets it can know (a broken data file): that process prints it.
+    Errors of the set-up are met by every process of a machine alike (a file may be missing on one of several machines), and
+    the first one speaks for all. `local=True` marks one that only the process which meets it can know (a broken data file):
+    that process prints it.
     """
 
     def __init__(self, message: str, *, local: bool = False):
@@ -28,12 +29,17 @@ def command(main: Callable) -> Callable:
         try:
             return main(argv)
         except UserError as error:
-            if error.local or os.environ.get("RANK", "0") == "0":
+            if error.local or speaks_for_machine():
                 script = Path(main.__code__.co_filename).name
                 print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
 
     return wrapper
+
+
+def speaks_for_machine() -> bool:
+    """Is this process the first one of a run on its machine? Without LOCAL_RANK in the environment: the first one of all."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

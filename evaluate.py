@@ -14,6 +14,7 @@ import inference
 from config import EvaluateConfig, parse, with_names
 from errors import UserError, command
 from metrics.evaluation import METRICS, evaluate, start_processes
+from processes import end_with_launcher
 
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "recall": "Recall", "fdd": "FDD"}
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; wanted: a JSON file")
     inference.check_folder("--output: the folder", output.parent)
+    end_with_launcher()
     state = start_processes()
     found = evaluate(config, state, lambda message: _warn(state, message))
     if found is not None:

@@ -1,11 +1,15 @@
 """Files: folders and zips to read from, writes that are whole or not at all, and the record of what is being made."""
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import socket
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +122,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def lock(path: Path) -> Any:
-    """Open a file (made where there is none) and lock it for this process; None where another one has it.
+    """Open a file (made where there is none) and lock it for this process; None where another one has it. OSError: no locks.
 
     The lock is POSIX's: it ends with the process, and no forked worker inherits it.
     """
@@ -126,15 +130,54 @@ def lock(path: Path) -> Any:
         file = path.open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             file.close()
-            return None
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return None
+            raise
         try:
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 return file
         except FileNotFoundError:
             pass
         file.close()  # its owner removed it meanwhile
+
+
+class Busy(UserError):
+    """Another process writes there."""
+
+
+class FolderLock:
+    """A file that this process has locked for as long as it writes in a folder; it says who has it.
+
+    Raises `Busy` where another process has it, and OSError. A file system without locks is a warning.
+    """
+
+    def __init__(self, path: Path, folder: Path, warn: Callable[[str], None]):
+        self._path = path
+        self._made = [parent for parent in path.parents if not parent.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = lock(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            warn(f"{path}: this file system has no locks ({error.strerror}): nothing keeps a second run out of {folder}")
+            self._file = path.open("a")
+        if self._file is None:
+            owner = path.read_text().strip() if path.is_file() else ""
+            raise Busy(f"{folder}: another run is writing there{owner and f' ({owner})'}; wait for its end")
+        with contextlib.suppress(OSError):  # a full disk
+            os.truncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def release(self) -> None:
+        """Give it up, and leave nothing of it: a folder that was made for it goes where it is empty."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+            for folder in self._made:
+                folder.rmdir()
 
 
 class Unfinished:

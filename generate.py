@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,9 +28,10 @@ import metrics.images
 import models
 from config import GenerateConfig
 from errors import UserError, command
-from files import file_sha256
+from files import FolderLock, file_sha256
 from models.dfm import recompose
 from pictures import save_png
+from processes import end_with_launcher
 from randomness import image_labels
 from samplers import OnStage, parse_budget
 from vae import decode
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.exp_name is None:
         config.exp_name = found.config.get("exp_name") or config.model.replace("/", "-")
     check(config)
+    end_with_launcher()
     if "num_steps" in given and models.model_spec(config.model).staged:
         _warn("--num-steps has no effect: a DFM model is sampled with --num-steps-per-scale")
     generate(config, found)
@@ -102,12 +104,39 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
 
     folder = Path(config.sample_dir) / config.exp_name / folder_name(config)
     folders = {-1: folder} | {s: folder.with_name(f"{folder.name}-stage{s}") for s in coarser_stages(config)}
-    if state.is_main_process:
-        open_folder(folder, config, found.step)
-        for where in folders.values():
-            where.mkdir(exist_ok=True)
-    state.wait_for_everyone()
+    lock, error = None, ""
+    try:
+        if state.is_main_process:
+            try:
+                lock = FolderLock(folder.with_name(f"{folder.name}.lock"), folder, _warn)
+                open_folder(folder, config, found.step)
+                for where in folders.values():
+                    where.mkdir(exist_ok=True)
+            except OSError as failed:
+                error = f"--sample-dir {config.sample_dir}: cannot use {folder}: {failed}"
+            except UserError as refused:
+                error = str(refused)
+        (error,) = broadcast_object_list([error])
+        if error:
+            raise UserError(error)
+        draw_missing(config, state, model, vae, shape, folders)
+    finally:
+        if lock is not None:
+            lock.release()
+    state.destroy_process_group()
+    return folder
 
+
+def draw_missing(
+    config: GenerateConfig,
+    state: PartialState,
+    model: nn.Module,
+    vae: nn.Module,
+    shape: Sequence[int],
+    folders: dict[int, Path],
+) -> None:
+    """Fill `folders`, by stage (-1: the finished images), and write the .npz. Every process draws its share."""
+    folder = folders[-1]
     # Each process looks at its share of the files; all then agree on what is missing.
     mine = range(state.process_index, config.num_fid_samples, state.num_processes)
     sides = {-1: config.resolution} | coarser_stages(config)
@@ -151,8 +180,6 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
         flops = inference.mean_flops_per_step(config, inference.guidance(config), model)
         print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
     state.wait_for_everyone()
-    state.destroy_process_group()
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------------------ files

@@ -36,11 +36,13 @@ import plan
 from config import TrainConfig, parse, require
 from encoders import describe_encoders, encoder_names, load_encoders
 from errors import UserError, command, nearest
+from files import Busy, FolderLock
 from loss import Projecting, active_stage, alignment_loss, dropped_labels, held_out_losses, training_times, velocity_loss
 from meters import Meters, peak_tflops
 from models.elit import mask_levels
 from pictures import image_grid, save_png
 from preemption import SIGNALS, Preemption
+from processes import data_workers, end_with_launcher, end_with_parent
 from randomness import epoch_order, image_labels, pyramid_noise, training_draws
 from samplers import check_schedule, dfm_sampler, euler_sampler
 from transfer import transfer
@@ -69,6 +71,7 @@ CHANGEABLE = (
     ),
     *("adam_weight_decay", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "lr_cooldown", "proj_coeff"),
 )
+LOCK = "run.lock"  # in the run folder while a run writes there
 DATA_SIZE = "data_size"  # no option, but changed by --data-dir
 
 log = logging.getLogger("train")  # to log.txt alone; what a user must see is printed too
@@ -85,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             plan.Plan(config).run()
         return
+    end_with_launcher()
     with Preemption() as preemption:
-        Trainer(config).run(preemption)
+        Trainer(config, preemption).run(preemption)
 
 
 def check(config: TrainConfig, given: dict) -> None:
@@ -199,7 +203,8 @@ class EMA:
 class Trainer:
     """One run: its parts, its loop and its folder (config.yaml, metrics.jsonl, log.txt, status.json, checkpoints/, samples/)."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, preemption: Preemption | None = None):
+        """`preemption`: a signal ends the waiting for another run."""
         self.config = config
         self.accelerator = accelerator = _accelerator(config)
         self.main = accelerator.is_main_process
@@ -208,9 +213,15 @@ class Trainer:
         local = config.batch_size // accelerator.num_processes
         self.places = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
         self._build_model()
-        state = self._open_run()
-        self._optimize(state)
-        self._prepare_pictures()
+        plan.check_run_folder(config)
+        self.lock = self._lock_folder(preemption)
+        try:
+            state = self._open_run()
+            self._optimize(state)
+            self._prepare_pictures()
+        except BaseException:
+            self._release_lock()
+            raise
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
@@ -243,10 +254,50 @@ class Trainer:
         names = ["loss", *(kind for kind in kinds if kind != "loss"), *(["alignment_loss"] if self.encoders else [])]
         self.meters = Meters(names, self.accelerator.device)
 
+    def _lock_folder(self, preemption: Preemption | None) -> FolderLock | None:
+        """Keep other runs out of the run folder, or wait for the end of the one in it. Rank 0 has the lock and tells the others.
+
+        Nothing was read from the folder before, nor written or deleted.
+        """
+        config, lock, is_waiting = self.config, None, False
+        deadline = time.monotonic() + 60 * config.wait_for_lock
+        while True:
+            error, number, last = "", preemption.signal if preemption else 0, time.monotonic() >= deadline
+            if self.main:
+                try:
+                    lock = FolderLock(self.run_dir / LOCK, self.run_dir, _warn)
+                except Busy as busy:
+                    error = f"{busy}, or give --wait-for-lock MINUTES"
+                except OSError as failed:
+                    error, last = str(self._cannot_write(failed)), True
+            # So often that no time-out of a collective ends the waiting.
+            error, number, last = broadcast_object_list([error, number, last])
+            if not error:
+                return lock
+            if last:
+                raise UserError(error)
+            if number:
+                _warn(f"{signal.Signals(number).name}: stopped while waiting for another run in {self.run_dir}")
+                raise SystemExit(128 + number)
+            if not is_waiting:
+                _warn(f"{error.partition(';')[0]}; waiting up to {config.wait_for_lock:g} minutes for its end")
+            is_waiting = True
+            time.sleep(1)
+
+    def _release_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"--output-dir {self.config.output_dir}: cannot write {error.filename or self.run_dir}: {error.strerror}"
+        )
+
     def _open_run(self) -> dict | None:
         """Make the run folder, or the state to go on from. Rank 0 writes; every process reads the same state."""
         config, folder = self.config, self.run_dir / "checkpoints"
-        plan.check_run_folder(config)
+        plan.check_run_folder(config)  # again: another run may have written there meanwhile
         state, started = self._load_state(folder) if config.resume_step else None, ""
         if state is not None:
             self._check_same_run(state)
@@ -266,9 +317,7 @@ class Trainer:
                 self._trim_metrics()
                 self.status("running", self.start_step)
             except OSError as error:
-                raise UserError(
-                    f"--output-dir {config.output_dir}: cannot write {error.filename or self.run_dir}: {error.strerror}"
-                ) from None
+                raise self._cannot_write(error) from None
         self.accelerator.wait_for_everyone()
         return state
 
@@ -351,7 +400,7 @@ class Trainer:
             num_workers=config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             persistent_workers=config.num_workers > 0,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_serve_this_process_alone,
         )
         folder = self.run_dir / "checkpoints"
         self.writer = checkpoint.Writer(folder, config.keep_last, config.keep_every, _warn)
@@ -400,14 +449,17 @@ class Trainer:
             self._loop(preemption)
             self._finish_saving()
         except BaseException:
+            preemption.end()  # a failed process takes the time that its last checkpoint needs
             self.writer.wait()
             self.status("failed", self.step)
+            self._release_lock()
             raise
         accelerator.wait_for_everyone()  # who leaves early is taken for failed, and its launcher ends the others
         preemption.end()
         preempted = self.step < self.total_steps
         self.status("preempted" if preempted else "finished", self.step)
         _never_stop(accelerator.end_training)
+        self._release_lock()
         if preempted:
             _warn(
                 f"{signal.Signals(preemption.signal).name}: stopped after step {self.step}; --resume-step -1 goes on from there"
@@ -416,10 +468,12 @@ class Trainer:
 
     def _loop(self, preemption: Preemption) -> None:
         config = self.config
-        batches = iter(self.loader)
         progress = {"total": self.total_steps, "initial": self.start_step, "disable": not self.main}
-        self.start_measuring()
-        with tqdm(**progress, desc="train", unit="step", mininterval=1) as bar:
+        with (
+            data_workers(self.loader, "--resume-step -1 goes on from the newest checkpoint") as batches,
+            tqdm(**progress, desc="train", unit="step", mininterval=1) as bar,
+        ):
+            self.start_measuring()
             while not preemption.reached(self.step) and self.step < self.total_steps:
                 self.step += 1
                 self.train_step(batches)
@@ -761,8 +815,9 @@ def _warned(path: Path) -> Iterator[None]:
         _warn(f"{path}: cannot be written: {error.strerror}")
 
 
-def _outlive_signals(_) -> None:
-    """In data loading processes: a signal to the whole group must not take from training what the last step needs."""
+def _serve_this_process_alone(_) -> None:
+    """In data workers: only the end of training ends them. A signal to the whole group must not take from it what the last step needs."""
+    end_with_parent()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

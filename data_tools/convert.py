@@ -1,12 +1,9 @@
 """Images to numbered square PNGs, by many processes, and the quick start's canvases."""
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -18,9 +15,9 @@ from data_tools.source import list_images, open_source
 from data_tools.transforms import Transform, make_transform, parse_resolution
 from errors import UserError
 from files import DataError, FileTree
+from processes import data_workers, end_with_parent
 
 GROUP = 8  # images that a worker takes up and hands over together
-PR_SET_PDEATHSIG = 1
 DEMO_CANVASES_PER_CLASS = {"train": 500, "val": 50}
 
 
@@ -103,7 +100,7 @@ class Conversion(Dataset):
             return (self[i] for i in range(len(self)))
         # A DataLoader is a bounded, ordered queue of work; handing over one image at a time would cost a tenth of it.
         context = {"multiprocessing_context": "fork", "worker_init_fn": _end_with_parent}
-        return _watched(iter(DataLoader(self, batch_size=GROUP, collate_fn=list, num_workers=workers, **context)))
+        return _results(DataLoader(self, batch_size=GROUP, collate_fn=list, num_workers=workers, **context))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -156,22 +153,15 @@ def check_size(where: str, width: int, height: int, side: int) -> None:
 
 
 def _end_with_parent(_: int) -> None:
-    """Linux kills this worker when its parent dies: one that waits to hand over a result would wait for ever."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """A worker that waits to hand over a result would wait for ever for a parent that was killed."""
+    end_with_parent()
 
 
-def _watched(results: Any) -> Generator[Result, None, None]:
-    """The same, with one line for a worker that the system killed."""
-    try:
-        for group in results:
+def _results(loader: DataLoader) -> Generator[Result, None, None]:
+    """Group by group. The workers end with it: what they still write must not meet what comes after."""
+    with data_workers(loader, "the same command goes on from there") as groups:
+        for group in groups:
             yield from group
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a worker process ended ({str(error).splitlines()[0]}); the same command goes on from there") from None
-    finally:
-        results._shutdown_workers()  # at once: what they still write must not meet what comes after
 
 
 def demo(config: DemoConfig) -> None:
