@@ -291,8 +291,10 @@ class Trainer:
                     state = checkpoint.load_newest(folder, _warn)
                 else:
                     state = checkpoint.load(checkpoint.step_path(folder, step), verify=True)
+                if state is not None and type(state.get("step")) is not int:
+                    raise UserError(f"{folder}: the checkpoint to resume from records no step")
             except UserError as found:
-                error = str(found)
+                state, error = None, str(found)
         step, error = broadcast_object_list([state and state["step"], error])
         if error:
             raise UserError(error)
@@ -377,11 +379,16 @@ class Trainer:
         log.setLevel(logging.INFO)
 
     def _trim_metrics(self) -> None:
-        """Drop the lines after the step that the run goes on from: they will be written again."""
+        """Move the lines after the step that the run resumes from, which will be written again, to metrics.dropped.jsonl."""
         path = self.run_dir / "metrics.jsonl"
-        if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.start_step]
-            _write_aside(path, "".join(line + "\n" for line in lines))
+        content = path.read_bytes() if path.is_file() else b""
+        lines = content.removesuffix(b"\n").split(b"\n") if content else []
+        kept = [line for line in lines if _step_of(line) <= self.start_step]
+        dropped = [line for line in lines if not _step_of(line) <= self.start_step]
+        if dropped:
+            _append(path.with_name("metrics.dropped.jsonl"), b"".join(line + b"\n" for line in dropped))
+        if dropped or not content.endswith(b"\n"):
+            _write_aside(path, b"".join(line + b"\n" for line in kept))
 
     # -------------------------------------------------------------------------------------------------------- loop
 
@@ -727,9 +734,9 @@ def _warn(message: str) -> None:
         log.warning(message)
 
 
-def _write_aside(path: Path, text: str) -> None:
+def _write_aside(path: Path, content: str | bytes) -> None:
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
+    aside.write_bytes(content if isinstance(content, bytes) else content.encode())
     shutil.move(aside, path)
 
 
@@ -739,9 +746,9 @@ def _named(variant: dict) -> str:
     return "".join(f"_{labels[k]}_{v:g}" for k, v in variant.items())
 
 
-def _append(path: Path, line: str) -> None:
-    """The whole line or nothing of it."""
-    data = line.encode()
+def _append(path: Path, lines: str | bytes) -> None:
+    """The whole of it or nothing."""
+    data = lines if isinstance(lines, bytes) else lines.encode()
     with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
@@ -772,11 +779,12 @@ def _spoken(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short by a kill
+        step = json.loads(line.decode())["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # cut short by a kill, or damaged
         return math.inf
+    return step if type(step) in (int, float) else math.inf
 
 
 if __name__ == "__main__":
