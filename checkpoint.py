@@ -7,6 +7,7 @@ carries code is refused and nothing of it runs.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -121,11 +122,27 @@ def remove_unfinished(folder: str | Path) -> None:
         _delete(path)
 
 
-def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int) -> None:
-    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`.
+def set_aside(folder: str | Path, step: int) -> Path | None:
+    """Move the checkpoints after `step`, which a run goes back to, to a new subfolder; returns that, `None` if there are none.
 
-    Ones after `newest` are of no account: `newest` was written after them, because they were damaged or not wanted.
+    The newest goes last: until then it is the one to resume from, as if nothing had been moved.
     """
+    later = [s for s in saved_steps(folder) if s > step]
+    if not later:
+        return None
+    names = (f"abandoned-from-{step}{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
+    aside = next(path for path in (Path(folder) / name for name in names) if not path.exists())
+    aside.mkdir()
+    for path in (step_path(folder, s) for s in later):
+        path.replace(aside / path.name)
+        if sidecar(path).exists():
+            sidecar(path).replace(aside / sidecar(path).name)
+    _sync_folder(Path(folder))
+    return aside
+
+
+def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int) -> None:
+    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`."""
     steps = [step for step in saved_steps(folder) if step <= newest]
     for step in steps[:-keep_last] if keep_last else []:
         if not keep_every or step % keep_every:

@@ -208,9 +208,10 @@ class Trainer:
         local = config.batch_size // accelerator.num_processes
         self.places = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
         self._build_model()
-        state = self._open_run()
+        state, started = self._open_run()
         self._optimize(state)
         self._prepare_pictures()
+        self._begin(started)
 
     # ------------------------------------------------------------------------------------------------------ set-up
 
@@ -243,8 +244,8 @@ class Trainer:
         names = ["loss", *(kind for kind in kinds if kind != "loss"), *(["alignment_loss"] if self.encoders else [])]
         self.meters = Meters(names, self.accelerator.device)
 
-    def _open_run(self) -> dict | None:
-        """Make the run folder, or the state to go on from. Rank 0 writes; every process reads the same state."""
+    def _open_run(self) -> tuple[dict | None, str]:
+        """The state to resume from, the same in every process, and what --init-from did. Nothing is written yet."""
         config, folder = self.config, self.run_dir / "checkpoints"
         plan.check_run_folder(config)
         state, started = self._load_state(folder) if config.resume_step else None, ""
@@ -253,6 +254,11 @@ class Trainer:
         elif config.init_from:
             started = self._start_from(config.init_from)
         self.start_step = self.step = self.saved_step = state["step"] if state else 0
+        return state, started
+
+    def _begin(self, started: str) -> None:
+        """Make the run folder, or bring it to the step to resume from: all that could refuse the run has passed. Rank 0 writes."""
+        config, folder = self.config, self.run_dir / "checkpoints"
         self.accelerator.wait_for_everyone()  # all have looked before anything is written
         if self.main:
             try:
@@ -263,6 +269,8 @@ class Trainer:
                 if started:
                     log.info(started)
                 _write_aside(self.run_dir / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+                if aside := checkpoint.set_aside(folder, self.start_step):
+                    _warn(f"resuming from step {self.start_step}; the checkpoints after it are now in {aside}")
                 self._trim_metrics()
                 self.status("running", self.start_step)
             except OSError as error:
@@ -270,7 +278,6 @@ class Trainer:
                     f"--output-dir {config.output_dir}: cannot write {error.filename or self.run_dir}: {error.strerror}"
                 ) from None
         self.accelerator.wait_for_everyone()
-        return state
 
     def _start_from(self, path: str) -> str:
         """Another run's averaged weights, as far as they fit, for the weights and their averages; returns what was done."""

@@ -200,6 +200,59 @@ def test_a_checkpoint_without_a_step_is_one_line(data, run_dir, capsys, state):
     assert "step" in refused(capsys, data, run_dir.parent, "--resume-step", 3)
 
 
+# --------------------------------------------------------------------------------------------------------- going back
+
+
+def test_after_going_back_the_newest_is_that_of_the_new_branch(data, run_dir, capsys):
+    """To 1, on to 2, then -1 to 3: step 3 follows from the new 2, and the old 2 and 3 are kept with their checksums."""
+    folder = run_dir / "checkpoints"
+    old = {p.name: p.read_bytes() for p in folder.iterdir()}
+    changed = ("--learning-rate", 0.01, "--allow-change", "learning_rate")
+    run_train(data, run_dir.parent, "--resume-step", 1, "--max-train-steps", 2, *changed)
+    aside = folder / "abandoned-from-1"
+    told = [line for line in capsys.readouterr().err.splitlines() if "abandoned" in line]
+    assert len(told) == 1 and "step 1" in told[0] and str(aside) in told[0]
+    assert checkpoint.saved_steps(folder) == [1, 2]
+    assert {p.name: p.read_bytes() for p in aside.iterdir()} == {k: v for k, v in old.items() if "1.pt" not in k}
+    assert logged_steps(run_dir / "metrics.jsonl") == [1, 2]
+    assert logged_steps(run_dir / "metrics.dropped.jsonl") == [2, 3]
+    run_train(data, run_dir.parent, "--resume-step", -1, *changed)
+    assert logged_steps(run_dir / "metrics.jsonl") == [1, 2, 3]
+    new = checkpoint.load(folder / "0000003.pt", verify=True)
+    assert new["optimizer"]["param_groups"][0]["lr"] == 0.01 and new["optimizer"]["state"][0]["step"] == 3
+    run_train(data, run_dir.parent, "--resume-step", 1)
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["abandoned-from-1", "abandoned-from-1-2"]
+
+
+@pytest.mark.parametrize("what", ["other learning rate", "broken weights"])
+def test_a_refused_way_back_moves_nothing(data, run_dir, capsys, what):
+    more = ()
+    if what == "broken weights":
+        state = checkpoint.load(run_dir / "checkpoints" / "0000001.pt")
+        checkpoint.save(run_dir / "checkpoints" / "0000001.pt", state | {"model": {"w": torch.zeros(1)}})
+    else:
+        more = ("--learning-rate", 0.01)
+    before = content_of(run_dir)
+    refused(capsys, data, run_dir.parent, "--resume-step", 1, *more)
+    assert content_of(run_dir) == before
+
+
+def test_a_kill_among_the_moves_leaves_the_newest_where_it_is(run_dir, monkeypatch):
+    folder, replace, moves = run_dir / "checkpoints", Path.replace, []
+
+    def killed(path, target):
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        moves.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.set_aside(folder, 1)
+    assert moves == ["0000002.pt", "0000002.pt.sha256"]
+    assert checkpoint.load_newest(folder, pytest.fail)["step"] == 3
+
+
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 
