@@ -7,6 +7,7 @@ carries code is refused and nothing of it runs.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import models
 from config import ARCHITECTURE_KEYS, TrainConfig, coerce
-from errors import UserError
+from errors import UserError, first_line
 from files import file_sha256
 from vae import SD_VAE, VAERecord, load_vae
 
@@ -121,11 +122,27 @@ def remove_unfinished(folder: str | Path) -> None:
         _delete(path)
 
 
-def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int) -> None:
-    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`.
+def set_aside(folder: str | Path, step: int) -> Path | None:
+    """Move the checkpoints after `step`, which a run goes back to, to a new subfolder; returns that, `None` if there are none.
 
-    Ones after `newest` are of no account: `newest` was written after them, because they were damaged or not wanted.
+    The newest goes last: until then it is the one to resume from, as if nothing had been moved.
     """
+    later = [s for s in saved_steps(folder) if s > step]
+    if not later:
+        return None
+    names = (f"abandoned-from-{step}{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
+    aside = next(path for path in (Path(folder) / name for name in names) if not path.exists())
+    aside.mkdir()
+    for path in (step_path(folder, s) for s in later):
+        path.replace(aside / path.name)
+        if sidecar(path).exists():
+            sidecar(path).replace(aside / sidecar(path).name)
+    _sync_folder(Path(folder))
+    return aside
+
+
+def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int) -> None:
+    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`."""
     steps = [step for step in saved_steps(folder) if step <= newest]
     for step in steps[:-keep_last] if keep_last else []:
         if not keep_every or step % keep_every:
@@ -187,24 +204,49 @@ class Writer:
             return
         try:
             prune(self.folder, step, self.keep_last, self.keep_every)
-        except OSError as error:
+        except (OSError, UserError) as error:
             self.tell(f"{self.folder}: old checkpoints could not be deleted: {error}")
+
+
+class Unreadable(UserError):
+    """The system could not read a file (no memory, no permission, an I/O error), which says nothing of what is in it."""
+
+    def __init__(self, path: Path, error: BaseException):
+        reason = (
+            error.strerror if isinstance(error, OSError) else "not enough memory" if isinstance(error, MemoryError) else None
+        )
+        super().__init__(f"{path}: cannot be read: {reason or first_line(error)}")
+
+
+# What PyTorch says in a RuntimeError where memory is short.
+_NO_MEMORY = re.compile(r"unable to mmap|allocate|bad_alloc|(out of|not enough) memory", re.IGNORECASE)
 
 
 def load(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU, memory-mapped where its format allows.
 
     Raises:
+        Unreadable: the file may be whole, but memory, permissions or the disk do not allow to read it.
         UserError: missing, truncated, not a checkpoint, carrying code, or (with `verify`) not matching its checksum.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint" + (f": a folder without {PRETRAINED}" if path.is_dir() else ""))
-    if verify and sidecar(path).is_file() and file_sha256(path) != recorded_sha256(path):
-        raise UserError(f"{path}: damaged: it does not match its checksum {sidecar(path).name}")
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such checkpoint" + (f": a folder without {PRETRAINED}" if path.is_dir() else ""))
+        if verify and sidecar(path).is_file() and file_sha256(path) != recorded_sha256(path):
+            raise UserError(f"{path}: damaged: it does not match its checksum {sidecar(path).name}")
+        state = _unpickle(path)
+    except (OSError, MemoryError) as error:
+        raise Unreadable(path, error) from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)|(?:[Cc]all|global) ([\w.]+)", str(error))
         if found:
@@ -212,18 +254,19 @@ def load(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             raise UserError(
                 f"{path}: refused: it carries code ({name}), nothing of which was run; only tensors and plain containers are loaded"
             ) from None
-        raise UserError(f"{path}: truncated, or not a checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
-        raise UserError(f"{path}: truncated, or not a checkpoint") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
-    return state
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever damaged bytes make of the unpickler
+        if _NO_MEMORY.search(str(error)):
+            raise Unreadable(path, error) from None
+    file_sha256(path)  # OSError, if it was the disk
+    raise UserError(f"{path}: truncated, or not a checkpoint")
 
 
 def recorded_sha256(path: Path) -> str | None:
-    """What the checkpoint's sidecar says, `None` where there is none or it is empty."""
-    words = sidecar(path).read_text().split() if sidecar(path).is_file() else []
-    return words[0] if words else None
+    """What the checkpoint's sidecar says, `None` where there is none or it holds no SHA-256."""
+    found = re.search(rb"\b[0-9a-fA-F]{64}\b", sidecar(path).read_bytes()) if sidecar(path).is_file() else None
+    return found[0].decode().lower() if found else None
 
 
 def step_path(folder: str | Path, step: int) -> Path:
@@ -232,17 +275,37 @@ def step_path(folder: str | Path, step: int) -> Path:
 
 
 def saved_steps(folder: str | Path) -> list[int]:
-    """The steps of the checkpoints in a run's `checkpoints` folder, ascending."""
-    return sorted(int(p.stem) for p in Path(folder).glob("*.pt") if p.stem.isdigit())
+    """The steps of the checkpoints in a run's `checkpoints` folder, ascending; none where there is no such folder."""
+    try:
+        names = [path.name for path in Path(folder).iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:  # not to be taken for an empty folder
+        raise Unreadable(Path(folder), error) from None
+    return sorted(int(name[:-3]) for name in names if re.fullmatch(r"[0-9]{7}\.pt|[1-9][0-9]{7,}\.pt", name))
 
 
-def load_newest(folder: str | Path, warn) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, `None` where there is none; `warn(message)` tells of each damaged one passed over."""
+def load_newest(folder: str | Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, `None` where the folder has none; `warn(message)` tells of each one passed over.
+
+    Raises:
+        Unreadable: one that may be whole could not be read; an older one is not taken for it.
+        UserError: there are checkpoints, but none is whole.
+    """
+    passed: list[str] = []
     for step in reversed(saved_steps(folder)):
         try:
-            return load(step_path(folder, step), verify=True)
+            state = load(step_path(folder, step), verify=True)
+        except Unreadable:
+            raise
         except UserError as error:
-            warn(f"{error}; trying the one before")
+            passed.append(str(error))
+            continue
+        for message in passed:
+            warn(f"{message}; passed over for step {step}")
+        return state
+    if passed:
+        raise UserError(f"none of the checkpoints can be resumed; move them away to start anew: {'; '.join(passed)}")
     return None
 
 

@@ -216,9 +216,10 @@ class Trainer:
         plan.check_run_folder(config)
         self.lock = self._lock_folder(preemption)
         try:
-            state = self._open_run()
+            state, started = self._open_run()
             self._optimize(state)
             self._prepare_pictures()
+            self._begin(started)
         except BaseException:
             self._release_lock()
             raise
@@ -294,8 +295,8 @@ class Trainer:
             f"--output-dir {self.config.output_dir}: cannot write {error.filename or self.run_dir}: {error.strerror}"
         )
 
-    def _open_run(self) -> dict | None:
-        """Make the run folder, or the state to go on from. Rank 0 writes; every process reads the same state."""
+    def _open_run(self) -> tuple[dict | None, str]:
+        """The state to resume from, the same in every process, and what --init-from did. Nothing is written yet."""
         config, folder = self.config, self.run_dir / "checkpoints"
         plan.check_run_folder(config)  # again: another run may have written there meanwhile
         state, started = self._load_state(folder) if config.resume_step else None, ""
@@ -304,6 +305,11 @@ class Trainer:
         elif config.init_from:
             started = self._start_from(config.init_from)
         self.start_step = self.step = self.saved_step = state["step"] if state else 0
+        return state, started
+
+    def _begin(self, started: str) -> None:
+        """Make the run folder, or bring it to the step to resume from: all that could refuse the run has passed. Rank 0 writes."""
+        config, folder = self.config, self.run_dir / "checkpoints"
         self.accelerator.wait_for_everyone()  # all have looked before anything is written
         if self.main:
             try:
@@ -314,12 +320,13 @@ class Trainer:
                 if started:
                     log.info(started)
                 _write_aside(self.run_dir / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+                if aside := checkpoint.set_aside(folder, self.start_step):
+                    _warn(f"resuming from step {self.start_step}; the checkpoints after it are now in {aside}")
                 self._trim_metrics()
                 self.status("running", self.start_step)
             except OSError as error:
                 raise self._cannot_write(error) from None
         self.accelerator.wait_for_everyone()
-        return state
 
     def _start_from(self, path: str) -> str:
         """Another run's averaged weights, as far as they fit, for the weights and their averages; returns what was done."""
@@ -340,8 +347,10 @@ class Trainer:
                     state = checkpoint.load_newest(folder, _warn)
                 else:
                     state = checkpoint.load(checkpoint.step_path(folder, step), verify=True)
+                if state is not None and type(state.get("step")) is not int:
+                    raise UserError(f"{folder}: the checkpoint to resume from records no step")
             except UserError as found:
-                error = str(found)
+                state, error = None, str(found)
         step, error = broadcast_object_list([state and state["step"], error])
         if error:
             raise UserError(error)
@@ -426,11 +435,16 @@ class Trainer:
         log.setLevel(logging.INFO)
 
     def _trim_metrics(self) -> None:
-        """Drop the lines after the step that the run goes on from: they will be written again."""
+        """Move the lines after the step that the run resumes from, which will be written again, to metrics.dropped.jsonl."""
         path = self.run_dir / "metrics.jsonl"
-        if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= self.start_step]
-            _write_aside(path, "".join(line + "\n" for line in lines))
+        content = path.read_bytes() if path.is_file() else b""
+        lines = content.removesuffix(b"\n").split(b"\n") if content else []
+        kept = [line for line in lines if _step_of(line) <= self.start_step]
+        dropped = [line for line in lines if not _step_of(line) <= self.start_step]
+        if dropped:
+            _append(path.with_name("metrics.dropped.jsonl"), b"".join(line + b"\n" for line in dropped))
+        if dropped or not content.endswith(b"\n"):
+            _write_aside(path, b"".join(line + b"\n" for line in kept))
 
     # -------------------------------------------------------------------------------------------------------- loop
 
@@ -781,9 +795,9 @@ def _warn(message: str) -> None:
         log.warning(message)
 
 
-def _write_aside(path: Path, text: str) -> None:
+def _write_aside(path: Path, content: str | bytes) -> None:
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
+    aside.write_bytes(content if isinstance(content, bytes) else content.encode())
     shutil.move(aside, path)
 
 
@@ -793,9 +807,9 @@ def _named(variant: dict) -> str:
     return "".join(f"_{labels[k]}_{v:g}" for k, v in variant.items())
 
 
-def _append(path: Path, line: str) -> None:
-    """The whole line or nothing of it."""
-    data = line.encode()
+def _append(path: Path, lines: str | bytes) -> None:
+    """The whole of it or nothing."""
+    data = lines if isinstance(lines, bytes) else lines.encode()
     with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
@@ -827,11 +841,12 @@ def _spoken(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short by a kill
+        step = json.loads(line.decode())["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # cut short by a kill, or damaged
         return math.inf
+    return step if type(step) in (int, float) else math.inf
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""Checkpoints that are damaged, unreadable, stale or hostile: what a resumed run and the readers of weights make of them."""
+
+import hashlib
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from runs import CLASSES, RESOLUTION, make_latents, make_vae
+
+import checkpoint
+import train
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps process-wide state; each run in this process starts anew."""
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return make_latents(folder / "set", 8, make_vae(folder / "vae"))
+
+
+def arguments(data, output_dir, *more):
+    options = {
+        "model": "SiT-Ti/4",
+        "exp-name": "run",
+        "output-dir": output_dir,
+        "data-dir": data,
+        "resolution": RESOLUTION,
+        "num-classes": CLASSES,
+        "batch-size": 4,
+        "max-train-steps": 3,
+        "checkpointing-steps": 1,
+        "sampling-steps": 0,
+        "num-workers": 0,
+        "mixed-precision": "no",
+        "report-to": "none",
+        "log-every": 1,
+    }
+    return [str(part) for name, value in options.items() for part in ("--" + name, value)] + [str(m) for m in more]
+
+
+def run_train(data, output_dir, *more):
+    reset_accelerate()
+    train.main(arguments(data, output_dir, *more))
+
+
+def refused(capsys, data, output_dir, *more):
+    reset_accelerate()
+    return runs.refused(train.main, capsys, arguments(data, output_dir, *more))
+
+
+@pytest.fixture(scope="module")
+def three_steps(data, tmp_path_factory):
+    """A run of three steps with a checkpoint of each."""
+    out = tmp_path_factory.mktemp("three")
+    run_train(data, out)
+    reset_accelerate()
+    return out
+
+
+@pytest.fixture
+def run_dir(three_steps, tmp_path):
+    """A copy of that run in `tmp_path`."""
+    shutil.copytree(three_steps / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def logged_steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    """Change one byte."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 255
+    path.write_bytes(content)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------- which one to resume from
+
+
+def test_checkpoints_of_which_none_loads_are_named_and_nothing_is_begun(data, run_dir, capsys):
+    one, two, three = sorted((run_dir / "checkpoints").glob("*.pt"))
+    flip(one)
+    two.write_bytes(two.read_bytes()[:1000])
+    checkpoint.sidecar(two).unlink()
+    torch.save([1, 2], three)
+    checkpoint.sidecar(three).unlink()
+    before = content_of(run_dir)
+    line = refused(capsys, data, run_dir.parent, "--resume-step", -1)
+    for words in (f"{one}: damaged", f"{two}: truncated", f"{three}: holds a list"):
+        assert words in line, line
+    assert content_of(run_dir) == before
+
+
+def test_only_a_folder_without_checkpoints_starts_anew_and_keeps_the_old_lines(data, run_dir):
+    for path in (run_dir / "checkpoints").iterdir():
+        path.unlink()
+    run_train(data, run_dir.parent, "--resume-step", -1, "--max-train-steps", 1)
+    assert logged_steps(run_dir / "metrics.jsonl") == [1]
+    assert logged_steps(run_dir / "metrics.dropped.jsonl") == [1, 2, 3]
+
+
+def test_an_input_output_error_is_told_and_stops_the_search(data, run_dir, capsys):
+    """Linux answers reads at the start of /proc/self/mem with EIO."""
+    newest = run_dir / "checkpoints" / "0000003.pt"
+    newest.unlink()
+    newest.symlink_to("/proc/self/mem")
+    for has_sidecar in (True, False):
+        before = (run_dir / "metrics.jsonl").read_bytes()
+        line = refused(capsys, data, run_dir.parent, "--resume-step", -1)
+        assert f"{newest}: cannot be read: Input/output error" in line, line
+        assert (run_dir / "metrics.jsonl").read_bytes() == before
+        if has_sidecar:
+            checkpoint.sidecar(newest).unlink()
+
+
+def test_a_shortage_of_memory_is_told_and_stops_the_search(tmp_path):
+    for step in (1, 2):
+        size = 1000 if step == 1 else 100_000_000
+        checkpoint.save(tmp_path / f"000000{step}.pt", {"step": step, "w": torch.zeros(size, dtype=torch.uint8)})
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, limits[1]))
+    try:
+        with pytest.raises(checkpoint.Unreadable, match=r"0000002\.pt: cannot be read: .*memory"):
+            checkpoint.load_newest(tmp_path, pytest.fail)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert checkpoint.load_newest(tmp_path, pytest.fail)["step"] == 2
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_what_the_system_says_is_passed_on(tmp_path, monkeypatch, error):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / f"000000{step}.pt", {"step": step})
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(checkpoint.Unreadable, match=r"0000002\.pt: cannot be read: (Permission denied|not enough memory)"):
+        checkpoint.load_newest(tmp_path, pytest.fail)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to("checkpoints")  # ELOOP
+    line = refused(capsys, data, tmp_path, "--resume-step", -1)
+    assert "checkpoints: cannot be read: Too many levels of symbolic links" in line
+
+
+def test_a_checksum_file_that_is_no_text_counts_as_damage(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / f"000000{step}.pt", {"step": step})
+    checkpoint.sidecar(tmp_path / "0000002.pt").write_bytes(b"\xff\xfe\x00\x80" * 16)
+    told = []
+    assert checkpoint.load_newest(tmp_path, told.append)["step"] == 1
+    assert len(told) == 1 and "0000002.pt: damaged" in told[0]
+
+
+def test_checksum_files_of_other_tools_are_read(tmp_path):
+    path = tmp_path / "0000001.pt"
+    checkpoint.save(path, {"step": 1})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for text in (f"SHA256 (0000001.pt) = {digest}\n", f"{digest.upper()} *0000001.pt\r\n"):
+        checkpoint.sidecar(path).write_text(text)
+        assert checkpoint.load(path, verify=True)["step"] == 1
+
+
+def test_files_of_other_names_are_no_checkpoints_of_the_run(tmp_path):
+    checkpoint.save(tmp_path / "12345678.pt", {"step": 12345678})
+    for name in ("²³.pt", "5.pt", "00000005.pt", "0000005.pt.tmp", "x0000005.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert checkpoint.saved_steps(tmp_path) == [12345678]
+
+
+@pytest.mark.parametrize("state", [{}, {"step": "3"}, {"step": None}])
+def test_a_checkpoint_without_a_step_is_one_line(data, run_dir, capsys, state):
+    checkpoint.save(run_dir / "checkpoints" / "0000003.pt", state)
+    assert "step" in refused(capsys, data, run_dir.parent, "--resume-step", 3)
+
+
+# --------------------------------------------------------------------------------------------------------- going back
+
+
+def test_after_going_back_the_newest_is_that_of_the_new_branch(data, run_dir, capsys):
+    """To 1, on to 2, then -1 to 3: step 3 follows from the new 2, and the old 2 and 3 are kept with their checksums."""
+    folder = run_dir / "checkpoints"
+    old = {p.name: p.read_bytes() for p in folder.iterdir()}
+    changed = ("--learning-rate", 0.01, "--allow-change", "learning_rate")
+    run_train(data, run_dir.parent, "--resume-step", 1, "--max-train-steps", 2, *changed)
+    aside = folder / "abandoned-from-1"
+    told = [line for line in capsys.readouterr().err.splitlines() if "abandoned" in line]
+    assert len(told) == 1 and "step 1" in told[0] and str(aside) in told[0]
+    assert checkpoint.saved_steps(folder) == [1, 2]
+    assert {p.name: p.read_bytes() for p in aside.iterdir()} == {k: v for k, v in old.items() if "1.pt" not in k}
+    assert logged_steps(run_dir / "metrics.jsonl") == [1, 2]
+    assert logged_steps(run_dir / "metrics.dropped.jsonl") == [2, 3]
+    run_train(data, run_dir.parent, "--resume-step", -1, *changed)
+    assert logged_steps(run_dir / "metrics.jsonl") == [1, 2, 3]
+    new = checkpoint.load(folder / "0000003.pt", verify=True)
+    assert new["optimizer"]["param_groups"][0]["lr"] == 0.01 and new["optimizer"]["state"][0]["step"] == 3
+    run_train(data, run_dir.parent, "--resume-step", 1)
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["abandoned-from-1", "abandoned-from-1-2"]
+
+
+@pytest.mark.parametrize("what", ["other learning rate", "broken weights"])
+def test_a_refused_way_back_moves_nothing(data, run_dir, capsys, what):
+    more = ()
+    if what == "broken weights":
+        state = checkpoint.load(run_dir / "checkpoints" / "0000001.pt")
+        checkpoint.save(run_dir / "checkpoints" / "0000001.pt", state | {"model": {"w": torch.zeros(1)}})
+    else:
+        more = ("--learning-rate", 0.01)
+    before = content_of(run_dir)
+    refused(capsys, data, run_dir.parent, "--resume-step", 1, *more)
+    assert content_of(run_dir) == before
+
+
+def test_a_kill_among_the_moves_leaves_the_newest_where_it_is(run_dir, monkeypatch):
+    folder, replace, moves = run_dir / "checkpoints", Path.replace, []
+
+    def killed(path, target):
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        moves.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.set_aside(folder, 1)
+    assert moves == ["0000002.pt", "0000002.pt.sha256"]
+    assert checkpoint.load_newest(folder, pytest.fail)["step"] == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def test_lines_after_the_resumed_step_and_odd_ones_are_moved_to_a_file_beside(data, run_dir):
+    log, dropped = run_dir / "metrics.jsonl", run_dir / "metrics.dropped.jsonl"
+    odd = [b'{"step": 1, "note": "\xff\xfe"}', b"5", b"null", b'{"step": "1"}', b"[" * 100_000, b'{"loss": 1}', b'{"st']
+    good = log.read_bytes()
+    log.write_bytes(good + b"\n".join(odd))
+    run_train(data, run_dir.parent, "--resume-step", -1)
+    assert log.read_bytes() == good
+    assert dropped.read_bytes() == b"".join(line + b"\n" for line in odd)
+    flip(run_dir / "checkpoints" / "0000003.pt")
+    run_train(data, run_dir.parent, "--resume-step", -1)
+    assert logged_steps(log) == [1, 2, 3]
+    assert dropped.read_bytes().splitlines()[len(odd) :] == good.splitlines()[2:]
