@@ -50,15 +50,15 @@ class Preemption:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self.end()
-        first = None
+        failed = None  # the first process that did
         if kind not in (None, SystemExit) and self._store is not None:
             with contextlib.suppress(RuntimeError):  # the store has gone
-                first = int(self._store.compare_set(FAILED, "", str(dist.get_rank())))
+                failed = int(self._store.compare_set(FAILED, "", str(dist.get_rank())))
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if kind is not None and issubclass(kind, RuntimeError) and first not in (None, dist.get_rank()):
+        if failed is not None and issubclass(kind, RuntimeError) and failed != dist.get_rank():
             # What a collective says of a process that has gone; that one tells why.
-            raise UserError(f"ended, since process {first} failed") from None
+            raise UserError(f"ended, since process {failed} failed") from None
 
     def watch(self, step: int) -> None:
         """From here on the processes agree; all of them have done `step`."""

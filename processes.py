@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from errors import UserError, first_line
+from errors import UserError
 
 PR_SET_PDEATHSIG = 1
 PATIENCE = 3  # seconds in which workers may finish what they do
@@ -47,12 +48,28 @@ def data_workers(loader: DataLoader, hint: str) -> Iterator[Iterator[Any]]:
     try:
         batches = iter(loader)
         yield batches
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):  # also in what a worker raised itself, but not in front
+    except Exception as error:
+        if isinstance(error, UserError) or not (killed := _killed(getattr(batches, "_workers", []))):
             raise
-        raise UserError(f"a data worker ended: {first_line(error)}; {hint}", local=True) from None
+        # Whatever it was: a batch that the worker had not handed over is met before the worker's end is reported.
+        raise UserError(f"a data worker was ended by {killed}; {hint}", local=True) from None
     finally:
-        _end(set(multiprocessing.active_children()) - others, batches)
+        workers = set(multiprocessing.active_children()) - others
+        try:
+            _end(workers, batches)
+        except RuntimeError:  # PyTorch reports a killed worker once, wherever this process then is
+            _end(workers, batches)
+
+
+def _killed(workers: list[Any]) -> str:
+    """The signal that ended one of them, and what that may mean; an empty text where none was."""
+    number, deadline = None, time.monotonic() + 0.5  # its connections close a moment before its end is known
+    while workers and number is None and time.monotonic() < deadline:
+        with contextlib.suppress(RuntimeError):  # PyTorch's report of it
+            number = next((-w.exitcode for w in workers if (w.exitcode or 0) < 0), None)
+            time.sleep(0.01)
+    hints = {signal.SIGKILL: " (out of memory?)", signal.SIGBUS: " (out of shared memory?)"}
+    return "" if number is None else f"{signal.Signals(number).name}{hints.get(number, '')}"
 
 
 def _end(workers: set[Any], batches: Any) -> None:
@@ -63,10 +80,8 @@ def _end(workers: set[Any], batches: Any) -> None:
     late = threading.Timer(PATIENCE, kill)
     late.start()
     try:
-        # Its queues and pinning thread too. A killed worker may be reported once more.
-        with contextlib.suppress(RuntimeError):
-            if workers and batches is not None:
-                batches._shutdown_workers()
+        if workers and batches is not None:
+            batches._shutdown_workers()  # its queues and pinning thread too
     finally:
         late.cancel()
         kill()

@@ -281,7 +281,7 @@ def test_a_killed_worker_is_one_line(source, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Conversion, "__getitem__", die)
     argv = ["convert", f"--source={source}", f"--dest={tmp_path}/d", *OPTIONS, "--workers=2"]
-    refused(capsys, argv, "a data worker ended", "the same command goes on")
+    refused(capsys, argv, "a data worker was ended by SIGKILL", "the same command goes on")
     monkeypatch.undo()
     assert convert(source, tmp_path / "d", *OPTIONS) == convert(source, tmp_path / "e", *OPTIONS)
 
