@@ -28,7 +28,6 @@ import metrics.images
 import models
 from config import GenerateConfig
 from errors import UserError, command
-from files import file_sha256
 from models.dfm import recompose
 from pictures import save_png
 from randomness import image_labels
@@ -103,7 +102,7 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
     folder = Path(config.sample_dir) / config.exp_name / folder_name(config)
     folders = {-1: folder} | {s: folder.with_name(f"{folder.name}-stage{s}") for s in coarser_stages(config)}
     if state.is_main_process:
-        open_folder(folder, config, found.step)
+        open_folder(folder, config, found)
         for where in folders.values():
             where.mkdir(exist_ok=True)
     state.wait_for_everyone()
@@ -199,14 +198,12 @@ def folder_name(config: GenerateConfig) -> str:
     return name
 
 
-def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
+def open_folder(folder: Path, config: GenerateConfig, found: checkpoint.Weights) -> None:
     """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
-    path = checkpoint.local_file(config.ckpt)
-    digest = checkpoint.recorded_sha256(path) or file_sha256(path)
     names = _SETTINGS | (_STAGE_SETTINGS if models.model_spec(config.model).staged else set())
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names} | {
-        "ckpt_sha256": digest,
-        "ckpt_step": step,
+        "ckpt_sha256": found.checksum.value(),
+        "ckpt_step": found.step,
     }
     record = folder.with_name(folder.name + ".json")
     try:

@@ -282,6 +282,13 @@ class Trainer:
     def _start_from(self, path: str) -> str:
         """Another run's averaged weights, as far as they fit, for the weights and their averages; returns what was done."""
         found = checkpoint.read_weights(path, given={"resolution": self.config.resolution}, projectors=bool(self.encoders))
+        problem: list[str | None] = [None]
+        try:
+            found.check()
+        except UserError as error:  # of rank 0, which alone has read all of the file
+            problem = [str(error)]
+        if message := broadcast_object_list(problem)[0]:
+            raise UserError(message)
         made = transfer(found, self.model, dataclasses.asdict(self.config), path)
         for model in (self.model, *self.ema.models.values()):
             model.load_state_dict(made.state_dict, strict=False)
