@@ -141,11 +141,15 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
     return aside
 
 
-def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int) -> None:
-    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`."""
+def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int, good: int | None = None) -> None:
+    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`.
+
+    The newest one up to step `good` is kept too: after that step the run has not been sound.
+    """
     steps = [step for step in saved_steps(folder) if step <= newest]
+    last_good = max((step for step in steps if good is not None and step <= good), default=None)
     for step in steps[:-keep_last] if keep_last else []:
-        if not keep_every or step % keep_every:
+        if step != last_good and (not keep_every or step % keep_every):
             _delete(step_path(folder, step))
 
 
@@ -162,10 +166,10 @@ class Writer:
         self._memory: dict[tuple, Tensor] = {}  # by the tensor's place in the state
         self._thread: threading.Thread | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copy `state` and begin to write it; waits for the write before, whose memory it needs."""
+    def save(self, step: int, state: dict[str, Any], good: int | None = None) -> None:
+        """Copy `state` and begin to write it; waits for the write before, whose memory it needs. good: see `prune`."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state)), name="checkpoint writer")
+        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state), good), name="checkpoint writer")
         self._thread.start()
 
     def wait(self) -> None:
@@ -194,7 +198,7 @@ class Writer:
             return type(value)(self._copy(v, (*place, i)) for i, v in enumerate(value))
         return value
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], good: int | None) -> None:
         try:
             save(step_path(self.folder, step), state)
             self.error = None
@@ -203,7 +207,7 @@ class Writer:
             self.tell(f"{step_path(self.folder, step)}: could not be written: {error}; the checkpoints before it are whole")
             return
         try:
-            prune(self.folder, step, self.keep_last, self.keep_every)
+            prune(self.folder, step, self.keep_last, self.keep_every, good)
         except (OSError, UserError) as error:
             self.tell(f"{self.folder}: old checkpoints could not be deleted: {error}")
 
@@ -378,13 +382,14 @@ def read_weights(
         checksum = Checksum(path)
     try:
         found = _read(path, weights, given or {})
+        if not projectors:
+            found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
+        _check_finite(path, found.state_dict)
     except UserError:
         if checksum is not None:
             checksum.check()  # damage is the better reason
         raise
     found.checksum = checksum
-    if not projectors:
-        found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
     return found
 
 
@@ -452,6 +457,15 @@ def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str 
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{where}: not a checkpoint of this model: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict(state_dict, assign=assign)
+
+
+def _check_finite(path: Path, state_dict: dict[str, Tensor]) -> None:
+    for name, tensor in state_dict.items():
+        if tensor.is_floating_point() and tensor.numel():
+            # Four times as fast as isfinite; both ends are NaN where any value is.
+            ends = tensor.detach().aminmax()
+            if not all(math.isfinite(end.item()) for end in ends):
+                raise UserError(f"{path}: {name} has values that are not finite (NaN or infinity): its training diverged")
 
 
 def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:

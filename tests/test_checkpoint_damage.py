@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import math
 import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from runs import CLASSES, RESOLUTION, make_checkpoint, make_latents, make_vae
 
@@ -20,6 +23,7 @@ import files
 import generate
 import train
 from errors import UserError
+from meters import Meters
 
 
 @pytest.fixture(autouse=True)
@@ -387,3 +391,90 @@ def test_only_the_first_process_reads_all_of_the_file(whole, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(checkpoint, "file_sha256", lambda path: pytest.fail(f"hashed {path}"))
     assert checkpoint.load_model(whole)
+
+
+# ------------------------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("door", DOORS)
+def test_weights_that_are_not_finite_are_refused(data, whole, tmp_path, capsys, door, value):
+    name = "final_layer.linear.bias"
+
+    def spoil(state):
+        for weights in (state["model"], state["ema"]["0.9999"]):
+            weights[name] = weights[name].clone()
+            weights[name][3] = value
+
+    path = rewritten(whole, tmp_path / "in" / "0000007.pt", spoil)
+    out = tmp_path / "out"
+    out.mkdir()
+    main, argv = doors(data, path, out)[door]
+    if door == "plan":
+        with pytest.raises(SystemExit):
+            main([str(a) for a in argv])
+        line = "".join(capsys.readouterr())
+    else:
+        line = runs.refused(main, capsys, argv)
+    assert f"{path}: {name} has values that are not finite" in line
+    assert not [p for p in out.rglob("*") if p.suffix in (".png", ".npz", ".pt", ".safetensors", ".json")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_largest_numbers_of_a_type_are_finite(whole, tmp_path, dtype):
+    largest = torch.finfo(dtype).max
+
+    def fill(state):
+        for weights in (state["model"], state["ema"]["0.9999"]):
+            weights.update({k: torch.full_like(v, largest, dtype=dtype) for k, v in weights.items()})
+
+    assert checkpoint.load_model(rewritten(whole, tmp_path / "a.pt", fill))
+
+
+def diverge(monkeypatch, first, last=math.inf):
+    """The gradients of the steps first … last are not finite."""
+    forward = train.Trainer.forward
+
+    def poisoned(self, n, batch):
+        loss = forward(self, n, batch)
+        return loss + (next(self.model.parameters()).sum() * float("inf") if first <= n + 1 <= last else 0)
+
+    monkeypatch.setattr(train.Trainer, "forward", poisoned)
+
+
+def test_the_last_good_checkpoint_is_from_before_the_first_skipped_step_and_is_kept(data, tmp_path, monkeypatch, capsys):
+    diverge(monkeypatch, 4)
+    options = ("--max-train-steps", 20, "--keep-last", 1, "--max-skipped-steps", 5, "--log-every", 8)
+    line = refused(capsys, data, tmp_path, *options)
+    assert "step 8: 5 steps in a row" in line and line.endswith("0000003.pt")
+    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [3, 7]
+
+
+def test_after_the_skipped_steps_the_old_ones_go(data, tmp_path, monkeypatch):
+    diverge(monkeypatch, 3, 4)
+    run_train(data, tmp_path, "--max-train-steps", 5, "--keep-last", 1)
+    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [5]
+
+
+def test_without_a_checkpoint_from_before_none_is_named(data, tmp_path, monkeypatch, capsys):
+    diverge(monkeypatch, 1)
+    line = refused(capsys, data, tmp_path, "--max-train-steps", 20, "--max-skipped-steps", 3)
+    assert line.endswith("the last good checkpoint is none: nothing was saved before")
+
+
+def test_meters_tell_how_long_ago_the_longest_row_began():
+    """Against a plain loop over random rows; lines are read at random steps."""
+    rng = np.random.default_rng(0)
+    meters, accelerator = Meters(["loss"], torch.device("cpu")), Accelerator(cpu=True)
+    row = longest = 0
+    before = None  # the step before the longest row since the last line
+    for step in range(1, 300):
+        skipped = rng.random() < 0.6
+        meters.step(torch.tensor(float("nan") if skipped else 1.0))
+        row = row + 1 if skipped else 0
+        if row > longest:
+            longest, before = row, step - row
+        if rng.random() < 0.1:
+            found = meters.read(accelerator)
+            assert found["longest"] == longest and (not longest or step - found["since"] == before)
+            longest = 0
