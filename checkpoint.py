@@ -141,11 +141,15 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
     return aside
 
 
-def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int) -> None:
-    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`."""
+def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int, good: int | None = None) -> None:
+    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`.
+
+    The newest one up to step `good` is kept too: after that step the run has not been sound.
+    """
     steps = [step for step in saved_steps(folder) if step <= newest]
+    last_good = max((step for step in steps if good is not None and step <= good), default=None)
     for step in steps[:-keep_last] if keep_last else []:
-        if not keep_every or step % keep_every:
+        if step != last_good and (not keep_every or step % keep_every):
             _delete(step_path(folder, step))
 
 
@@ -162,10 +166,10 @@ class Writer:
         self._memory: dict[tuple, Tensor] = {}  # by the tensor's place in the state
         self._thread: threading.Thread | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copy `state` and begin to write it; waits for the write before, whose memory it needs."""
+    def save(self, step: int, state: dict[str, Any], good: int | None = None) -> None:
+        """Copy `state` and begin to write it; waits for the write before, whose memory it needs. good: see `prune`."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state)), name="checkpoint writer")
+        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state), good), name="checkpoint writer")
         self._thread.start()
 
     def wait(self) -> None:
@@ -194,7 +198,7 @@ class Writer:
             return type(value)(self._copy(v, (*place, i)) for i, v in enumerate(value))
         return value
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: dict[str, Any], good: int | None) -> None:
         try:
             save(step_path(self.folder, step), state)
             self.error = None
@@ -203,7 +207,7 @@ class Writer:
             self.tell(f"{step_path(self.folder, step)}: could not be written: {error}; the checkpoints before it are whole")
             return
         try:
-            prune(self.folder, step, self.keep_last, self.keep_every)
+            prune(self.folder, step, self.keep_last, self.keep_every, good)
         except (OSError, UserError) as error:
             self.tell(f"{self.folder}: old checkpoints could not be deleted: {error}")
 
@@ -233,8 +237,8 @@ def load(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint" + (f": a folder without {PRETRAINED}" if path.is_dir() else ""))
-        if verify and sidecar(path).is_file() and file_sha256(path) != recorded_sha256(path):
-            raise UserError(f"{path}: damaged: it does not match its checksum {sidecar(path).name}")
+        if verify:
+            Checksum(path).check()
         state = _unpickle(path)
     except (OSError, MemoryError) as error:
         raise Unreadable(path, error) from None
@@ -261,6 +265,37 @@ def _unpickle(path: Path) -> Any:
             raise Unreadable(path, error) from None
     file_sha256(path)  # OSError, if it was the disk
     raise UserError(f"{path}: truncated, or not a checkpoint")
+
+
+class Checksum:
+    """A checkpoint's SHA-256. Where it has a sidecar, a thread computes it while the file is read and its model is built."""
+
+    def __init__(self, path: Path):
+        self.path, self._sha256, self._error = path, "", None
+        self._thread = threading.Thread(target=self._compute, name="checksum", daemon=True)
+        self._recorded = sidecar(path).is_file()
+        if self._recorded:
+            self._thread.start()
+
+    def _compute(self) -> None:
+        try:
+            self._sha256 = file_sha256(self.path)
+        except Exception as error:
+            self._error = error
+
+    def value(self) -> str:
+        """In hexadecimal, of the bytes themselves; computed once. Raises Unreadable."""
+        if self._thread.ident is None:
+            self._thread.start()
+        self._thread.join()
+        if self._error is not None:
+            raise Unreadable(self.path, self._error)
+        return self._sha256
+
+    def check(self) -> None:
+        """Raises UserError where the sidecar says another; a file without one is taken as it is."""
+        if self._recorded and self.value() != recorded_sha256(self.path):
+            raise UserError(f"{self.path}: damaged or replaced: it does not match its checksum {sidecar(self.path).name}")
 
 
 def recorded_sha256(path: Path) -> str | None:
@@ -320,36 +355,58 @@ class Weights:
     config: dict[str, Any]  # the recorded options; empty where the file records none
     record: VAERecord = SD_VAE
     step: int = 0
+    checksum: Checksum | None = None  # of the file that they are from; rank 0 alone has it
+
+    def check(self) -> None:
+        """Raises UserError where the file does not match its sidecar: to be called before the weights are used."""
+        if self.checksum is not None:
+            self.checksum.check()
 
 
 def read_weights(
-    path: str | Path, weights: str = "ema", given: dict[str, Any] | None = None, *, projectors: bool = False
+    path: str | Path,
+    weights: str = "ema",
+    given: dict[str, Any] | None = None,
+    *,
+    projectors: bool = False,
+    checksum: Checksum | None = None,
 ) -> Weights:
     """One set of weights (`ema`, `ema:DECAY` or `model`) of a checkpoint file; REPA's `projectors` are left aside unless asked for.
 
     Formats: ours, its safetensors form, the published ELIT code's, a folder of `save_pretrained`, and bare state dicts (REPA's
     `last.pt`, original SiT's, a model's own); a path `hf://owner/repo/file` is fetched from the hub. `given`: options by hand,
-    for what a bare state dict does not record.
+    for what a bare state dict does not record. `checksum`: the file's, where it was read before.
     """
     path = local_file(path)
-    if path.suffix == ".safetensors":
-        found = _safetensors(path, weights, given or {})
-    else:
-        state = load(path)
-        if "format" in state:
-            found = _ours(path, state, weights)
-        elif isinstance(state.get("args"), argparse.Namespace):
-            found = _published(path, state, weights)
-        else:
-            _check_single(path, weights)
-            found = _bare(path, state, given or {})
-    if not projectors:
-        found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
+    if checksum is None and path.is_file() and os.environ.get("RANK", "0") == "0":
+        checksum = Checksum(path)
+    try:
+        found = _read(path, weights, given or {})
+        if not projectors:
+            found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
+        _check_finite(path, found.state_dict)
+    except UserError:
+        if checksum is not None:
+            checksum.check()  # damage is the better reason
+        raise
+    found.checksum = checksum
     return found
 
 
+def _read(path: Path, weights: str, given: dict[str, Any]) -> Weights:
+    if path.suffix == ".safetensors":
+        return _safetensors(path, weights, given)
+    state = load(path)
+    if "format" in state:
+        return _ours(path, state, weights)
+    if isinstance(state.get("args"), argparse.Namespace):
+        return _published(path, state, weights)
+    _check_single(path, weights)
+    return _bare(path, state, given)
+
+
 def build_model(found: Weights, where: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> nn.Module:
-    """The model that `found` records, in eval mode with its weights loaded; `overrides` are constructor arguments."""
+    """The model that `found` records, in eval mode with its weights loaded and checked; `overrides` are constructor arguments."""
     config = found.config
     if not config.get("model"):
         raise UserError(f"{where}: the checkpoint records no model; give --model")
@@ -366,6 +423,7 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
             **(model_options(config) | {"fused_attn": config.get("fused_attn", True)} | overrides),
         )
     load_state_dict(model, found.state_dict, where, assign=True)
+    found.check()
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -399,6 +457,15 @@ def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str 
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{where}: not a checkpoint of this model: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict(state_dict, assign=assign)
+
+
+def _check_finite(path: Path, state_dict: dict[str, Tensor]) -> None:
+    for name, tensor in state_dict.items():
+        if tensor.is_floating_point() and tensor.numel():
+            # Four times as fast as isfinite; both ends are NaN where any value is.
+            ends = tensor.detach().aminmax()
+            if not all(math.isfinite(end.item()) for end in ends):
+                raise UserError(f"{path}: {name} has values that are not finite (NaN or infinity): its training diverged")
 
 
 def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
@@ -454,7 +521,9 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (OSError, MemoryError) as error:
+        raise Unreadable(path, error) from None
+    except SafetensorError as error:
         raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
 
 

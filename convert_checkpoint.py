@@ -64,8 +64,10 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     else:
         names = [config.weights] if config.weights else list(look(source).sets)
     sets: dict[str, checkpoint.Weights] = {}
+    checksum = None
     for name in names:
-        found = checkpoint.read_weights(source, name, given)
+        found = checkpoint.read_weights(source, name, given, checksum=checksum)
+        checksum = found.checksum
         inference.settle_architecture(config, given, found, config.source)
         checkpoint.build_model(found, config.source)
         found.state_dict = {k: _compact(v) for k, v in found.state_dict.items()}
@@ -146,8 +148,13 @@ def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     lines = [f"{config.source}", f"format      {held.format}"]
     lines.append(f"weights     {', '.join(held.sets) if len(held.sets) > 1 else 'one set'}")
     lines.append(f"beside them {', '.join(held.others) or 'nothing'}")
+    checksum = checkpoint.Checksum(source)
     try:
-        found = checkpoint.read_weights(source, config.weights or "ema", given)
+        checksum.check()
+    except UserError as error:
+        lines.append(f"warning     {error}")
+    try:
+        found = checkpoint.read_weights(source, config.weights or "ema", given, checksum=checksum)
         inference.settle_architecture(Architecture(), given, found, config.source)
         vae = found.record
         lines.append(f"model       {found.config['model']}")

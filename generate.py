@@ -28,7 +28,7 @@ import metrics.images
 import models
 from config import GenerateConfig
 from errors import UserError, command
-from files import FolderLock, file_sha256
+from files import FolderLock
 from models.dfm import recompose
 from pictures import save_png
 from processes import end_with_launcher
@@ -109,7 +109,7 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
         if state.is_main_process:
             try:
                 lock = FolderLock(folder.with_name(f"{folder.name}.lock"), folder, _warn)
-                open_folder(folder, config, found.step)
+                open_folder(folder, config, found)
                 for where in folders.values():
                     where.mkdir(exist_ok=True)
             except OSError as failed:
@@ -226,14 +226,12 @@ def folder_name(config: GenerateConfig) -> str:
     return name
 
 
-def open_folder(folder: Path, config: GenerateConfig, step: int) -> None:
+def open_folder(folder: Path, config: GenerateConfig, found: checkpoint.Weights) -> None:
     """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
-    path = checkpoint.local_file(config.ckpt)
-    digest = checkpoint.recorded_sha256(path) or file_sha256(path)
     names = _SETTINGS | (_STAGE_SETTINGS if models.model_spec(config.model).staged else set())
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names} | {
-        "ckpt_sha256": digest,
-        "ckpt_step": step,
+        "ckpt_sha256": found.checksum.value(),
+        "ckpt_step": found.step,
     }
     record = folder.with_name(folder.name + ".json")
     try:

@@ -175,10 +175,10 @@ def load(
     config: Options, found: checkpoint.Weights, device: torch.device
 ) -> tuple[nn.Module, "AutoencoderKL", tuple[int, int, int]]:
     """Model (compiled where that is asked for) and VAE on `device`, and the shape (C, h, w) of the VAE latents."""
+    vae, _ = load_vae(config.vae or found.record.vae, device, expected=found.record)  # meanwhile the checkpoint is hashed
     model = checkpoint.build_model(found, config.ckpt, device)
     if config.compile:
         models.compile_model(model)
-    vae, _ = load_vae(config.vae or found.record.vae, device, expected=found.record)
     side = config.resolution // found.record.downsample_factor
     return model, vae, (found.record.latent_channels, side, side)
 

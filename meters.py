@@ -51,6 +51,7 @@ class Meters:
         self.skipped = torch.zeros((), device=device)  # in the whole run
         self.streak = torch.zeros((), device=device)  # skipped in a row, up to now
         self.longest = torch.zeros((), device=device)  # in a row, since the last line
+        self.since = torch.zeros((), device=device)  # steps since the one before the longest row
 
     @torch.no_grad()
     def add(self, losses: Tensor, t: Tensor, kind: str = "loss") -> None:
@@ -75,6 +76,7 @@ class Meters:
         self.norms += torch.stack([torch.where(skip > 0, 0, norm), 1 - skip])
         self.skipped += skip
         self.streak = (self.streak + 1) * skip
+        self.since = torch.where(self.streak > self.longest, self.streak, self.since + 1)
         self.longest = torch.maximum(self.longest, self.streak)
         return skip
 
@@ -87,17 +89,19 @@ class Meters:
     def read(self, accelerator) -> dict[str, float | None]:
         """The means since the last line, of all processes, and start anew; waits for the device."""
         self.losses = accelerator.reduce(self.losses, reduction="sum")
-        values = torch.cat([self.losses.flatten(), self.norms, self.skipped[None], self.longest[None]]).tolist()
+        read = torch.cat([self.losses.flatten(), self.norms, self.skipped[None], self.longest[None], self.since[None]])
+        values = read.tolist()
         sums, counts = values[: 2 * len(self.names) : 2], values[1 : 2 * len(self.names) : 2]
         means = {name: s / n for name, s, n in zip(self.names, sums, counts, strict=True) if n}
-        norm, steps, skipped, longest = values[2 * len(self.names) :]
+        norm, steps, skipped, longest, since = values[2 * len(self.names) :]
         for sum_ in (self.losses, self.norms, self.longest):
             sum_.zero_()
-        return {"loss": None, **means, "grad_norm": norm / steps if steps else None, "skipped": skipped, "longest": longest}
+        skips = {"skipped": skipped, "longest": longest, "since": since}
+        return {"loss": None, **means, "grad_norm": norm / steps if steps else None, **skips}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint, after `gather`."""
-        names = ("losses", "norms", "skipped", "streak", "longest")
+        names = ("losses", "norms", "skipped", "streak", "longest", "since")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any], main: bool) -> None:

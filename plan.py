@@ -403,6 +403,7 @@ class Plan:
                 found = checkpoint.read_weights(
                     config.init_from, given={"resolution": config.resolution}, projectors=bool(self.encoders)
                 )
+                found.check()
                 made = transfer(found, self.model, dataclasses.asdict(config), config.init_from)
                 self.lines.append(made.summary())
 

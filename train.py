@@ -331,6 +331,13 @@ class Trainer:
     def _start_from(self, path: str) -> str:
         """Another run's averaged weights, as far as they fit, for the weights and their averages; returns what was done."""
         found = checkpoint.read_weights(path, given={"resolution": self.config.resolution}, projectors=bool(self.encoders))
+        problem: list[str | None] = [None]
+        try:
+            found.check()
+        except UserError as error:  # of rank 0, which alone has read all of the file
+            problem = [str(error)]
+        if message := broadcast_object_list(problem)[0]:
+            raise UserError(message)
         made = transfer(found, self.model, dataclasses.asdict(self.config), path)
         for model in (self.model, *self.ema.models.values()):
             model.load_state_dict(made.state_dict, strict=False)
@@ -574,12 +581,12 @@ class Trainer:
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
         if peak is not None:
             values["mfu"] = values["tflops"] / (peak * accelerator.num_processes)
-        in_a_row = values.pop("longest")
+        in_a_row, since = values.pop("longest"), values.pop("since")
         self.report(values)
         if in_a_row >= config.max_skipped_steps:
-            newest = self._newest_checkpoint()
+            good = self._newest_checkpoint(self.step - int(since))
             raise UserError(
-                f"step {self.step}: {in_a_row:.0f} steps in a row had a gradient that is not finite, and were skipped; the last good checkpoint is {newest}"
+                f"step {self.step}: {in_a_row:.0f} steps in a row had a gradient that is not finite, and were skipped; the last good checkpoint is {good}"
             )
         self.start_measuring()
         loss = float("nan") if values["loss"] is None else values["loss"]
@@ -694,7 +701,8 @@ class Trainer:
         self.meters.gather(self.accelerator)
         self.saved_step = self.step
         if self.main:
-            self.writer.save(self.step, self.state())
+            good = self.step - int(self.meters.streak)  # the last step that was not skipped
+            self.writer.save(self.step, self.state(), good)
             log.info(f"step {self.step}: saving")
 
     def _finish_saving(self) -> None:
@@ -707,11 +715,11 @@ class Trainer:
                 f"{checkpoint.step_path(self.writer.folder, self.step)}: could not be written: {self.writer.error}; the last good checkpoint is {self._newest_checkpoint()}"
             )
 
-    def _newest_checkpoint(self) -> str:
-        """The newest one of this run, as messages name it."""
+    def _newest_checkpoint(self, up_to: int | None = None) -> str:
+        """The newest one of this run (up to a step), as messages name it."""
         self.writer.wait()
-        steps = checkpoint.saved_steps(self.writer.folder)
-        return str(checkpoint.step_path(self.writer.folder, steps[-1])) if steps else "none: nothing was saved yet"
+        steps = [step for step in checkpoint.saved_steps(self.writer.folder) if up_to is None or step <= up_to]
+        return str(checkpoint.step_path(self.writer.folder, steps[-1])) if steps else "none: nothing was saved before"
 
     def status(self, state: str, step: int) -> None:
         """status.json: running, preempted, finished or failed, and the step."""

@@ -2,18 +2,28 @@
 
 import hashlib
 import json
+import math
 import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from runs import CLASSES, RESOLUTION, make_latents, make_vae
+from runs import CLASSES, RESOLUTION, make_checkpoint, make_latents, make_vae
 
 import checkpoint
+import convert_checkpoint
+import elit_ccfg_inference
+import elit_multibudget_inference
+import files
+import generate
 import train
+from errors import UserError
+from meters import Meters
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +278,203 @@ def test_lines_after_the_resumed_step_and_odd_ones_are_moved_to_a_file_beside(da
     run_train(data, run_dir.parent, "--resume-step", -1)
     assert logged_steps(log) == [1, 2, 3]
     assert dropped.read_bytes().splitlines()[len(odd) :] == good.splitlines()[2:]
+
+
+# ------------------------------------------------------------------------------------------------- reading weights
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint with a VAE that exists."""
+    folder = tmp_path_factory.mktemp("whole")
+    return make_checkpoint(folder / "0000007.pt", make_vae(folder / "vae"))
+
+
+def doors(data, path, out):
+    """Every script that reads weights: what it is, its main, and arguments under which it takes a whole checkpoint."""
+    tool = ["--ckpt", path, "--output-dir", out / "tool", "--class-label", 1, "--num-steps", 1]
+    start = arguments(data, out, "--init-from", path, "--max-train-steps", 1)
+    start[start.index("SiT-Ti/4")] = "SiT-Ti/2"
+    return {
+        "generate": (generate.main, ["--ckpt", path, "--sample-dir", out, "--num-fid-samples", 1, "--num-steps", 1]),
+        "ccfg": (elit_ccfg_inference.main, tool),
+        "multibudget": (elit_multibudget_inference.main, tool),
+        "convert": (convert_checkpoint.main, [path, out / "converted.pt"]),
+        "safetensors": (convert_checkpoint.main, [path, out / "converted.safetensors", "--safetensors"]),
+        "init-from": (train.main, start),
+        "plan": (train.main, [*start, "--plan"]),
+    }
+
+
+DOORS = list(doors("", Path(), Path()))
+
+
+def rewritten(whole, path, change):
+    """The checkpoint, changed by change(state), under another path, with or without its old checksum."""
+    state = checkpoint.load(whole)
+    change(state)
+    checkpoint.save(path, state)
+    return path
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_weights_that_do_not_match_their_checksum_are_refused(data, whole, tmp_path, capsys, door):
+    """The file holds another whole checkpoint than the one whose checksum lies beside it."""
+
+    def add(state):
+        state["ema"]["0.9999"]["blocks.0.mlp.fc1.bias"] = state["ema"]["0.9999"]["blocks.0.mlp.fc1.bias"] + 1
+
+    other = rewritten(whole, tmp_path / "in" / "0000007.pt", add)
+    checkpoint.sidecar(other).write_bytes(checkpoint.sidecar(whole).read_bytes())
+    out = tmp_path / "out"
+    out.mkdir()
+    main, argv = doors(data, other, out)[door]
+    if door == "plan":
+        with pytest.raises(SystemExit):
+            main([str(a) for a in argv])
+        line = "".join(capsys.readouterr())
+    else:
+        line = runs.refused(main, capsys, argv)
+    assert f"{other}: damaged or replaced: it does not match its checksum 0000007.pt.sha256" in line
+    assert not [p for p in out.rglob("*") if p.suffix in (".png", ".npz", ".pt", ".safetensors", ".json")]
+
+
+def test_a_safetensors_file_is_compared_too(whole, tmp_path):
+    path = tmp_path / "a.safetensors"
+    convert_checkpoint.main([str(whole), str(path), "--safetensors"])
+    assert checkpoint.load_model(path)  # without a sidecar
+    checkpoint.sidecar(path).write_bytes(checkpoint.sidecar(whole).read_bytes())
+    with pytest.raises(UserError, match=r"a\.safetensors: damaged or replaced"):
+        checkpoint.load_model(path)
+
+
+def test_damage_is_the_reason_that_is_told(whole, tmp_path):
+    """Where it also makes nonsense of what the file says."""
+    path = rewritten(whole, tmp_path / "0000007.pt", lambda state: state.update(vae={}))
+    checkpoint.sidecar(path).write_bytes(checkpoint.sidecar(whole).read_bytes())
+    with pytest.raises(UserError, match="damaged or replaced"):
+        checkpoint.load_model(path)
+
+
+def test_show_warns(whole, tmp_path, capsys):
+    path = rewritten(whole, tmp_path / "0000007.pt", lambda state: state.update(step=8))
+    for damaged in (False, True):
+        convert_checkpoint.main([str(path), "--show"])
+        assert ("warning     " in capsys.readouterr().out) == damaged
+        checkpoint.sidecar(path).write_bytes(checkpoint.sidecar(whole).read_bytes())
+
+
+@pytest.mark.parametrize("has_sidecar", [True, False])
+def test_generate_hashes_the_file_once_and_records_its_own_digest(whole, tmp_path, monkeypatch, has_sidecar):
+    path = tmp_path / "0000007.pt"
+    path.write_bytes(whole.read_bytes())
+    if has_sidecar:
+        checkpoint.sidecar(path).write_bytes(checkpoint.sidecar(whole).read_bytes())
+    hashed = []
+    for module in (checkpoint, files):
+        original = files.file_sha256 if module is files else checkpoint.file_sha256
+        monkeypatch.setattr(module, "file_sha256", lambda p, original=original: hashed.append(Path(p)) or original(p))
+    generate.main([str(a) for a in doors("", path, tmp_path / "out")["generate"][1]])
+    assert hashed.count(path) == 1
+    (record,) = (tmp_path / "out").rglob("ckpt-*.json")
+    assert json.loads(record.read_text())["ckpt_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_converting_several_sets_hashes_once(whole, tmp_path, monkeypatch):
+    hashed, original = [], checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: hashed.append(path) or original(path))
+    convert_checkpoint.main([str(whole), str(tmp_path / "out.pt")])
+    assert hashed == [whole]
+
+
+def test_only_the_first_process_reads_all_of_the_file(whole, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: pytest.fail(f"hashed {path}"))
+    assert checkpoint.load_model(whole)
+
+
+# ------------------------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("door", DOORS)
+def test_weights_that_are_not_finite_are_refused(data, whole, tmp_path, capsys, door, value):
+    name = "final_layer.linear.bias"
+
+    def spoil(state):
+        for weights in (state["model"], state["ema"]["0.9999"]):
+            weights[name] = weights[name].clone()
+            weights[name][3] = value
+
+    path = rewritten(whole, tmp_path / "in" / "0000007.pt", spoil)
+    out = tmp_path / "out"
+    out.mkdir()
+    main, argv = doors(data, path, out)[door]
+    if door == "plan":
+        with pytest.raises(SystemExit):
+            main([str(a) for a in argv])
+        line = "".join(capsys.readouterr())
+    else:
+        line = runs.refused(main, capsys, argv)
+    assert f"{path}: {name} has values that are not finite" in line
+    assert not [p for p in out.rglob("*") if p.suffix in (".png", ".npz", ".pt", ".safetensors", ".json")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_largest_numbers_of_a_type_are_finite(whole, tmp_path, dtype):
+    largest = torch.finfo(dtype).max
+
+    def fill(state):
+        for weights in (state["model"], state["ema"]["0.9999"]):
+            weights.update({k: torch.full_like(v, largest, dtype=dtype) for k, v in weights.items()})
+
+    assert checkpoint.load_model(rewritten(whole, tmp_path / "a.pt", fill))
+
+
+def diverge(monkeypatch, first, last=math.inf):
+    """The gradients of the steps first … last are not finite."""
+    forward = train.Trainer.forward
+
+    def poisoned(self, n, batch):
+        loss = forward(self, n, batch)
+        return loss + (next(self.model.parameters()).sum() * float("inf") if first <= n + 1 <= last else 0)
+
+    monkeypatch.setattr(train.Trainer, "forward", poisoned)
+
+
+def test_the_last_good_checkpoint_is_from_before_the_first_skipped_step_and_is_kept(data, tmp_path, monkeypatch, capsys):
+    diverge(monkeypatch, 4)
+    options = ("--max-train-steps", 20, "--keep-last", 1, "--max-skipped-steps", 5, "--log-every", 8)
+    line = refused(capsys, data, tmp_path, *options)
+    assert "step 8: 5 steps in a row" in line and line.endswith("0000003.pt")
+    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [3, 7]
+
+
+def test_after_the_skipped_steps_the_old_ones_go(data, tmp_path, monkeypatch):
+    diverge(monkeypatch, 3, 4)
+    run_train(data, tmp_path, "--max-train-steps", 5, "--keep-last", 1)
+    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [5]
+
+
+def test_without_a_checkpoint_from_before_none_is_named(data, tmp_path, monkeypatch, capsys):
+    diverge(monkeypatch, 1)
+    line = refused(capsys, data, tmp_path, "--max-train-steps", 20, "--max-skipped-steps", 3)
+    assert line.endswith("the last good checkpoint is none: nothing was saved before")
+
+
+def test_meters_tell_how_long_ago_the_longest_row_began():
+    """Against a plain loop over random rows; lines are read at random steps."""
+    rng = np.random.default_rng(0)
+    meters, accelerator = Meters(["loss"], torch.device("cpu")), Accelerator(cpu=True)
+    row = longest = 0
+    before = None  # the step before the longest row since the last line
+    for step in range(1, 300):
+        skipped = rng.random() < 0.6
+        meters.step(torch.tensor(float("nan") if skipped else 1.0))
+        row = row + 1 if skipped else 0
+        if row > longest:
+            longest, before = row, step - row
+        if rng.random() < 0.1:
+            found = meters.read(accelerator)
+            assert found["longest"] == longest and (not longest or step - found["since"] == before)
+            longest = 0

@@ -404,7 +404,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_at_the_next_line(data, tmp
     poison(monkeypatch, {3, 5, 6, 7})
     options = ("--max-skipped-steps", 3, "--log-every", 4, "--max-train-steps", 20)
     line = refused(capsys, arguments(data, tmp_path, *options))
-    assert "step 8: 3 steps in a row" in line and "0000006.pt" in line
+    assert "step 8: 3 steps in a row" in line and "0000004.pt" in line  # the one before step 5
     assert status(tmp_path) == {"state": "failed", "step": 8}
 
 
