@@ -69,6 +69,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
     """
 
     blocks: nn.ModuleList  # in forward order
+    merged_latents: int = 1  # latents of a group that become one in the innermost blocks: budgets below it cost no less
 
     def __init__(
         self,
@@ -115,11 +116,13 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         """Raise UserError where Read after `head_depth` blocks and Write before the last `tail_depth` do not fit the backbone."""
 
     def null(self, y: Any) -> Any:
-        """The condition that says nothing, of the shape of y: for labels (B,) the null label."""
-        return torch.full_like(y, self.num_classes)
+        """The condition that says nothing, of the shape of y: for labels (B,) the null label; None where there is no condition."""
+        return None if self.num_classes is None else torch.full_like(y, self.num_classes)
 
     def example_condition(self, batch_size: int) -> Any:
         """Some condition y of a batch, on the model's device: for labels (B,) zeros."""
+        if self.num_classes is None:
+            return None
         return torch.zeros(batch_size, dtype=torch.long, device=next(self.parameters()).device)
 
     def uncounted_flops(self, batch_size: int) -> int:

@@ -224,7 +224,7 @@ class LatentInterface(nn.Module):
 
     def gather(self, table: Tensor, k: int) -> Tensor:
         """Of a table (N, …) with a row for each token, the rows of the first k tokens of each group in group order, (G·k, …)."""
-        return self.group(table.flatten(1)[None])[0, :, :k].reshape(-1, *table.shape[1:])
+        return self.group(table.reshape(1, len(table), -1))[0, :, :k].reshape(-1, *table.shape[1:])
 
     def read(self, x: Tensor, c: Tensor, budget: float | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens (B, N, D) and condition (B, cond_dim) → tokens in group order (B, G, J, D), to be handed to `write`; the kept
