@@ -116,8 +116,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         """Raise UserError where Read after `head_depth` blocks and Write before the last `tail_depth` do not fit the backbone."""
 
     def null(self, y: Any) -> Any:
-        """The condition that says nothing, of the shape of y: for labels (B,) the null label; None where there is no condition."""
-        return None if self.num_classes is None else torch.full_like(y, self.num_classes)
+        """The condition that says nothing, of the shape of y: for labels (B,) the null label; y where it says nothing anyway."""
+        return y if self.num_classes is None else torch.full_like(y, self.num_classes)
 
     def example_condition(self, batch_size: int) -> Any:
         """Some condition y of a batch, on the model's device: for labels (B,) zeros."""

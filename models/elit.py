@@ -15,10 +15,12 @@ from models.latent_interface import (
     mask_to_budget,
 )
 from models.sit import SiT
+from models.uvit import UViT
 
 __all__ = [
     "CrossAttention",
     "ELITSiT",
+    "ELITUViT",
     "Elastic",
     "FullWidthRMSNorm",
     "LatentInterface",
@@ -100,3 +102,7 @@ class Elastic(Backbone):
 
 class ELITSiT(Elastic, SiT):
     """SiT with an elastic core."""
+
+
+class ELITUViT(Elastic, UViT):
+    """U-ViT with an elastic core: as many head blocks as tail blocks."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def sincos_position_embedding(dim: int, grid_size: tuple[int, int]) -> Tensor:
+def sincos_position_embedding(dim: int, grid_size: tuple[int, int], scale: float = 1.0) -> Tensor:
     """Fixed 2-D sine–cosine table (N, D) in row-major order, computed in float64 (He et al. 2022, MAE).
 
-    The first D/2 channels encode the column, the last D/2 the row; each half is [sin, cos].
+    The first D/2 channels encode the column, the last D/2 the row; each half is [sin, cos]. Positions are divided by `scale`.
     """
-    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
+    rows, columns = (torch.arange(n, dtype=torch.float64) / scale for n in grid_size)
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
 
     def embed(position: Tensor) -> Tensor:
