@@ -53,13 +53,13 @@ class Elastic(Backbone):
         elit_tail: Literal["drop", "skip"] = "drop",
         **backbone: Any,
     ):
+        self.head_depth, self.tail_depth = head_depth, tail_depth  # before all else: where REPA reads depends on them
         super().__init__(**backbone)
         if head_depth < 0 or tail_depth < 0 or head_depth + tail_depth >= len(self.blocks):
             raise UserError(f"head_depth {head_depth} and tail_depth {tail_depth} leave no core block of {len(self.blocks)}")
         if hasattr(self, "projectors") and head_depth == 0:
             raise UserError("head_depth 0: REPA reads the tokens after a head block, so it needs at least one")
         self.check_split(head_depth, tail_depth)
-        self.head_depth, self.tail_depth = head_depth, tail_depth
         try:
             self.interface = LatentInterface(
                 **self.interface_arguments(),

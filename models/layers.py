@@ -36,6 +36,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
 
 
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Channel pairs (2i, 2i + 1) of x (B, heads, n, d) turned by angles whose cosines and sines are (2, n, d/2), in their dtype."""
+    cos, sin = rotation
+    a, b = x.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x·(1 + scale) + shift; x (B, N, D), shift and scale (B, 1, D)."""
     return torch.addcmul(shift, x, 1 + scale)
@@ -112,7 +119,7 @@ def head_norm(kind: QKNorm, head_width: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused QKV projection; (B, N, D) → (B, N, D)."""
+    """Multi-head self-attention with a fused QKV projection; x (B, N, D) and, to turn q and k, `rotation` (2, N, d/2) → (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: QKNorm = False, fused: bool = True, qkv_bias: bool = True):
         super().__init__()
@@ -122,10 +129,13 @@ class Attention(nn.Module):
         self.k_norm = head_norm(qk_norm, dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D/heads) each
-        x = attend(self.q_norm(q), self.k_norm(k), v, self.fused)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        x = attend(q, k, v, self.fused)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

@@ -30,7 +30,8 @@ class UViTBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x and skip (B, n, D) → (B, n, D)."""
         if self.skip_linear is not None and skip is not None:
-            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+            # What layers add to stays as wide as x, also where autocast makes matrix products narrower.
+            x = self.skip_linear(torch.cat([x, skip], dim=-1)).to(x.dtype)
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -139,7 +140,7 @@ class UViT(NullText, Backbone):
         """Tokens (B, prefix + N, D): [label, time, patches], [time, patches] or [time, text, patches], and the condition (B, D)."""
         patches = self.patch_embed(x)
         # Published weights count time in steps up to 1000.
-        time = self.time_embed(timestep_features(1000 * t.float(), self.hidden_size).to(patches.dtype))
+        time = self.time_embed(timestep_features(1000 * t.float(), self.hidden_size).to(self.pos_embed.dtype))
         condition, prefix = time, [time[:, None]]
         if self.text:
             length, width = self.text
