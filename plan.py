@@ -27,7 +27,8 @@ from data import LatentDataset, channel_record
 from encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from errors import UserError
 from loss import Projecting, alignment_loss, velocity_loss
-from models.elit import budget_to_k, mask_levels, mask_to_budget
+from models.costs import mean_forward_flops, projector_flops
+from models.elit import mask_levels, mask_to_budget
 from randomness import Draws
 from transfer import transfer
 from vae import SD_VAE, VAERecord, load_vae
@@ -122,24 +123,6 @@ def check_run_folder(config: TrainConfig) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------------------------------- costs
-
-
-def mean_forward_flops(model: nn.Module, budgets: list[float | None]) -> float:
-    """FLOPs of one image's forward, the mean over the budgets, which training draws evenly."""
-    if len(budgets) <= 3:
-        return float(np.mean([models.count_flops(model, b) for b in budgets]))
-    # Linears cost in proportion to the latents k per group, attention among them to k²: three budgets tell the others.
-    J = model.interface.latents_per_group
-    k = [budget_to_k(b, J) for b in budgets]
-    known = [0, len(k) // 2, len(k) - 1]
-    fit = np.polynomial.Polynomial.fit([k[i] for i in known], [models.count_flops(model, budgets[i]) for i in known], 2)
-    return float(fit(np.array(k)).mean())
-
-
-def projector_flops(model: nn.Module) -> int:
-    """FLOPs of one image's REPA projections; 0 where there are none."""
-    layers = [m for m in getattr(model, "projectors", nn.ModuleList()).modules() if isinstance(m, nn.Linear)]
-    return 2 * math.prod(model.grid_size) * sum(layer.weight.numel() for layer in layers)
 
 
 def encoder_flops(encoder: TargetEncoder) -> int:

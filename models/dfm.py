@@ -6,41 +6,16 @@ embedding and final layer; all share the blocks, since their patch sizes give th
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
+from models.backbone import Stream
 from models.elit import ELITSiT
-from models.sit import FinalLayer, PatchEmbed, SiT, TimestepEmbedder, unpatchify
+from models.layers import FinalLayer, PatchEmbed, TimestepEmbedder, unpatchify, xavier
+from models.pyramid import decompose, recompose
+from models.sit import SiT
 
-
-def upsample(x: Tensor) -> Tensor:
-    """(B, C, h, w) → (B, C, 2h, 2w), bilinear."""
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-
-
-def decompose(x: Tensor, stages_count: int) -> list[Tensor]:
-    """The Laplacian pyramid of x (B, C, H, W), coarsest stage first: stage s is (B, C, H/2^(S−1−s), W/2^(S−1−s)).
-
-    Raises:
-        UserError: H or W cannot be halved S − 1 times.
-    """
-    pyramid: list[Tensor] = []
-    for _ in range(stages_count - 1):
-        if x.shape[-2] % 2 or x.shape[-1] % 2:
-            raise UserError(f"stages_count {stages_count}: a stage of {x.shape[-2]}×{x.shape[-1]} cannot be halved")
-        low = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
-        pyramid.insert(0, x - upsample(low))
-        x = low
-    return [x, *pyramid]
-
-
-def recompose(pyramid: Sequence[Tensor]) -> Tensor:
-    """The image (B, C, H, W) of a pyramid, or, of its first stages alone, the coarser image that they make."""
-    x = pyramid[0]
-    for detail in pyramid[1:]:
-        x = upsample(x) + detail
-    return x
+__all__ = ["DFMELITSiT", "DFMSiT", "decompose", "recompose"]
 
 
 class StagePatchEmbed(nn.Module):
@@ -48,7 +23,7 @@ class StagePatchEmbed(nn.Module):
 
     def __init__(self, patch_sizes: Sequence[int], in_channels: int, dim: int):
         super().__init__()
-        self.embedders = nn.ModuleList(PatchEmbed(p, in_channels, dim) for p in patch_sizes)
+        self.embedders = nn.ModuleList(xavier(PatchEmbed(p, in_channels, dim)) for p in patch_sizes)
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         return sum(embedder(x) for embedder, x in zip(self.embedders, pyramid, strict=True))
@@ -103,9 +78,16 @@ class DFMSiT(SiT):
         self.t_embedder = StageTimestepEmbedder(stages_count, dim)
         self.final_layer = StageFinalLayer(dim, self.patch_sizes, self.in_channels)
 
-    def output(self, x: Tensor, c: Tensor, active_stage: int) -> list[Tensor]:
+    def example_inputs(self, batch_size: int = 1) -> tuple[list[Tensor], Tensor, Tensor]:
+        """As any backbone's, with all stages active."""
+        _, t, y = super().example_inputs(batch_size)
+        weight = next(self.parameters())
+        pyramid = [weight.new_zeros(batch_size, *shape) for shape in self.stage_shapes]
+        return pyramid, t[:, None].repeat(1, len(pyramid)), y
+
+    def output(self, s: Stream, active_stage: int) -> list[Tensor]:
         """Tokens (B, N, D) → the velocity of each stage up to `active_stage`."""
-        patches = zip(self.final_layer(x, c, active_stage), self.patch_sizes, strict=False)
+        patches = zip(self.final_layer(s.x, s.c, active_stage), self.patch_sizes, strict=False)
         return [unpatchify(v, self.grid_size, p) for v, p in patches]
 
     def forward(
@@ -124,12 +106,11 @@ class DFMSiT(SiT):
             t: (B, S) times in [0, 1]; 1 for the stages after the active one. y: (B,) int64 (`num_classes` = null label).
             inference_budget, return_features: as in the class around which the stages are.
         """
-        if active_stage is None:
-            active_stage = len(self.patch_sizes) - 1
-        tokens, c = self.embed(pyramid, t, y)  # (B, N, D), (B, D)
-        tokens, features = self.transform(tokens, c, inference_budget, return_features)
-        velocities = self.output(tokens, c, active_stage)
-        return (velocities, features) if return_features else velocities
+        s = self.embed(pyramid, t, y)
+        s.features = [] if return_features else None
+        s = self.transform(s, inference_budget)
+        velocities = self.output(s, len(self.patch_sizes) - 1 if active_stage is None else active_stage)
+        return velocities if s.features is None else (velocities, s.features)
 
 
 class DFMELITSiT(DFMSiT, ELITSiT):

@@ -1,258 +1,45 @@
-"""ELIT: elastic latent interface (arXiv 2603.12245), and ELIT-SiT.
+"""ELIT (arXiv 2603.12245) around any backbone: head blocks on tokens, core blocks on latents, tail blocks on tokens."""
 
-Read pulls the tokens of each group into latents, standard blocks work on the latents that the budget keeps, Write puts the
-result back. Shapes: B batch, N tokens, D width, g group side in tokens, J = g² tokens and latents per group, G = N/J
-groups, k ≤ J latents kept per group.
-"""
+from typing import Any, Literal
 
-import math
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import UserError
-from models.sit import Mlp, SiT, attend, modulate, modulation
+from models.backbone import Backbone, Stream
+from models.latent_interface import (
+    CrossAttention,
+    FullWidthRMSNorm,
+    LatentInterface,
+    budget_to_k,
+    mask_levels,
+    mask_to_budget,
+)
+from models.sit import SiT
+from models.uvit import UViT
 
-EPS = 1e-6  # how far a decimal may be from a multiple of 1/J
-
-
-def budget_to_k(budget: float | None, J: int) -> int:
-    """Latents kept per group, k = ⌊budget·J + 1e-6⌋; `None` is the full budget.
-
-    Raises:
-        UserError: budget outside [1/J, 1].
-    """
-    if budget is None:
-        return J
-    k = math.floor(budget * J + EPS) if math.isfinite(budget) else 0
-    if k < 1 or budget > 1:
-        raise UserError(f"inference budget {budget:g} is out of range: it must lie in [1/{J}, 1] = [{1 / J:g}, 1]")
-    return k
-
-
-def mask_levels(J: int, min_mask_prob: float | None, max_mask_prob: float | None) -> list[float]:
-    """Mask levels of training, ascending: the multiples of 1/J in [min_mask_prob, max_mask_prob] (ELIT, tail dropping).
-
-    Neither given: [0]. Only the maximum: that one level. Only the minimum: the maximum is 1 − 1/J.
-
-    Raises:
-        UserError: limits crossed, out of [0, 1 − 1/J], or with no level between them.
-    """
-    if min_mask_prob is None and max_mask_prob is None:
-        return [0.0]
-    top = 1 - 1 / J
-    low = max_mask_prob if min_mask_prob is None else min_mask_prob
-    high = top if max_mask_prob is None else max_mask_prob
-    said = f"elit_min_mask_prob {low:g}" if max_mask_prob is None else f"elit_max_mask_prob {high:g}"
-    if min_mask_prob is not None and max_mask_prob is not None:
-        said = f"elit_min_mask_prob {low:g} and elit_max_mask_prob {high:g}"
-    clamped = [min(max(v, 0.0), top) if math.isfinite(v) else top for v in (low, high)]
-    below, above = math.floor(clamped[0] * J + EPS), math.ceil(clamped[1] * J - EPS)
-    near = sorted({min(max(n, 0), J - 1) / J for n in (below, below + 1, above - 1, above)})
-    hint = f"valid levels are multiples of 1/{J} from 0 to {top:g}; the nearest: {', '.join(f'{n:g}' for n in near)}"
-    if not (-EPS <= low <= top + EPS and -EPS <= high <= top + EPS):
-        raise UserError(f"{said}: out of range [0, {top:g}]; {hint}")
-    if low > high:
-        raise UserError(f"{said}: the minimum is above the maximum; {hint}")
-    levels = [n / J for n in range(math.ceil(low * J - EPS), math.floor(high * J + EPS) + 1)]
-    if not levels:
-        raise UserError(f"{said}: no mask level lies there; {hint}")
-    return levels
+__all__ = [
+    "CrossAttention",
+    "ELITSiT",
+    "ELITUViT",
+    "Elastic",
+    "FullWidthRMSNorm",
+    "LatentInterface",
+    "budget_to_k",
+    "mask_levels",
+    "mask_to_budget",
+]
 
 
-def mask_to_budget(mask: float, J: int) -> float:
-    """The budget that a mask level leaves: (J − round(mask·J)) / J."""
-    return (J - round(mask * J)) / J
+class Elastic(Backbone):
+    """A backbone whose core blocks run on the latents of a `LatentInterface`; to be mixed in before the backbone.
 
+    What is no image token is left alone by Read and Write and takes part in the core as it is.
 
-class FullWidthRMSNorm(nn.Module):
-    """scale · x / (√mean(x²) + 1e-5) over the full width, in float32; unlike `torch.nn.RMSNorm` the eps is outside the root."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) / math.sqrt(x.shape[-1])
-        return (x * (1 / (rms + 1e-5)) * self.scale).to(x.dtype)
-
-
-class CrossAttention(nn.Module):
-    """Queries (B, G, Q, D) on keys and values (B, G, K, D), inside each group."""
-
-    def __init__(self, dim: int, num_heads: int, fused: bool = True):
-        super().__init__()
-        self.num_heads, self.fused = num_heads, fused
-        self.q_proj = nn.Linear(dim, dim)
-        self.kv_proj = nn.Linear(dim, 2 * dim)
-        self.q_norm = FullWidthRMSNorm(dim)
-        self.k_norm = FullWidthRMSNorm(dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        x = attend(*self.heads(queries, context), self.fused)  # (B·G, heads, Q, D/heads)
-        return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, context.shape[:2])
-
-    def heads(self, queries: Tensor, context: Tensor) -> list[Tensor]:
-        """Queries, keys and values by head: (B·G, heads, Q, D/heads), and twice (B·G, heads, K, D/heads)."""
-        B, G = context.shape[:2]
-        q = self.q_norm(self.q_proj(queries)).expand(B, G, -1, -1)  # queries that all groups share are projected once
-        k, v = self.kv_proj(context).chunk(2, dim=-1)
-        return [a.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in (q, self.k_norm(k), v)]
-
-    def weights(self, queries: Tensor, context: Tensor) -> Tensor:
-        """The attention weights of a forward, (B, G, heads, Q, K), in float32 or better; each row sums to 1."""
-        q, k, _ = self.heads(queries, context)
-        q, k = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (q, k))
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-        return weights.unflatten(0, context.shape[:2])
-
-
-class Read(nn.Module):
-    """Latents z pull from the tokens x of their group: cross-attention + MLP pairs under one shared modulation."""
-
-    def __init__(self, dim: int, num_heads: int, cond_dim: int, depth: int, fused: bool = True):
-        super().__init__()
-        self.attn = nn.ModuleList(CrossAttention(dim, num_heads, fused) for _ in range(depth))
-        self.mlp = nn.ModuleList(Mlp(dim, dim, bias=False) for _ in range(depth))
-        self.adaLN_modulation = modulation(cond_dim, 6 * dim)
-
-    def forward(self, z: Tensor, x: Tensor, c: Tensor) -> Tensor:
-        """z (1, 1, k, D) or (B, G, k, D), x (B, G, J, D), c (B, cond_dim) → (B, G, k, D)."""
-        D = x.shape[-1:]
-        shift_p, scale_p, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None, None].chunk(6, dim=-1)
-        x = modulate(F.layer_norm(x, D, eps=1e-6), shift_p, scale_p)
-        for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            z = torch.addcmul(z, gate_a, attn(z, x))
-            z = torch.addcmul(z, gate_m, mlp(modulate(F.layer_norm(z, D, eps=1e-6), shift_m, scale_m)))
-        return z
-
-
-class Write(nn.Module):
-    """Tokens x take from the latents z of their group: cross-attention + MLP pairs, no modulation and no norms.
-
-    The last Linears start at zero, so that an untrained interface leaves the tokens as they were.
-    """
-
-    def __init__(self, dim: int, num_heads: int, depth: int, fused: bool = True):
-        super().__init__()
-        self.attn = nn.ModuleList(CrossAttention(dim, num_heads, fused) for _ in range(depth))
-        self.mlp = nn.ModuleList(Mlp(dim, dim, bias=False) for _ in range(depth))
-        for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            for parameter in (attn.proj.weight, attn.proj.bias, mlp.fc2.weight):
-                nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x (B, G, J, D), z (B, G, k, D) → (B, G, J, D)."""
-        for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            x = x + attn(x, z)
-            x = x + mlp(x)
-        return x
-
-
-class LatentInterface(nn.Module):
-    """Read and Write around any stack of blocks that maps (B, n, D) → (B, n, D).
-
-    Args:
-        dim, num_heads: width D and heads of the cross-attention.
-        grid_size: (rows, columns) of the token grid, row-major; need not be square.
-        group_size: side g of the square groups.
-        cond_dim: width of the condition c; default D.
-        tail: what becomes of the latents beyond the budget. "drop": they do not exist (the paper's reading). "skip": they go
-            from Read to Write unprocessed (what published checkpoints need).
-    Raises:
-        UserError: the grid cannot be cut into groups.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid_size: tuple[int, int],
-        group_size: int,
-        *,
-        cond_dim: int | None = None,
-        read_depth: int = 1,
-        write_depth: int = 1,
-        tail: Literal["drop", "skip"] = "drop",
-        fused_attn: bool = True,
-    ):
-        super().__init__()
-        rows, columns = grid_size
-        if group_size < 1 or rows % group_size or columns % group_size:
-            raise UserError(
-                f"elit_group_size {group_size}: the token grid of {rows}×{columns} cannot be cut into such groups; choose a common divisor of {rows} and {columns}"
-            )
-        if tail not in ("drop", "skip"):
-            raise UserError(f"elit_tail {tail!r} is not valid; choose drop or skip")
-        if read_depth < 1 or write_depth < 1:
-            raise UserError(f"elit_read_depth {read_depth} and elit_write_depth {write_depth} must be at least 1")
-        self.grid_size, self.group_size, self.tail = (rows, columns), group_size, tail
-        self.latents_per_group = J = group_size * group_size
-        self.num_groups = rows * columns // J
-        self.query = nn.Parameter(torch.empty(J, dim))
-        self.read_pos = nn.Parameter(torch.empty(J, dim))
-        self.write_pos = nn.Parameter(torch.empty(J, dim))
-        self.latent_pos = nn.Parameter(torch.empty(self.num_groups, J, dim))  # in group order
-        for parameter in (self.query, self.read_pos, self.write_pos, self.latent_pos):
-            nn.init.normal_(parameter, std=0.02)
-        self.reader = Read(dim, num_heads, cond_dim or dim, read_depth, fused_attn)
-        self.writer = Write(dim, num_heads, write_depth, fused_attn)
-
-    def group(self, x: Tensor) -> Tensor:
-        """Row-major tokens (B, N, D) → (B, G, J, D): windows in row-major order, and row-major inside each."""
-        (rows, columns), g = self.grid_size, self.group_size
-        x = x.unflatten(1, (rows // g, g, columns // g, g))  # (B, R, g, C, g, D)
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-    def ungroup(self, x: Tensor) -> Tensor:
-        """(B, G, J, D) → row-major tokens (B, N, D)."""
-        (rows, columns), g = self.grid_size, self.group_size
-        x = x.unflatten(2, (g, g)).unflatten(1, (rows // g, columns // g))  # (B, R, C, g, g, D)
-        return x.transpose(2, 3).flatten(1, 4)
-
-    def read(self, x: Tensor, c: Tensor, budget: float | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens (B, N, D) and condition (B, cond_dim) → tokens in group order (B, G, J, D), to be handed to `write`; the kept
-        latents (B, G·k, D) for the core; and the tail latents (B, G, J−k, D), `None` where they do not exist.
-        """
-        J = self.latents_per_group
-        k = budget_to_k(budget, J)
-        made = k if self.tail == "drop" else J  # latents that Read computes
-        tokens = self.group(x) + self.read_pos
-        z = self.reader(self.query[:made], tokens, c) + self.latent_pos[:, :made]  # (B, G, made, D)
-        return tokens, z[:, :, :k].flatten(1, 2), z[:, :, k:] if made > k else None
-
-    def read_attention(self, x: Tensor, c: Tensor) -> Tensor:
-        """How much each latent reads from each token of its group, in the last layer of Read at the full budget.
-
-        Tokens (B, N, D) and condition (B, cond_dim) → attention weights (B, G, heads, J latents, J tokens).
-        """
-        layer = self.reader.attn[-1]
-        inputs: list[tuple[Tensor, Tensor]] = []
-        hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
-        try:
-            self.read(x, c)
-        finally:
-            hook.remove()
-        return layer.weights(*inputs[0])
-
-    def write(self, tokens: Tensor, kept: Tensor, tail: Tensor | None = None) -> Tensor:
-        """Tokens and tail as `read` gave them, and the kept latents (B, G·k, D) after the core → row-major tokens (B, N, D)."""
-        z = kept.unflatten(1, (self.num_groups, -1))  # (B, G, k, D)
-        if tail is not None:
-            z = torch.cat([z, tail], dim=2)
-        return self.ungroup(self.writer(tokens + self.write_pos, z))
-
-
-class ELITSiT(SiT):
-    """SiT whose core blocks run on the latents of a `LatentInterface`.
-
-    Args (beside SiT's):
+    Args (beside the backbone's):
         head_depth, tail_depth: blocks before Read and after Write; the blocks between are the core.
         elit_*: the interface's group size, depths and tail policy.
+    Raises:
+        UserError: a split that leaves no core or does not fit the backbone, or groups that do not fit the grid.
     """
 
     def __init__(
@@ -264,46 +51,58 @@ class ELITSiT(SiT):
         elit_read_depth: int = 1,
         elit_write_depth: int = 1,
         elit_tail: Literal["drop", "skip"] = "drop",
-        **sit,
+        **backbone: Any,
     ):
-        super().__init__(**sit)
+        self.head_depth, self.tail_depth = head_depth, tail_depth  # before all else: where REPA reads depends on them
+        super().__init__(**backbone)
         if head_depth < 0 or tail_depth < 0 or head_depth + tail_depth >= len(self.blocks):
             raise UserError(f"head_depth {head_depth} and tail_depth {tail_depth} leave no core block of {len(self.blocks)}")
         if hasattr(self, "projectors") and head_depth == 0:
             raise UserError("head_depth 0: REPA reads the tokens after a head block, so it needs at least one")
-        self.head_depth, self.tail_depth = head_depth, tail_depth
-        self.interface = LatentInterface(
-            sit["hidden_size"],
-            sit["num_heads"],
-            self.grid_size,
-            elit_group_size,
-            read_depth=elit_read_depth,
-            write_depth=elit_write_depth,
-            tail=elit_tail,
-            fused_attn=sit.get("fused_attn", True),
-        )
+        self.check_split(head_depth, tail_depth)
+        try:
+            self.interface = LatentInterface(
+                **self.interface_arguments(),
+                group_size=elit_group_size,
+                read_depth=elit_read_depth,
+                write_depth=elit_write_depth,
+                tail=elit_tail,
+            )
+        except UserError as error:  # which begins with the interface's own name of an argument
+            raise UserError(f"elit_{error}") from None
 
-    def transform(
-        self, x: Tensor, c: Tensor, inference_budget: float | None = None, return_features: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As SiT's, at `inference_budget` in [1/J, 1], the share of latents that the core works on (`None`: all)."""
-        features: list[Tensor] = []
+    @property
+    def repa_depth(self) -> int:
+        return min(self.encoder_depth, self.head_depth)
+
+    def transform(self, s: Stream, inference_budget: float | None = None) -> Stream:
+        """All blocks, at `inference_budget` in [1/J, 1], the share of latents that the core works on (`None`: all)."""
         core_end = len(self.blocks) - self.tail_depth
-        for i, block in enumerate(self.blocks[: self.head_depth], start=1):
-            x = block(x, c)
-            if return_features and i == min(self.encoder_depth, self.head_depth):
-                features = self.project(x)
-        tokens, latents, tail = self.interface.read(x, c, inference_budget)  # (B, G, J, D), (B, G·k, D)
-        for block in self.blocks[self.head_depth : core_end]:
-            latents = block(latents, c)
-        x = self.interface.write(tokens, latents, tail)  # (B, N, D)
-        for block in self.blocks[core_end:]:
-            x = block(x, c)
-        return x, features
+        self.run(s, 0, self.head_depth)  # head
+        tokens, kept, tail = self.interface.read(s.image, s.c, inference_budget)  # read: (B, G, J, D), (B, G·k, D)
+        core = self._latent_stream(s, kept)
+        self.run(core, self.head_depth, core_end)  # core
+        image = self.interface.write(tokens, core.image, tail)  # write: (B, N, D)
+        s = core.with_image(image, grid=s.grid, pos=s.pos, groups=0)
+        self.run(s, core_end, len(self.blocks))  # tail
+        return s
 
-    def read_attention(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _latent_stream(self, s: Stream, latents: Tensor) -> Stream:
+        """The core's stream: latents (B, G·k, D) in place of the image tokens; latent j of a group lies where its token j does."""
+        G = self.interface.num_groups
+        pos = None if s.pos is None else self.interface.gather(s.pos, latents.shape[1] // G)
+        return s.with_image(latents, grid=None, pos=pos, groups=G)
+
+    def read_attention(self, x: Any, t: Tensor, y: Any) -> Tensor:
         """What each latent reads at the state x: `LatentInterface.read_attention` of the tokens after the head blocks."""
-        x, c = self.embed(x, t, y)  # (B, N, D), (B, D)
-        for block in self.blocks[: self.head_depth]:
-            x = block(x, c)
-        return self.interface.read_attention(x, c)
+        s = self.embed(x, t, y)
+        self.run(s, 0, self.head_depth)
+        return self.interface.read_attention(s.image, s.c)
+
+
+class ELITSiT(Elastic, SiT):
+    """SiT with an elastic core."""
+
+
+class ELITUViT(Elastic, UViT):
+    """U-ViT with an elastic core: as many head blocks as tail blocks."""

@@ -1,0 +1,201 @@
+"""Layers that several backbones share.
+
+Shapes: B batch, C channels of the VAE latents, H × W their size, p patch size, N = (H/p)·(W/p) tokens, D width.
+"""
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def sincos_position_embedding(dim: int, grid_size: tuple[int, int], scale: float = 1.0) -> Tensor:
+    """Fixed 2-D sine–cosine table (N, D) in row-major order, computed in float64 (He et al. 2022, MAE).
+
+    The first D/2 channels encode the column, the last D/2 the row; each half is [sin, cos]. Positions are divided by `scale`.
+    """
+    rows, columns = (torch.arange(n, dtype=torch.float64) / scale for n in grid_size)
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+
+    def embed(position: Tensor) -> Tensor:
+        angle = position.reshape(-1, 1) * frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.cat([embed(column), embed(row)], dim=1).float()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
+    """Scaled dot-product attention on (B, heads, N, D/heads); plain matrix products where `fused` is off."""
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Channel pairs (2i, 2i + 1) of x (B, heads, n, d) turned by angles whose cosines and sines are (2, n, d/2), in their dtype."""
+    cos, sin = rotation
+    a, b = x.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift; x (B, N, D), shift and scale (B, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) → tokens (B, N, D) in row-major order: a convolution with kernel and stride p."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+def timestep_features(t: Tensor, num_features: int) -> Tensor:
+    """t (B,) → (B, num_features): [cos, sin] of t·10000^(−i/half), i = 0 … half−1, half = num_features / 2; in float32."""
+    half = num_features // 2
+    # Made at every call: as a buffer the frequencies would be cast to the model's dtype.
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
+    angle = t.float()[:, None] * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] → (B, D): 256 sinusoidal features of t itself (not of 1000·t), then a two-layer MLP."""
+
+    def __init__(self, dim: int, num_features: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.num_features = num_features
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_features(t, self.num_features).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class ids (B,) → (B, D). Row `num_classes` is the null label; labels arrive already dropped."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class RMSNorm(nn.Module):
+    """scale · x / √(mean(x²) + 1e-6) over the last axis, in float32; ELIT's own (`FullWidthRMSNorm`) has its eps outside the root."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps) * self.scale).to(x.dtype)
+
+
+QKNorm = Literal["rms"] | bool
+
+
+def head_norm(kind: QKNorm, head_width: int) -> nn.Module:
+    """The norm of q or k over the width of a head: none, `True` LayerNorm (eps 1e-5), "rms" `RMSNorm`."""
+    if kind == "rms":
+        return RMSNorm(head_width)
+    return nn.LayerNorm(head_width, eps=1e-5) if kind else nn.Identity()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused QKV projection; x (B, N, D) and, to turn q and k, `rotation` (2, N, d/2) → (B, N, D)."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: QKNorm = False, fused: bool = True, qkv_bias: bool = True):
+        super().__init__()
+        self.num_heads, self.fused = num_heads, fused
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = head_norm(qk_norm, dim // num_heads)
+        self.k_norm = head_norm(qk_norm, dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D/heads) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        x = attend(q, k, v, self.fused)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh-approximated; exact with `approximate="none"`), Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool = True, approximate: Literal["none", "tanh"] = "tanh"):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+
+def modulation(cond_dim: int, out_dim: int) -> nn.Sequential:
+    """SiLU and a zero-initialised Linear: the condition's shifts, scales and gates (adaLN-Zero)."""
+    layers = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, out_dim))
+    nn.init.zeros_(layers[1].weight)
+    nn.init.zeros_(layers[1].bias)
+    return layers
+
+
+def xavier(module: Module) -> Module:
+    """Xavier-uniform weights and zero biases for every Linear inside `module`, and for convolutions as if they were Linears."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) → patches (B, N, p·p·C), the last axis laid out (p, p, C)."""
+
+    def __init__(self, dim: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.adaLN_modulation = modulation(dim, 2 * dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def unpatchify(x: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor:
+    """Patches (B, N, p·p·C), the last axis laid out (p, p, C), of a grid of (rows, columns) → (B, C, H, W)."""
+    x = x.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid_size)  # (B, h, w, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def projector(dim: int, z_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
+    """REPA's map from tokens to one target encoder's features (Yu et al. 2024, arXiv 2410.06940, §3)."""
+    return xavier(
+        nn.Sequential(
+            nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, z_dim)
+        )
+    )
