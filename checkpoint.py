@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import models
 from config import ARCHITECTURE_KEYS, TrainConfig, coerce
 from errors import UserError, first_line
-from files import file_sha256
+from files import check_name, file_sha256
 from vae import SD_VAE, VAERecord, load_vae
 
 FORMAT = 1
@@ -680,6 +680,8 @@ def local_file(path: str | Path) -> Path:
     repository, _, file = rest.partition("/")
     if not (owner and repository and file):
         raise UserError(f"{text}: must be hf://owner/repo/file")
+    for part, plain in ((owner, True), (repository, True), (file, False)):
+        check_name(part, text, plain=plain)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import remote
-from errors import UserError
-from files import DataError, FileTree, read_json
+from errors import UserError, first_line
+from files import DataError, FileTree, check_name, parse_json, read_json
 from packed import INDEX_FILE, PackedLatents
 from vae import SD_VAE, VAERecord
 
@@ -47,7 +47,7 @@ def read_labels(files: FileTree) -> dict[str, int] | None:
             raise UserError(f"{where}: {json.dumps(entry)} is not [file name, class], with the class a whole number")
         if entry[1] < 0:
             raise UserError(f"{where}: label {entry[1]} of {entry[0]} is negative")
-        name = entry[0].replace("\\", "/")
+        name = check_name(entry[0].replace("\\", "/"), where)
         if name in labels:
             raise UserError(f"{where}: labels {name} twice")
         labels[name] = entry[1]
@@ -133,8 +133,8 @@ class LatentFiles:
         content = self.files.read(self.name(index))
         try:
             moments = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{self.where(index)}: not a readable npy file: {error}") from None
+        except Exception as error:  # NumPy evaluates the header, so that a damaged one raises whatever Python's parser does
+            raise DataError(f"{self.where(index)}: not a readable npy file: {first_line(error)}") from None
         if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
             raise DataError(f"{self.where(index)}: holds no floating-point array")
         if moments.ndim == 4 and moments.shape[0] == 1:
@@ -282,7 +282,7 @@ def channel_record(data_dir: str | Path, latents: LatentFiles | PackedLatents) -
     where = f"{data_dir}/{STATS_FILE}"
     try:
         content = remote.read(str(data_dir), STATS_FILE) if remote.is_remote(data_dir) else Path(where).read_bytes()
-        stats = json.loads(content)
+        stats = parse_json(content, where)
         count, values = stats["count"], {"channel_mean": stats["mean"], "channel_std": stats["std"]}
     except FileNotFoundError:
         raise UserError(f"{where}: missing; --latent-norm channel needs it: `dataset_tools.py stats {data_dir}`") from None

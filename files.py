@@ -9,11 +9,12 @@ import os
 import re
 import socket
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, first_line
 
 
 class DataError(UserError):
@@ -32,6 +33,55 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ------------------------------------------------------------------------------------------- what comes from outside
+
+MAX_PART, MAX_PATH = 255, 4095  # bytes of a file name and of a path, on Linux
+
+
+def check_name(name: Any, source: str | Path, *, plain: bool = False) -> str:
+    """`name`, a relative path that comes from outside (an index, an archive, an option …), unless it could lead out of a folder.
+
+    Args:
+        source: what holds the name (a file, an option), for the message.
+        plain: the name of one file or folder; no separator is allowed.
+    Raises:
+        UserError: not text, empty, too long, absolute, with a drive letter, a backslash, a NUL or a part `..`.
+    """
+    wanted = "the name of one file or folder" if plain else "a path inside the folder, with forward slashes"
+    if not isinstance(name, str):
+        raise UserError(f"{source}: {str(name)[:80]!r} is no file name; wanted: {wanted}")
+    parts = name.split("/")
+    try:
+        # Nearly all are short and ASCII; there are millions of them.
+        sizes = [len(name)] if len(name) <= MAX_PART and name.isascii() else [len(os.fsencode(part)) for part in parts]
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        sizes = []
+    if not set(parts) - {"", "."}:
+        wrong = "names nothing"
+    elif name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name) or "\\" in name or (plain and "/" in name):
+        wrong = "leads outside"
+    elif "\0" in name or not sizes:
+        wrong = "holds a character that no file name has"
+    elif max(sizes) > MAX_PART or sum(sizes) + len(sizes) > MAX_PATH:
+        wrong = "is too long"
+    else:
+        return name
+    raise UserError(f"{source}: refused: {name[:80]!r} {wrong}; wanted: {wanted}")
+
+
+def join_inside(folder: str | Path, name: Any, source: str | Path, *, plain: bool = False) -> Path:
+    """`folder / name` for a name that comes from outside; `UserError` unless it lies below the folder (see `check_name`)."""
+    return Path(folder) / check_name(name, source, plain=plain)
+
+
+def parse_json(content: bytes, source: str | Path) -> Any:
+    """The value that a JSON file holds; `UserError` that names `source` if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise UserError(f"{source}: not valid JSON: {first_line(error)}") from None
+
+
 class FileTree:
     """The files of a folder or of a zip, by their path inside it with forward slashes.
 
@@ -47,8 +97,8 @@ class FileTree:
             names = self._archive().namelist()
             for name in names:
                 # Nothing is ever extracted here, but such names come from no honest data set, and others may extract.
-                if name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-                    raise UserError(f"{self.path}: refused, since it holds a path that leads outside: {name!r}")
+                if name != "./":  # the folder itself, which some archivers store
+                    check_name(name, self.path)
             if len(set(names)) < len(names):
                 seen: set[str] = set()
                 twice = next(name for name in names if name in seen or seen.add(name))
@@ -68,7 +118,7 @@ class FileTree:
         """The content of one file. `DataError` if it cannot be read."""
         try:
             return (self.path / name).read_bytes() if self.path.is_dir() else self._archive().read(name)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
             raise DataError(f"{self.where(name)}: cannot be read: {error}") from None
 
     def where(self, name: str) -> str:
@@ -79,7 +129,7 @@ class FileTree:
         if self._zip is None or self._zip[0] != os.getpid():
             try:
                 self._zip = (os.getpid(), zipfile.ZipFile(self.path))
-            except (OSError, zipfile.BadZipFile) as error:
+            except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # e.g. names that are no UTF-8
                 raise UserError(f"{self.path}: neither a folder nor a readable zip file: {error}") from None
         return self._zip[1]
 
@@ -89,10 +139,7 @@ class FileTree:
 
 def read_json(files: FileTree, name: str) -> Any:
     """The content of a JSON file; `UserError` that names it if it is none."""
-    try:
-        return json.loads(files.read(name))
-    except ValueError as error:
-        raise UserError(f"{files.where(name)}: not valid JSON: {error}") from None
+    return parse_json(files.read(name), files.where(name))
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -195,8 +242,9 @@ class Unfinished:
         self._file.seek(0)
         try:
             before = json.load(self._file)
-        except ValueError:  # new, or killed before anything was made
-            before = {}
+        except (ValueError, RecursionError):  # new, or killed before anything was made
+            before = None
+        before = before if isinstance(before, dict) else {}
         for key, value in making.items() if is_begun else ():
             if key in before and before[key] != value:
                 self.release(remove=False)

@@ -28,7 +28,7 @@ import metrics.images
 import models
 from config import GenerateConfig
 from errors import UserError, command
-from files import FolderLock
+from files import FolderLock, check_name, join_inside, parse_json
 from models.dfm import recompose
 from pictures import save_png
 from processes import end_with_launcher
@@ -43,7 +43,8 @@ WRITERS = 4  # threads that write PNG files
 def main(argv: list[str] | None = None) -> None:
     config, given, found = inference.from_command_line(GenerateConfig, argv, "generate.py")
     if config.exp_name is None:
-        config.exp_name = found.config.get("exp_name") or config.model.replace("/", "-")
+        recorded = found.config.get("exp_name") or config.model.replace("/", "-")
+        config.exp_name = check_name(recorded, f"{config.ckpt}: exp_name (--exp-name gives another)", plain=True)
     check(config)
     end_with_launcher()
     if "num_steps" in given and models.model_spec(config.model).staged:
@@ -66,8 +67,7 @@ def check(config: GenerateConfig) -> None:
             if not label.isdigit():
                 raise UserError(f"--class-labels {label}: not random, balanced or class ids below {config.num_classes}")
         inference.check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
-    if Path(config.exp_name).name != config.exp_name:
-        raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --sample-dir)")
+    images_folder(config)
 
 
 def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
@@ -102,7 +102,7 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
     inference.set_precision(config, state.device, _warn)
     model, vae, shape = inference.load(config, found, state.device)
 
-    folder = Path(config.sample_dir) / config.exp_name / folder_name(config)
+    folder = images_folder(config)
     folders = {-1: folder} | {s: folder.with_name(f"{folder.name}-stage{s}") for s in coarser_stages(config)}
     lock, error = None, ""
     try:
@@ -197,6 +197,14 @@ def image_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
+def images_folder(config: GenerateConfig) -> Path:
+    """SAMPLE_DIR/EXP_NAME/`folder_name`. `UserError` if either name could lead elsewhere: a checkpoint may have recorded them."""
+    parent = join_inside(config.sample_dir, config.exp_name, "--exp-name", plain=True)
+    name = folder_name(config)  # followed by `.npz.tmp` at the longest
+    check_name(f"{name}.npz.tmp", "the folder's name, which --ckpt and the sampling options give", plain=True)
+    return parent / name
+
+
 def folder_name(config: GenerateConfig) -> str:
     """`ckpt-{stem}-cfg-…-steps-…-seed-…-{mode}`, with every other setting that changes the images where it is not the default."""
     steps = inference.steps_of_run(config)
@@ -236,7 +244,9 @@ def open_folder(folder: Path, config: GenerateConfig, found: checkpoint.Weights)
     record = folder.with_name(folder.name + ".json")
     try:
         if folder.is_dir() and any(folder.glob("*.png")):
-            made_with = json.loads(record.read_text()) if record.is_file() else {}
+            made_with = parse_json(record.read_bytes(), record) if record.is_file() else {}
+            if not isinstance(made_with, dict):
+                raise UserError(f"{record}: not what generate.py writes; move it and {folder} away")
             for name, value in settings.items():
                 made = made_with.get(name, getattr(GenerateConfig(), name, None))  # older records lack newer options
                 if made != value:
@@ -249,7 +259,7 @@ def open_folder(folder: Path, config: GenerateConfig, found: checkpoint.Weights)
         aside = record.with_suffix(".tmp")
         aside.write_text(json.dumps(settings, indent=1) + "\n")
         aside.replace(record)
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise UserError(f"--sample-dir {config.sample_dir}: cannot use {folder}: {error}") from None
 
 

@@ -8,7 +8,9 @@ packed/  index.json              count, shape, dtype, VAE record, and each file'
 
 import io
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError
-from files import cannot_write, file_sha256, write_file
+from errors import UserError, first_line
+from files import cannot_write, check_name, file_sha256, parse_json, write_file
 from vae import VAERecord
 
 INDEX_FILE, LABELS_FILE, NAMES_FILE = "index.json", "labels.npy", "names.npy"
@@ -41,6 +43,8 @@ class PackedLatents:
         self._starts = np.cumsum([0, *counts])
         self._shards = [self._map(shard["file"], (shard["count"], *self.shape), self.dtype) for shard in index["shards"]]
         self._names = self._map(NAMES_FILE, (len(self),), None)
+        if self._names.dtype.kind != "S":
+            raise UserError(f"{path / NAMES_FILE}: holds {self._names.dtype}; wanted: names as bytes")
         self.labels = self._map(LABELS_FILE, (len(self),), np.dtype(np.int64)) if index["labelled"] else None
 
     def __len__(self) -> int:
@@ -50,7 +54,7 @@ class PackedLatents:
         return PackedLatents, (self.path,)
 
     def name(self, index: int) -> str:
-        return self._names[index].decode()
+        return check_name(os.fsdecode(self._names[index]), self.path / NAMES_FILE)
 
     def where(self, index: int) -> str:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -81,31 +85,61 @@ class PackedLatents:
         path = self.path / file
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: missing, truncated or not an npy file: {error}") from None
+        except Exception as error:  # NumPy evaluates the header, so that a damaged one raises whatever Python's parser does
+            raise UserError(f"{path}: missing, truncated or not an npy file: {first_line(error)}") from None
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{path}: not an npy file, but a zip of them")
         if array.shape != shape or (dtype is not None and array.dtype != dtype):
             raise UserError(f"{path}: holds {array.dtype} {array.shape}; {INDEX_FILE} says {dtype or 'names'} {shape}")
         return np.asarray(array)
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """index.json of packed latents, checked for what a reader relies on. `UserError` that names what is wrong."""
+    """index.json of packed latents, checked by `parse_index`."""
     where = path / INDEX_FILE
     if not where.is_file():
         raise UserError(f"{where}: missing; it is written last, so continue `dataset_tools.py pack` or `encode --packed`")
     try:
-        index = json.loads(where.read_bytes())
+        return parse_index(where.read_bytes(), where)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+
+
+def parse_index(content: bytes, where: str | Path) -> dict[str, Any]:
+    """The content of index.json, checked for all that a reader relies on. `UserError` that names `where` and what is wrong.
+
+    It may come from anywhere: the files it names are those of the format, and nothing else becomes a path.
+    """
+    index = parse_json(content, where)
+    try:
         if index["format"] != FORMAT:
-            raise UserError(f"{where}: format {index['format']} is not known; this version reads {FORMAT}")
-        if not index["shards"] or np.dtype(index["dtype"]).kind != "f" or type(index["labelled"]) is not bool:
-            raise ValueError
-        for number, shard in enumerate(index["shards"]):
-            if shard["file"] != shard_file(number) or int(shard["count"]) < 1 or not isinstance(shard["sha256"], str):
-                raise ValueError
-        if not all(isinstance(n, int) for n in index["shape"]) or "vae" not in index or not isinstance(index["sha256"], dict):
-            raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: not an index of packed latents{f': {error}' if str(error) else ''}") from None
+            raise UserError(f"{where}: format {str(index['format'])[:20]} is not known; this version reads {FORMAT}")
+        VAERecord.from_dict(index["vae"], f"{where}: vae")
+        shape, shards, labelled = index["shape"], index["shards"], index["labelled"]
+        counts = [shard["count"] for shard in shards]
+        digests = [*index["sha256"].values(), *(shard["sha256"] for shard in shards)]
+        files = [LABELS_FILE, NAMES_FILE] if labelled else [NAMES_FILE]
+        rules = {
+            "labelled must be true or false": type(labelled) is bool,
+            f"sha256 must name {' and '.join(files)} and no other file": sorted(index["sha256"]) == files,
+            "shards must be a list of latents-00000.npy and so on": isinstance(shards, list)
+            and len(shards) > 0
+            and all(shard["file"] == shard_file(number) for number, shard in enumerate(shards)),
+            "every sha256 must be 64 hexadecimal digits": all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests),
+            "shape must be three positive whole numbers and each count one, of a size that a disk can hold": len(shape) == 3
+            and all(type(n) is int and n > 0 for n in (*shape, *counts))
+            and sum(counts) * math.prod(shape) < 2**60,
+            "dtype must be a floating-point type": isinstance(index["dtype"], str)
+            and re.fullmatch(r"float\d\d|[<>]f\d", index["dtype"]) is not None
+            and np.dtype(index["dtype"]).kind == "f",
+        }
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: not an index of packed latents: {type(error).__name__} {first_line(error)[:80]}") from None
+    for rule, holds in rules.items():
+        if not holds:
+            raise UserError(f"{where}: not an index of packed latents: {rule}")
     return index
 
 

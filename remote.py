@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from errors import UserError
-from files import file_sha256, lock
-from packed import INDEX_FILE, checksums, read_index
+from files import file_sha256, join_inside, lock
+from packed import INDEX_FILE, checksums, parse_index
 
 DEFAULT_CACHE = "~/.cache/elastic-dit"
 DOWNLOADS = 4  # files at once
@@ -33,15 +33,15 @@ def local_copy(url: str, cache_dir: str | None = None) -> Path:
     """
     source = _Source(url)
     index = source.read(INDEX_FILE)
+    files = list(checksums(parse_index(index, f"--data-dir {source.url}/{INDEX_FILE}")).items())  # before anything is written
     name = f"{url.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(url.encode() + index).hexdigest()[:16]}"
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
-    folder = cache / name  # other content at the same URL is another folder
+    folder = join_inside(cache, name, f"--data-dir {url}", plain=True)  # other content at the same URL is another folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"{INDEX_FILE}.{os.getpid()}.tmp"
         aside.write_bytes(index)
         aside.replace(folder / INDEX_FILE)
-        files = list(checksums(read_index(folder)).items())
         # The processes begin at different files, so that they rarely wait for each other.
         first = int(os.environ.get("LOCAL_RANK", 0)) * len(files) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         files = files[first:] + files[:first]
@@ -92,12 +92,13 @@ class _Source:
 
     def copy(self, file: str, digest: str, folder: Path) -> None:
         """Copy one file into `folder`, unless another process has done so meanwhile."""
-        while (held := lock(folder / f"{file}.lock")) is None:  # a blocking one would be taken for a deadlock of two processes
+        path = join_inside(folder, file, f"--data-dir {self.url}/{INDEX_FILE}", plain=True)
+        locked, aside = path.with_name(f"{file}.lock"), path.with_name(f"{file}.tmp")
+        while (held := lock(locked)) is None:  # a blocking one would be taken for a deadlock of two processes
             time.sleep(0.1)
         try:
-            if (folder / file).exists():
+            if path.exists():
                 return
-            aside = folder / f"{file}.tmp"
             try:
                 self.files.get_file(f"{self._path}/{file}", str(aside))
             except Exception as error:
@@ -107,9 +108,9 @@ class _Source:
             if file_sha256(aside) != digest:
                 aside.unlink()
                 raise UserError(f"--data-dir {self.url}/{file}: damaged: its SHA-256 is not what {INDEX_FILE} says")
-            aside.replace(folder / file)
+            aside.replace(path)
         finally:
-            (folder / f"{file}.lock").unlink(missing_ok=True)
+            locked.unlink(missing_ok=True)
             held.close()
 
     def unreadable(self, error: Any, file: str = "") -> UserError:

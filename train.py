@@ -36,7 +36,7 @@ import plan
 from config import TrainConfig, parse, require
 from encoders import describe_encoders, encoder_names, load_encoders
 from errors import UserError, command, nearest
-from files import Busy, FolderLock
+from files import Busy, FolderLock, check_name
 from loss import Projecting, active_stage, alignment_loss, dropped_labels, held_out_losses, training_times, velocity_loss
 from meters import Meters, peak_tflops
 from models.elit import mask_levels
@@ -107,8 +107,7 @@ def check(config: TrainConfig, given: dict) -> None:
             raise UserError(
                 f"--time-shift {config.time_shift:g}: {config.model} has times of its own for each stage; only 1 works"
             )
-    if Path(config.exp_name).name != config.exp_name:
-        raise UserError(f"--exp-name {config.exp_name!r}: must be the name of one folder (its parent is --output-dir)")
+    check_name(config.exp_name, "--exp-name", plain=True)
     if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
         _warn(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
     config.allow_change = [name.removeprefix("--").replace("-", "_") for name in config.allow_change]

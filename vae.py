@@ -7,7 +7,9 @@ the data set and the checkpoint, so that training needs no VAE.
 import dataclasses
 import functools
 import math
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +68,7 @@ class VAERecord:
             if type(values[key]) is not int or values[key] < 1:
                 raise UserError(f"{where}: {key} is {values[key]!r}; it must be a whole number of at least 1")
         for key in ("scaling_factor", "shift_factor"):
-            if type(values[key]) not in (int, float) or not math.isfinite(values[key]):
+            if not _are_numbers([values[key]], 1):
                 raise UserError(f"{where}: {key} is {values[key]!r}; it must be a number")
             values[key] = float(values[key])
         if values["scaling_factor"] == 0:
@@ -90,7 +92,7 @@ def _are_numbers(values: Any, count: int) -> bool:
     return (
         isinstance(values, list | tuple)
         and len(values) == count
-        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        and all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values)
     )
 
 
@@ -184,7 +186,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def _folder(name: str) -> Path:
     """The local folder of a VAE, downloaded if `name` is on the hub."""
     for folder in (Path(name), Path(__file__).parent / name):
-        if folder.is_dir():
+        if os.path.isdir(folder):  # noqa: PTH112, Path.is_dir raises for a name that is too long, which a record may hold
             folder = _inside_pipeline(folder)
             if not (folder / "config.json").is_file():
                 raise UserError(

@@ -91,11 +91,11 @@ class FolderDest(Folder):
 class ZipDest:
     """A zip (stored, not compressed), written aside in order and renamed when it is whole.
 
-    A stopped run goes on behind the last member that is whole.
+    A stopped run goes on behind the last member that is whole. `targets`: every file that this run may write.
     """
 
-    def __init__(self, path: Path, making: dict[str, Any], decode: Decode):
-        self.path, self._decode = path, decode
+    def __init__(self, path: Path, making: dict[str, Any], targets: Iterable[str], decode: Decode):
+        self.path, self._targets, self._decode = path, set(targets), decode
         self._aside = path.with_name(path.name + ".tmp")
         if path.exists():
             raise UserError(f"--dest {path}: exists already; give a new name, or remove it")
@@ -108,9 +108,9 @@ class ZipDest:
         self._shapes: dict[str, tuple[int, ...]] = {}
         try:
             self._zip = self._continued()
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._record.release(remove=False)
-            raise cannot_write(path, error) from None
+            raise cannot_write(path, error) if isinstance(error, OSError) else error from None
 
     def __enter__(self) -> "ZipDest":
         return self
@@ -156,6 +156,11 @@ class ZipDest:
                 except ValueError:  # dataset.json and the like are written again
                     file.seek(end)
                     break
+                if info.filename not in self._targets:
+                    raise UserError(
+                        f"--dest {self.path}: {self._aside.name} beside it holds {info.filename[:80]!r}, which is no part of this run; "
+                        "move it away, or give a new name"
+                    )
                 members.append(info)
                 end = file.tell()
         file = self._aside.open("r+b")
@@ -178,7 +183,7 @@ def _next_member(file: io.BufferedIOBase) -> zipfile.ZipInfo | None:
     name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
     if flags & ~0x800 or method or packed != size or extra:
         return None
-    info = zipfile.ZipInfo(file.read(name).decode())
+    info = zipfile.ZipInfo(file.read(name).decode(errors="replace"))
     content = file.tell()
     if zlib.crc32(file.read(size)) != crc or file.tell() != content + size:
         return None
@@ -196,7 +201,7 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 def create(dest: str, making: dict[str, Any], targets: list[str], decode: Decode) -> FolderDest | ZipDest:
     """The destination of a command, refused if it holds anything but a stopped run of the same."""
     if dest.lower().endswith(".zip"):
-        return ZipDest(Path(dest), making, decode)
+        return ZipDest(Path(dest), making, targets, decode)
     return FolderDest(Path(dest), making, targets, decode)
 
 

@@ -166,7 +166,7 @@ def open_dest(
             raise UserError(f"--dest {path}: packed latents are a folder, not a zip")
         if state.num_processes > 1:
             raise UserError(f"--dest {path}: several processes cannot write one zip; give a folder, or --packed")
-        return FileLatentsDest(ZipDest(path, making, npy_array))
+        return FileLatentsDest(ZipDest(path, making, targets, npy_array))
     if shard_size:
         dest = PackedDest(path, len(targets), shard_size)
         if state.is_main_process:

@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     config, _, found = inference.from_command_line(ReportConfig, argv, "quickstart_dfm_report.py")
     config.exp_name = config.exp_name or found.config.get("exp_name")
     generate.check(config)
-    samples = Path(config.sample_dir) / config.exp_name / (generate.folder_name(config) + ".npz")
+    folder = generate.images_folder(config)
+    samples = folder.with_name(folder.name + ".npz")
     if not samples.is_file():
         raise UserError(f"--sample-dir {config.sample_dir}: no {samples}; make it with generate.py and the same options")
     model, vae, _ = inference.load(config, found, inference.device())

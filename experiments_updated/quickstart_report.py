@@ -90,7 +90,7 @@ def _with_budget(config: ReportConfig, budget: float) -> ReportConfig:
 
 
 def _samples(config: ReportConfig, budget: float) -> np.ndarray:
-    folder = Path(config.sample_dir) / config.exp_name / generate.folder_name(_with_budget(config, budget))
+    folder = generate.images_folder(_with_budget(config, budget))
     path = folder.with_name(folder.name + ".npz")
     if not path.is_file():
         raise UserError(f"--sample-dir {config.sample_dir}: no samples at budget {budget:g} ({path}); run generate.py first")

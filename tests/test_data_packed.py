@@ -271,7 +271,7 @@ def test_values_beyond_half_precision_are_refused(loose, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "change", "culprit"),
     [
-        ("index.json", lambda c: b"{", "not an index"),
+        ("index.json", lambda c: b"{", "not valid JSON"),
         ("index.json", lambda c: c.replace(b'"format": 1', b'"format": 9'), "format 9"),
         ("index.json", lambda c: c.replace(b"latents-00001", b"../../../etc/x"), "not an index"),
         ("index.json", lambda c: c.replace(b'"latent_channels": 3', b'"latent_channels": 0'), "latent_channels"),
