@@ -1,0 +1,400 @@
+"""HDiT: hourglass diffusion transformer (Crowson et al. 2024, arXiv 2401.11605).
+
+Outer levels work on fine grids with local attention; each level inwards merges 2×2 cells into one of (about) twice the width; the
+inner level attends globally. Shapes: B batch, n tokens and W width of a level, M width of the condition, d head width.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import UserError
+from models.backbone import Backbone, Stream
+from models.conditioning import check_labels
+from models.layers import RMSNorm, unpatchify
+from models.local_attention import Grid, Kind, Mask, attend, attended_pairs, attention_mask, check_kind
+
+SIZES = {
+    "Ti": {"inner_depth": 6, "inner_width": 192, "outer_depth": 1, "mapping_depth": 1, "mapping_width": 192, "head_width": 32},
+    "S": {"inner_depth": 8, "inner_width": 1024, "outer_depth": 2, "mapping_depth": 2, "mapping_width": 256},
+    "B": {"inner_depth": 11, "inner_width": 768, "outer_depth": 2, "mapping_depth": 1, "mapping_width": 768},
+    "M": {"inner_depth": 12, "inner_width": 1280, "outer_depth": 2, "mapping_depth": 2, "mapping_width": 256},
+    "L": {"inner_depth": 16, "inner_width": 1536, "outer_depth": 2, "mapping_depth": 2, "mapping_width": 256},
+}
+
+
+def hourglass(grid: Grid, *, inner_depth: int, inner_width: int, outer_depth: int, levels: int | None = None) -> dict[str, Any]:
+    """The levels of a registered size, as arguments of `HDiT`: as many as bring the grid down to 16×16, or `levels` of them."""
+    levels = levels or max(1, (min(grid) // 16).bit_length())
+    return {
+        "depths": [outer_depth] * (levels - 1) + [inner_depth],
+        "widths": [inner_width // 2 ** (levels - 1 - i) for i in range(levels)],
+        "attentions": [("neighborhood", 7)] * (levels - 1) + [("global",)],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- tokens and positions--------
+
+
+def merge(x: Tensor, grid: Grid, p: int = 2) -> Tensor:
+    """Row-major cells (B, n, W) of a grid → (B, n/p², p·p·W): p×p cells in one, laid out (row, column, channel)."""
+    x = x.unflatten(1, (grid[0] // p, p, grid[1] // p, p))
+    return x.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def split(x: Tensor, grid: Grid, p: int = 2) -> Tensor:
+    """The inverse of `merge`: (B, n/p², p·p·W) → (B, n, W); `grid` is that of the n cells."""
+    x = x.unflatten(2, (p, p, -1)).unflatten(1, (grid[0] // p, grid[1] // p))
+    return x.transpose(2, 3).flatten(1, 4)
+
+
+def positions(grid: Grid, x: Tensor) -> Tensor:
+    """Centres (y, x) of the cells, (n, 2), with the longer side on [−1, 1], on the device of x and in float32 or better."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    axes = ((2 * torch.arange(n, device=x.device, dtype=dtype) + (1 - n)) / max(grid) for n in grid)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def rotation(pos: Tensor, heads: int, head_width: int) -> Tensor:
+    """Cosines and sines (2, heads, n, d/4) of the angles of positions (n, 2): d/8 frequencies an axis, dealt out over the heads."""
+    steps = torch.arange(heads * head_width // 8, device=pos.device, dtype=pos.dtype)
+    frequencies = torch.exp(math.log(math.pi) + math.log(10) / len(steps) * steps).view(-1, heads).T  # (heads, d/8)
+    angle = (pos[:, :, None] * frequencies[:, None, None]).flatten(2)  # (heads, n, d/4): row, then column
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+class AdaRMSNorm(nn.Module):
+    """(1 + A·c) · x / √(mean(x²) + eps), in float32 or better; A starts at zero."""
+
+    def __init__(self, dim: int, cond_dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.linear = zero(nn.Linear(cond_dim, dim, bias=False))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (F.rms_norm(wide, wide.shape[-1:], eps=self.eps) * (1 + self.linear(c).unsqueeze(1))).to(x.dtype)
+
+
+def zero(linear: nn.Linear) -> nn.Linear:
+    """The layer, with its weight set to zero."""
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
+class FeedForward(nn.Module):
+    """x + down(a·GELU(g)) with (a, g) = up(norm(x)), hidden width 3·dim, exact GELU."""
+
+    def __init__(self, dim: int, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+        self.up_proj = nn.Linear(dim, 6 * dim, bias=False)
+        self.down_proj = zero(nn.Linear(3 * dim, dim, bias=False))
+
+    def forward(self, x: Tensor, *c: Tensor) -> Tensor:
+        a, g = self.up_proj(self.norm(x, *c)).chunk(2, dim=-1)
+        return x + self.down_proj(a * F.gelu(g))
+
+
+class SelfAttention(nn.Module):
+    """x + cosine attention of norm(x), with a learned temperature per head and axial rotation."""
+
+    def __init__(self, dim: int, norm: nn.Module, head_width: int, fused: bool = True, eps: float = 1e-6):
+        super().__init__()
+        self.norm = norm
+        self.num_heads, self.fused, self.eps = dim // head_width, fused, eps
+        self.scale = nn.Parameter(torch.full((self.num_heads,), 10.0))
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = zero(nn.Linear(dim, dim, bias=False))
+
+    def forward(self, x: Tensor, c: Tensor, rotation: Tensor, mask: Mask = None) -> Tensor:
+        qkv = self.qkv_proj(self.norm(x, c)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, n, d) each
+        q, k = (self.prepare(a, rotation).to(v.dtype) for a in (q, k))
+        return x + self.out_proj(attend(q, k, v, mask, self.fused).transpose(1, 2).flatten(2))
+
+    def prepare(self, q: Tensor, rotation: Tensor) -> Tensor:
+        """q·√scale/√(Σq² + eps), the lower half of its channels rotated by (2, heads, n, d/4); in float32 or better."""
+        q = q.to(rotation.dtype)
+        q = q * (self.scale.to(q.dtype).sqrt()[:, None, None] * torch.rsqrt(q.square().sum(dim=-1, keepdim=True) + self.eps))
+        quarter = q.shape[-1] // 4
+        (cos, sin), (a, b, still) = rotation, q.split([quarter, quarter, q.shape[-1] - 2 * quarter], dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, still], dim=-1)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each under an AdaRMSNorm; x (B, n, W), c (B, M), rotation (2, heads, n, d/4) → (B, n, W)."""
+
+    def __init__(self, dim: int, cond_dim: int, head_width: int, fused: bool = True):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, AdaRMSNorm(dim, cond_dim), head_width, fused)
+        self.ff = FeedForward(dim, AdaRMSNorm(dim, cond_dim))
+
+    def forward(self, x: Tensor, c: Tensor, rotation: Tensor, mask: Mask = None) -> Tensor:
+        return self.ff(self.self_attn(x, c, rotation, mask), c)
+
+
+class FourierFeatures(nn.Module):
+    """u (B,) → [cos, sin] (B, M) of 2π·u·w, w ~ N(0, 1): drawn once, stored, not trained."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(dim // 2, 1))
+
+    def forward(self, u: Tensor) -> Tensor:
+        w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        angle = 2 * math.pi * u.to(w.dtype)[:, None] * w[:, 0]
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class MappingNetwork(nn.Module):
+    """The network that makes the condition; (B, M) → (B, M)."""
+
+    def __init__(self, dim: int, depth: int):
+        super().__init__()
+        self.in_norm, self.out_norm = RMSNorm(dim), RMSNorm(dim)
+        self.blocks = nn.ModuleList(FeedForward(dim, RMSNorm(dim)) for _ in range(depth))
+
+    def forward(self, c: Tensor) -> Tensor:
+        c = self.in_norm(c)
+        for block in self.blocks:
+            c = block(c)
+        return self.out_norm(c)
+
+
+class Merge(nn.Module):
+    """2×2 cells of a level → one of the next level inwards, or p×p pixels → one cell; (B, n, W) → (B, n/p², W')."""
+
+    def __init__(self, dim: int, inner_dim: int, p: int = 2):
+        super().__init__()
+        self.p = p
+        self.proj = nn.Linear(p * p * dim, inner_dim, bias=False)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        # What layers add to stays as wide as x, also where autocast makes matrix products narrower.
+        return self.proj(merge(x, grid, self.p)).to(x.dtype)
+
+
+class Split(nn.Module):
+    """One cell of the inner level → 2×2 of the outer: skip + fac·(u − skip), fac one learned number."""
+
+    def __init__(self, dim: int, outer_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 4 * outer_dim, bias=False)
+        self.fac = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor, skip: Tensor, grid: Grid) -> Tensor:
+        return torch.lerp(skip, split(self.proj(x), grid).to(skip.dtype), self.fac.to(skip.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands: its level, the shift of its windows, and whether it begins the level going out or ends it going in."""
+
+    level: int
+    shift: int
+    splits: bool
+    merges: bool
+
+
+def places(depths: Sequence[int], attentions: Sequence[Kind]) -> list[Place]:
+    """The place of each layer, in forward order: through the outer levels, the inner level, and out again."""
+    inner = len(depths) - 1
+    visits = [(level, 0) for level in range(len(depths))] + [(level, depths[level]) for level in reversed(range(inner))]
+    layers = []
+    for level, first in visits:
+        kind, depth = attentions[level], depths[level]
+        for i in range(first, first + depth):  # layers of a level are counted on through both sides
+            shift = kind[-1] // 2 if kind[0] == "shifted-window" and i % 2 else 0
+            layers.append(Place(level, shift, splits=i == first > 0, merges=i == depth - 1 and level < inner))
+    return layers
+
+
+def level_grids(grid: Grid, widths: Sequence[int], attentions: Sequence[Kind], head_width: int) -> list[Grid]:
+    """The grid of each level, level 0 the finest.
+
+    Raises:
+        UserError: a grid that cannot be halved exactly, a width that the heads do not divide, windows that do not fit the grid.
+    """
+    grids = []
+    for level, (width, kind) in enumerate(zip(widths, attentions, strict=True)):
+        if level:
+            if grid[0] % 2 or grid[1] % 2:
+                raise UserError(
+                    f"HDiT level {level - 1}: its grid of {grid[0]}×{grid[1]} cannot be halved exactly for level {level}; "
+                    f"choose at most {level} level{'s' * (level > 1)}, or a size divisible by patch_size × {2 ** (len(widths) - 1)}"
+                )
+            grid = (grid[0] // 2, grid[1] // 2)
+        if head_width % 8 or width % head_width:
+            raise UserError(f"HDiT level {level}: head_width {head_width} must be divisible by 8 and divide the width {width}")
+        check_kind(kind, grid, level)
+        grids.append(grid)
+    return grids
+
+
+@dataclass
+class HDiTStream(Stream):
+    """A `Stream` that keeps the rotation of its positions for the layers that share them."""
+
+    rotation: tuple[Tensor, Tensor] | None = None  # the positions, and their angles
+
+    def angles(self, heads: int, head_width: int) -> Tensor:
+        if self.rotation is None or self.rotation[0] is not self.pos:
+            self.rotation = (self.pos, rotation(self.pos, heads, head_width))
+        return self.rotation[1]
+
+
+class HDiT(Backbone):
+    """Velocity model v(x, t, y) of pixels or VAE latents; `Backbone` has the arguments that are not here.
+
+    Args:
+        depths, widths, attentions: per level, level 0 the finest. An outer level has `depths` layers on each side. An attention is
+            ("global",), ("neighborhood", kernel) or ("shifted-window", window).
+        head_width: width d of an attention head, in all levels.
+        mapping_depth, mapping_width: of the network that makes the condition (B, M).
+        num_classes: `None` for a model without labels.
+        encoder_depth: as in `Backbone`; REPA reads the tokens of the inner level, a grid of `feature_grid`.
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int | Grid,
+        patch_size: int,
+        in_channels: int = 4,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        attentions: Sequence[Kind],
+        head_width: int = 64,
+        mapping_depth: int,
+        mapping_width: int,
+        num_classes: int | None = 1000,
+        fused_attn: bool = True,
+        encoder_depth: int = 8,
+        z_dims: tuple[int, ...] = (),
+    ):
+        super().__init__(
+            input_size=input_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes, encoder_depth=encoder_depth
+        )  # fmt: skip
+        if not len(depths) == len(widths) == len(attentions) or min(depths, default=0) < 1:
+            raise UserError(
+                f"HDiT needs one depth, width and attention a level: depths {depths}, widths {widths}, attentions {attentions}"
+            )
+        self.attentions, self.head_width, self.fused = [tuple(kind) for kind in attentions], head_width, fused_attn
+        self.grids = level_grids(self.grid_size, widths, self.attentions, head_width)
+        self.places = places(depths, self.attentions)
+        self.outer_depth, self.cond_dim, self.hidden_size = sum(depths[:-1]), mapping_width, widths[-1]
+
+        self.patch_in = Merge(in_channels, widths[0], patch_size)
+        self.time_emb = FourierFeatures(mapping_width)
+        self.time_in_proj = nn.Linear(mapping_width, mapping_width, bias=False)
+        self.cond_bias = nn.Parameter(torch.zeros(mapping_width))
+        self.class_emb = None if num_classes is None else nn.Embedding(num_classes + 1, mapping_width)
+        self.mapping = MappingNetwork(mapping_width, mapping_depth)
+        self.blocks = nn.ModuleList(Layer(widths[p.level], mapping_width, head_width, fused_attn) for p in self.places)
+        pairs = list(pairwise(widths))
+        self.merges = nn.ModuleList(Merge(outer, inner) for outer, inner in pairs)
+        self.splits = nn.ModuleList(Split(inner, outer) for outer, inner in pairs)
+        self.out_norm = RMSNorm(widths[0])
+        self.patch_out = nn.ModuleDict({"proj": zero(nn.Linear(widths[0], patch_size**2 * in_channels, bias=False))})
+        first, last = max(1, self.outer_depth), self.outer_depth + depths[-1]
+        if z_dims and not first <= encoder_depth <= last:
+            raise UserError(f"--encoder-depth {encoder_depth}: REPA reads HDiT's inner level, after block {first} to {last}")
+        self.add_projectors(self.hidden_size, z_dims)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> Stream:
+        """Tokens (B, N, W) of the finest level with their positions, and the condition (B, M)."""
+        tokens = self.patch_in(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
+        c = self.time_in_proj(self.time_emb(t).to(self.time_in_proj.weight.dtype)) + self.cond_bias
+        if self.class_emb is not None:
+            c = c + self.class_emb(check_labels(y, "HDiT"))
+        return HDiTStream(tokens, self.mapping(c), pos=positions(self.grid_size, x), grid=self.grid_size)
+
+    def step(self, i: int, s: Stream) -> None:
+        """Layer i, after the split that begins a level on the way out, before the merge that ends one on the way in."""
+        assert isinstance(s, HDiTStream)
+        place, block = self.places[i], self.blocks[i]
+        level = place.level
+        if place.splits:
+            s.grid = self.grids[level]
+            s.x, s.pos = self.splits[level](s.x, s.skips.pop(), s.grid), positions(s.grid, s.x)
+        mask = attention_mask(self.attentions[level], s.grid, place.shift, s.x, self.fused)
+        s.x = block(s.x, s.c, s.angles(block.self_attn.num_heads, self.head_width), *([] if mask is None else [mask]))
+        if place.merges:
+            s.skips.append(s.x)
+            s.x, s.grid = self.merges[level](s.x, self.grids[level]), self.grids[level + 1]
+            s.pos = positions(s.grid, s.x)  # exactly the means of the four
+
+    def output(self, s: Stream) -> Tensor:
+        """Tokens (B, N, W) of the finest level → velocity (B, C, H, W)."""
+        return unpatchify(self.patch_out["proj"](self.out_norm(s.x)), self.grid_size, self.patch_size)
+
+    def null(self, y: Any) -> Any:
+        """As `Backbone.null`; without labels every condition says nothing."""
+        return y if self.num_classes is None else super().null(y)
+
+    @property
+    def feature_grid(self) -> Grid:
+        """(rows, columns) of the tokens that REPA reads: the inner level's."""
+        return self.grids[-1]
+
+    def interface_arguments(self) -> dict[str, Any]:
+        """The interface stands in the inner level."""
+        heads = self.hidden_size // self.head_width
+        return {"dim": self.hidden_size, "num_heads": heads, "grid_size": self.grids[-1], "cond_dim": self.cond_dim, "fused_attn": self.fused}  # fmt: skip
+
+    def check_split(self, head_depth: int, tail_depth: int) -> None:
+        """Raises UserError where the core leaves the inner level, or latents, which have no grid, would need local attention."""
+        if min(head_depth, tail_depth) < self.outer_depth:
+            raise UserError(
+                f"head_depth {head_depth} and tail_depth {tail_depth}: the core must lie in HDiT's inner level, "
+                f"so both must be at least {self.outer_depth}, the layers of the outer levels on a side"
+            )
+        if self.attentions[-1][0] != "global":
+            raise UserError(
+                f"ELIT-HDiT: the inner level's attention must be global, not {self.attentions[-1][0]}: latents have no grid"
+            )
+
+    def uncounted_flops(self, batch_size: int) -> int:
+        """FLOPs of the pairs of cells that local attention leaves out, which a count of dense attention has too many."""
+        left_out = 0
+        for place, block in zip(self.places, self.blocks, strict=True):
+            kind, grid = self.attentions[place.level], self.grids[place.level]
+            if kind[0] != "global":
+                pairs = (grid[0] * grid[1]) ** 2 - attended_pairs(kind, grid, place.shift)
+                left_out += 4 * pairs * block.self_attn.num_heads * self.head_width
+        return left_out * batch_size
+
+
+def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """k-diffusion's weights (`image_transformer_v2`) under the names of `HDiT`: there the layers are numbered level by level."""
+    sd = {key.removeprefix("inner_model."): value for key, value in state_dict.items()}
+    depths = Counter(key.rsplit(".", 3)[0] for key in sd if key.endswith("self_attn.scale"))
+    outer = range(len(depths) // 2)
+    order = [f"down_levels.{i}" for i in outer] + ["mid_level"] + [f"up_levels.{i}" for i in reversed(outer)]
+    layers = {f"{level}.{i}": n for n, (level, i) in enumerate((level, i) for level in order for i in range(depths[level]))}
+    weights = {}
+    for key, value in sd.items():
+        layer = next((f"{name}." for name in layers if key.startswith(f"{name}.")), None)
+        if layer and not key.endswith("pos_emb.freqs"):
+            weights[f"blocks.{layers[layer[:-1]]}.{key.removeprefix(layer)}"] = value
+        elif not layer and not key.startswith(("aug_emb.", "aug_in_proj.")):
+            weights[key] = value
+    # "No augmentation" is a vector of zeros: of its features, the cosines are 1 and the sines 0.
+    weights["cond_bias"] = sd["aug_in_proj.weight"].chunk(2, dim=1)[0].sum(dim=1)
+    return weights

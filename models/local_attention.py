@@ -1,0 +1,106 @@
+"""Attention of the cells of a grid to cells nearby: neighborhoods (Hassani et al. 2023, 2204.07143) and shifted windows (Swin).
+
+On CUDA `flex_attention` skips the blocks of cells that do not see each other; elsewhere the mask is dense.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from errors import UserError
+
+Grid = tuple[int, int]  # rows, columns
+Kind = tuple[str] | tuple[str, int]  # ("global",), ("neighborhood", kernel) or ("shifted-window", window)
+Mask = Tensor | BlockMask | None
+
+
+def check_kind(kind: Kind, grid: Grid, level: int) -> None:
+    """Raises UserError where `kind` is none, or its windows do not divide the grid of the level."""
+    rows, columns = grid
+    name, *size = kind
+    if name == "global" and not size:
+        return
+    if name not in ("neighborhood", "shifted-window") or len(size) != 1 or size[0] < 1:
+        raise UserError(
+            f"level {level}: attention {kind} must be (global,), (neighborhood, kernel) or (shifted-window, window)"
+        )
+    if name == "neighborhood" and size[0] % 2 == 0:
+        raise UserError(f"level {level}: neighborhood kernel {size[0]} must be odd")
+    if name == "shifted-window" and (rows % size[0] or columns % size[0]):
+        raise UserError(f"level {level}: windows of {size[0]} do not divide its grid of {rows}×{columns}")
+
+
+def sees(kind: Kind, grid: Grid, shift: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Whether cell q sees cell k (row-major indices, which broadcast) in local attention."""
+    rows, columns = grid
+    size = kernel_size(kind, grid)
+
+    def neighborhood(q: Tensor, k: Tensor) -> Tensor:
+        row = k // columns - (q // columns - size // 2).clamp(0, rows - size)
+        column = k % columns - (q % columns - size // 2).clamp(0, columns - size)
+        return (row >= 0) & (row < size) & (column >= 0) & (column < size)
+
+    def window(q: Tensor, k: Tensor) -> Tensor:
+        row = (q // columns + shift) // size == (k // columns + shift) // size
+        return row & ((q % columns + shift) // size == (k % columns + shift) // size)
+
+    return neighborhood if kind[0] == "neighborhood" else window
+
+
+def kernel_size(kind: Kind, grid: Grid) -> int:
+    """Side of a window, or of a neighborhood: the largest odd number that fits where the grid is smaller."""
+    side = min(kind[-1], *grid)
+    return side if kind[0] != "neighborhood" or side % 2 else side - 1
+
+
+def attended_pairs(kind: Kind, grid: Grid, shift: int) -> int:
+    """Pairs of cells that see each other in local attention."""
+    size = kernel_size(kind, grid)
+    if kind[0] == "neighborhood":
+        return grid[0] * grid[1] * size * size
+    # Along an axis of n cells, a shift cuts the first window to size − shift and leaves shift cells for a last one.
+    sides = ((n // size) * size * size - (2 * shift * (size - shift) if shift else 0) for n in grid)
+    return math.prod(sides)
+
+
+def _build_mask(kind: Kind, grid: Grid, shift: int, device: torch.device, flex: bool) -> Tensor | BlockMask:
+    see, n = sees(kind, grid, shift), grid[0] * grid[1]
+    with torch.inference_mode(False):  # a mask outlives the mode it is first needed in
+        if flex:
+            return create_block_mask(lambda b, h, q, k: see(q, k), None, None, n, n, device=device)
+        cells = torch.arange(n, device=device)
+        return see(cells[:, None], cells)
+
+
+_cached_mask = functools.lru_cache(maxsize=16)(_build_mask)
+
+
+def attention_mask(kind: Kind, grid: Grid | None, shift: int, x: Tensor, fused: bool) -> Mask:
+    """The mask of one layer on the device of x: blocks for flex_attention on CUDA, (n, n) booleans elsewhere, `None` for global, and for
+    latents, which have no grid."""
+    if grid is None or kind[0] == "global":
+        return None
+    flex = fused and x.is_cuda and x.dtype != torch.float64
+    build = _build_mask if isinstance(x, FakeTensor) else _cached_mask  # a fake tensor belongs to the mode that made it
+    return build(kind, grid, shift, x.device, flex)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable:
+    return torch.compile(flex_attention)  # uncompiled it is not fused
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, fused: bool) -> Tensor:
+    """Attention with logits q·k, unscaled, on (B, heads, n, d)."""
+    if isinstance(mask, BlockMask):
+        return _compiled_flex_attention()(q, k, v, block_mask=mask, scale=1.0)
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    logits = q @ k.transpose(-2, -1)
+    return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(dim=-1) @ v
