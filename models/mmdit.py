@@ -187,7 +187,8 @@ class MMDiT(NullText, Backbone):
         c = self.t_embedder(t * self.time_scale)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y.pooled)
-        return Stream(self.x_embedder(x) + self.positions(), c, text=self.context_embedder(y.features))
+        text = self.context_embedder(y.features).clone()  # as what blocks return, no view: one graph of torch.compile less
+        return Stream(self.x_embedder(x) + self.positions(), c, text=text)
 
     def step(self, i: int, s: Stream) -> None:
         """Block i: image tokens, or latents, and text attend to both."""
