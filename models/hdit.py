@@ -40,7 +40,7 @@ def hourglass(grid: Grid, *, inner_depth: int, inner_width: int, outer_depth: in
     }
 
 
-# ---------------------------------------------------------------------------------------------- tokens and positions--------
+# ---------------------------------------------------------------------------------------------- tokens and positions
 
 
 def merge(x: Tensor, grid: Grid, p: int = 2) -> Tensor:
@@ -148,6 +148,8 @@ class Layer(nn.Module):
 class FourierFeatures(nn.Module):
     """u (B,) → [cos, sin] (B, M) of 2π·u·w, w ~ N(0, 1): drawn once, stored, not trained."""
 
+    weight: Tensor
+
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("weight", torch.randn(dim // 2, 1))
@@ -219,7 +221,7 @@ def places(depths: Sequence[int], attentions: Sequence[Kind]) -> list[Place]:
     for level, first in visits:
         kind, depth = attentions[level], depths[level]
         for i in range(first, first + depth):  # layers of a level are counted on through both sides
-            shift = kind[-1] // 2 if kind[0] == "shifted-window" and i % 2 else 0
+            shift = kind.size // 2 if kind.name == "shifted-window" and i % 2 else 0
             layers.append(Place(level, shift, splits=i == first > 0, merges=i == depth - 1 and level < inner))
     return layers
 
@@ -268,7 +270,7 @@ class HDiT(Backbone):
         in_channels: int = 4,
         depths: Sequence[int],
         widths: Sequence[int],
-        attentions: Sequence[Kind],
+        attentions: Sequence[tuple],
         head_width: int = 64,
         mapping_depth: int,
         mapping_width: int,
@@ -284,9 +286,10 @@ class HDiT(Backbone):
             raise UserError(
                 f"HDiT needs one depth, width and attention a level: depths {depths}, widths {widths}, attentions {attentions}"
             )
-        self.attentions, self.head_width, self.fused = [tuple(kind) for kind in attentions], head_width, fused_attn
+        self.attentions, self.head_width, self.fused = [Kind(*kind) for kind in attentions], head_width, fused_attn
+        self.flex = fused_attn and head_width >= 16  # what its kernels can do
         self.grids = level_grids(self.grid_size, widths, self.attentions, head_width)
-        self.places = places(depths, self.attentions)
+        self.places, self.widths = places(depths, self.attentions), list(widths)
         self.outer_depth, self.cond_dim, self.hidden_size = sum(depths[:-1]), mapping_width, widths[-1]
 
         self.patch_in = Merge(in_channels, widths[0], patch_size)
@@ -320,8 +323,9 @@ class HDiT(Backbone):
         if place.splits:
             s.grid = self.grids[level]
             s.x, s.pos = self.splits[level](s.x, s.skips.pop(), s.grid), positions(s.grid, s.x)
-        mask = attention_mask(self.attentions[level], s.grid, place.shift, s.x, self.fused)
+        mask = attention_mask(self.attentions[level], s.grid, place.shift, s.x, self.flex)
         # Apart: the 2 of one tensor would be taken for a batch of 2 by torch.compile.
+        assert s.pos is not None
         row, column = (p.contiguous() for p in s.pos.unbind(1))
         s.x = self.blocks[i](s.x, s.c, row, column, *([] if mask is None else [mask]))
         if place.merges:
@@ -350,19 +354,19 @@ class HDiT(Backbone):
                 f"head_depth {head_depth} and tail_depth {tail_depth}: the core must lie in HDiT's inner level, "
                 f"so both must be at least {self.outer_depth}, the layers of the outer levels on a side"
             )
-        if self.attentions[-1][0] != "global":
+        if self.attentions[-1].local:
             raise UserError(
-                f"ELIT-HDiT: the inner level's attention must be global, not {self.attentions[-1][0]}: latents have no grid"
+                f"ELIT-HDiT: the inner level's attention must be global, not {self.attentions[-1].name}: latents have no grid"
             )
 
     def uncounted_flops(self, batch_size: int) -> int:
         """FLOPs of the pairs of cells that local attention leaves out, which a count of dense attention has too many."""
         left_out = 0
-        for place, block in zip(self.places, self.blocks, strict=True):
+        for place in self.places:
             kind, grid = self.attentions[place.level], self.grids[place.level]
-            if kind[0] != "global":
+            if kind.local:
                 pairs = (grid[0] * grid[1]) ** 2 - attended_pairs(kind, grid, place.shift)
-                left_out += 4 * pairs * block.self_attn.num_heads * self.head_width
+                left_out += 4 * pairs * self.widths[place.level]
         return left_out * batch_size
 
 

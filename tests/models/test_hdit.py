@@ -14,7 +14,7 @@ from models import local_attention
 from models.conditioning import Text
 from models.costs import count_flops
 from models.hdit import SIZES, HDiT, from_published, hourglass, places, positions, rotation
-from models.local_attention import attend, attended_pairs, attention_mask, kernel_size
+from models.local_attention import Kind, attend, attended_pairs, attention_mask, kernel_size
 
 TAGS = ["hdit_na", "hdit_na_wide", "hdit_swin", "hdit_global"]
 
@@ -105,12 +105,12 @@ def naive_neighborhood(q: int, k: int, rows: int, columns: int, size: int) -> bo
 @pytest.mark.parametrize(
     ("kind", "grid", "shift", "size"),
     [
-        (("neighborhood", 7), (8, 9), 0, 7),
-        (("neighborhood", 7), (4, 9), 0, 3),
-        (("neighborhood", 3), (5, 3), 0, 3),
-        (("shifted-window", 4), (8, 12), 0, 4),
-        (("shifted-window", 4), (8, 12), 2, 4),
-        (("shifted-window", 3), (6, 9), 1, 3),
+        (Kind("neighborhood", 7), (8, 9), 0, 7),
+        (Kind("neighborhood", 7), (4, 9), 0, 3),
+        (Kind("neighborhood", 3), (5, 3), 0, 3),
+        (Kind("shifted-window", 4), (8, 12), 0, 4),
+        (Kind("shifted-window", 4), (8, 12), 2, 4),
+        (Kind("shifted-window", 3), (6, 9), 1, 3),
     ],
 )
 def test_masks(kind, grid, shift, size):
@@ -128,10 +128,11 @@ def test_masks(kind, grid, shift, size):
     assert kernel_size(kind, grid) == size and attended_pairs(kind, grid, shift) == mask.sum()
     assert attention_mask(kind, grid, shift, x, True) is mask  # made once
     assert attention_mask(kind, grid, shift, x.to("meta"), True).is_meta
-    assert attention_mask(("global",), grid, 0, x, True) is None and attention_mask(kind, None, 0, x, True) is None
+    assert attention_mask(Kind("global"), grid, 0, x, True) is None and attention_mask(kind, None, 0, x, True) is None
 
 
-@pytest.mark.parametrize(("kind", "shift"), [(("neighborhood", 7), 0), (("shifted-window", 4), 2)])
+@pytest.mark.parametrize(("kind", "shift"), [(Kind("neighborhood", 7), 0), (Kind("shifted-window", 4), 2)])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_blocks_of_flex_attention_are_the_dense_mask(kind, shift, monkeypatch):
     monkeypatch.setattr(local_attention, "_compiled_flex_attention", lambda: flex_attention)  # what is compiled on CUDA
     grid, n = (8, 20), 160  # more than one block of 128
@@ -164,7 +165,7 @@ def test_a_mask_first_made_in_inference_mode_serves_training():
 
 def test_layers_of_a_level_are_counted_on_through_both_sides():
     depths, kinds = [3, 2, 2], [("shifted-window", 4), ("neighborhood", 3), ("shifted-window", 2)]
-    found = places(depths, kinds)
+    found = places(depths, [Kind(*kind) for kind in kinds])
     assert [p.level for p in found] == [0, 0, 0, 1, 1, 2, 2, 1, 1, 0, 0, 0]
     assert [p.shift for p in found] == [0, 2, 0, 0, 0, 0, 1, 0, 0, 2, 0, 2]
     assert [i for i, p in enumerate(found) if p.merges] == [2, 4] and [i for i, p in enumerate(found) if p.splits] == [7, 9]
@@ -243,7 +244,7 @@ def test_repa_reads_the_inner_level():
         ),
         ({"attentions": [("shifted-window", 4), ("global",)]}, r"level 0: windows of 4 do not divide its grid of 6×10"),
         ({"attentions": [("neighborhood", 4), ("global",)]}, r"level 0: neighborhood kernel 4 must be odd"),
-        ({"attentions": [("global",), ("local",)]}, r"level 1: attention \('local',\) must be"),
+        ({"attentions": [("global",), ("local",)]}, r"level 1: attention \('local', 0\) must be"),
         ({"widths": [20, 32]}, r"level 0: head_width 8 must be divisible by 8 and divide the width 20"),
         ({"depths": [2]}, r"one depth, width and attention a level"),
         ({"patch_size": 4}, r"cannot be cut into patches of 4"),
