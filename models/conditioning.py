@@ -99,17 +99,19 @@ class NullText(nn.Module):
             raise UserError("this model is conditioned on text features, not on class labels")
         if self.null_text is None:
             raise UserError("this model has no null_text, the features of the empty prompt: it cannot guide or drop prompts")
-        null = Text(self.null_text, self.null_pooled)
-        given, own = (
-            [None if v is None else tuple(v.shape) for v in text] for text in (map_condition(lambda v: v[0], y), null)
-        )
-        if given != own:
-            raise UserError(f"text of {given} (tokens, width; pooled) beside a null_text of {own}: encode both in the same way")
-        return map_condition(lambda v, n: n.to(v).expand_as(v), y, null)
+        pooled = None if y.pooled is None or self.null_pooled is None else self.null_pooled.to(y.pooled).expand_as(y.pooled)
+        if self.null_text.shape != y.features.shape[1:] or (pooled is None) != (y.pooled is None):
+            raise UserError(
+                f"text of {tuple(y.features.shape[1:])} (tokens, width) beside a null_text of {tuple(self.null_text.shape)}, "
+                "or only one with pooled text: encode both in the same way"
+            )
+        return Text(self.null_text.to(y.features).expand_as(y.features), pooled)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         # A model just built has no null text: it takes the checkpoint's, whatever its length.
         for name in ("null_text", "null_pooled"):
             if getattr(self, name) is None and prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=next(self.parameters()).device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

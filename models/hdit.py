@@ -40,7 +40,7 @@ def hourglass(grid: Grid, *, inner_depth: int, inner_width: int, outer_depth: in
     }
 
 
-# ---------------------------------------------------------------------------------------------- tokens and positions--------
+# ---------------------------------------------------------------------------------------------- tokens and positions
 
 
 def merge(x: Tensor, grid: Grid, p: int = 2) -> Tensor:
@@ -62,12 +62,12 @@ def positions(grid: Grid, x: Tensor) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
-def rotation(pos: Tensor, heads: int, head_width: int) -> Tensor:
-    """Cosines and sines (2, heads, n, d/4) of the angles of positions (n, 2): d/8 frequencies an axis, dealt out over the heads."""
-    steps = torch.arange(heads * head_width // 8, device=pos.device, dtype=pos.dtype)
-    frequencies = torch.exp(math.log(math.pi) + math.log(10) / len(steps) * steps).view(-1, heads).T  # (heads, d/8)
-    angle = (pos[:, :, None] * frequencies[:, None, None]).flatten(2)  # (heads, n, d/4): row, then column
-    return torch.stack([angle.cos(), angle.sin()])
+def rotation(row: Tensor, column: Tensor, num_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (heads, n, d/4) of the angles of positions (n,), (n,): d/8 frequencies each, dealt out over the heads."""
+    steps = torch.arange(num_heads * head_width // 8, device=row.device, dtype=row.dtype)
+    frequencies = torch.exp(math.log(math.pi) + math.log(10) / len(steps) * steps).view(-1, num_heads).T[:, None]
+    angle = torch.cat([row[:, None] * frequencies, column[:, None] * frequencies], dim=-1)
+    return angle.cos(), angle.sin()
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -117,35 +117,38 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.out_proj = zero(nn.Linear(dim, dim, bias=False))
 
-    def forward(self, x: Tensor, c: Tensor, rotation: Tensor, mask: Mask = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, row: Tensor, column: Tensor, mask: Mask = None) -> Tensor:
         qkv = self.qkv_proj(self.norm(x, c)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, n, d) each
-        q, k = (self.prepare(a, rotation).to(v.dtype) for a in (q, k))
+        angles = rotation(row, column, self.num_heads, q.shape[-1])
+        q, k = (self.prepare(a, *angles).to(v.dtype) for a in (q, k))
         return x + self.out_proj(attend(q, k, v, mask, self.fused).transpose(1, 2).flatten(2))
 
-    def prepare(self, q: Tensor, rotation: Tensor) -> Tensor:
-        """q·√scale/√(Σq² + eps), the lower half of its channels rotated by (2, heads, n, d/4); in float32 or better."""
-        q = q.to(rotation.dtype)
+    def prepare(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """q·√scale/√(Σq² + eps), the lower half of its channels rotated by (heads, n, d/4); in float32 or better."""
+        q = q.to(cos.dtype)
         q = q * (self.scale.to(q.dtype).sqrt()[:, None, None] * torch.rsqrt(q.square().sum(dim=-1, keepdim=True) + self.eps))
         quarter = q.shape[-1] // 4
-        (cos, sin), (a, b, still) = rotation, q.split([quarter, quarter, q.shape[-1] - 2 * quarter], dim=-1)
+        a, b, still = q.split([quarter, quarter, q.shape[-1] - 2 * quarter], dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, still], dim=-1)
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each under an AdaRMSNorm; x (B, n, W), c (B, M), rotation (2, heads, n, d/4) → (B, n, W)."""
+    """Attention and feed-forward, each under an AdaRMSNorm; x (B, n, W), c (B, M), positions row and column (n,) → (B, n, W)."""
 
     def __init__(self, dim: int, cond_dim: int, head_width: int, fused: bool = True):
         super().__init__()
         self.self_attn = SelfAttention(dim, AdaRMSNorm(dim, cond_dim), head_width, fused)
         self.ff = FeedForward(dim, AdaRMSNorm(dim, cond_dim))
 
-    def forward(self, x: Tensor, c: Tensor, rotation: Tensor, mask: Mask = None) -> Tensor:
-        return self.ff(self.self_attn(x, c, rotation, mask), c)
+    def forward(self, x: Tensor, c: Tensor, row: Tensor, column: Tensor, mask: Mask = None) -> Tensor:
+        return self.ff(self.self_attn(x, c, row, column, mask), c)
 
 
 class FourierFeatures(nn.Module):
     """u (B,) → [cos, sin] (B, M) of 2π·u·w, w ~ N(0, 1): drawn once, stored, not trained."""
+
+    weight: Tensor
 
     def __init__(self, dim: int):
         super().__init__()
@@ -218,7 +221,7 @@ def places(depths: Sequence[int], attentions: Sequence[Kind]) -> list[Place]:
     for level, first in visits:
         kind, depth = attentions[level], depths[level]
         for i in range(first, first + depth):  # layers of a level are counted on through both sides
-            shift = kind[-1] // 2 if kind[0] == "shifted-window" and i % 2 else 0
+            shift = kind.size // 2 if kind.name == "shifted-window" and i % 2 else 0
             layers.append(Place(level, shift, splits=i == first > 0, merges=i == depth - 1 and level < inner))
     return layers
 
@@ -245,18 +248,6 @@ def level_grids(grid: Grid, widths: Sequence[int], attentions: Sequence[Kind], h
     return grids
 
 
-@dataclass
-class HDiTStream(Stream):
-    """A `Stream` that keeps the rotation of its positions for the layers that share them."""
-
-    rotation: tuple[Tensor, Tensor] | None = None  # the positions, and their angles
-
-    def angles(self, heads: int, head_width: int) -> Tensor:
-        if self.rotation is None or self.rotation[0] is not self.pos:
-            self.rotation = (self.pos, rotation(self.pos, heads, head_width))
-        return self.rotation[1]
-
-
 class HDiT(Backbone):
     """Velocity model v(x, t, y) of pixels or VAE latents; `Backbone` has the arguments that are not here.
 
@@ -279,7 +270,7 @@ class HDiT(Backbone):
         in_channels: int = 4,
         depths: Sequence[int],
         widths: Sequence[int],
-        attentions: Sequence[Kind],
+        attentions: Sequence[tuple],
         head_width: int = 64,
         mapping_depth: int,
         mapping_width: int,
@@ -295,9 +286,10 @@ class HDiT(Backbone):
             raise UserError(
                 f"HDiT needs one depth, width and attention a level: depths {depths}, widths {widths}, attentions {attentions}"
             )
-        self.attentions, self.head_width, self.fused = [tuple(kind) for kind in attentions], head_width, fused_attn
+        self.attentions, self.head_width, self.fused = [Kind(*kind) for kind in attentions], head_width, fused_attn
+        self.flex = fused_attn and head_width >= 16  # what its kernels can do
         self.grids = level_grids(self.grid_size, widths, self.attentions, head_width)
-        self.places = places(depths, self.attentions)
+        self.places, self.widths = places(depths, self.attentions), list(widths)
         self.outer_depth, self.cond_dim, self.hidden_size = sum(depths[:-1]), mapping_width, widths[-1]
 
         self.patch_in = Merge(in_channels, widths[0], patch_size)
@@ -323,18 +315,19 @@ class HDiT(Backbone):
         c = self.time_in_proj(self.time_emb(t).to(self.time_in_proj.weight.dtype)) + self.cond_bias
         if self.class_emb is not None:
             c = c + self.class_emb(check_labels(y, "HDiT"))
-        return HDiTStream(tokens, self.mapping(c), pos=positions(self.grid_size, x), grid=self.grid_size)
+        return Stream(tokens, self.mapping(c), pos=positions(self.grid_size, x), grid=self.grid_size)
 
     def step(self, i: int, s: Stream) -> None:
         """Layer i, after the split that begins a level on the way out, before the merge that ends one on the way in."""
-        assert isinstance(s, HDiTStream)
-        place, block = self.places[i], self.blocks[i]
-        level = place.level
+        place, level = self.places[i], self.places[i].level
         if place.splits:
             s.grid = self.grids[level]
             s.x, s.pos = self.splits[level](s.x, s.skips.pop(), s.grid), positions(s.grid, s.x)
-        mask = attention_mask(self.attentions[level], s.grid, place.shift, s.x, self.fused)
-        s.x = block(s.x, s.c, s.angles(block.self_attn.num_heads, self.head_width), *([] if mask is None else [mask]))
+        mask = attention_mask(self.attentions[level], s.grid, place.shift, s.x, self.flex)
+        # Apart: the 2 of one tensor would be taken for a batch of 2 by torch.compile.
+        assert s.pos is not None
+        row, column = (p.contiguous() for p in s.pos.unbind(1))
+        s.x = self.blocks[i](s.x, s.c, row, column, *([] if mask is None else [mask]))
         if place.merges:
             s.skips.append(s.x)
             s.x, s.grid = self.merges[level](s.x, self.grids[level]), self.grids[level + 1]
@@ -343,10 +336,6 @@ class HDiT(Backbone):
     def output(self, s: Stream) -> Tensor:
         """Tokens (B, N, W) of the finest level → velocity (B, C, H, W)."""
         return unpatchify(self.patch_out["proj"](self.out_norm(s.x)), self.grid_size, self.patch_size)
-
-    def null(self, y: Any) -> Any:
-        """As `Backbone.null`; without labels every condition says nothing."""
-        return y if self.num_classes is None else super().null(y)
 
     @property
     def feature_grid(self) -> Grid:
@@ -365,19 +354,19 @@ class HDiT(Backbone):
                 f"head_depth {head_depth} and tail_depth {tail_depth}: the core must lie in HDiT's inner level, "
                 f"so both must be at least {self.outer_depth}, the layers of the outer levels on a side"
             )
-        if self.attentions[-1][0] != "global":
+        if self.attentions[-1].local:
             raise UserError(
-                f"ELIT-HDiT: the inner level's attention must be global, not {self.attentions[-1][0]}: latents have no grid"
+                f"ELIT-HDiT: the inner level's attention must be global, not {self.attentions[-1].name}: latents have no grid"
             )
 
     def uncounted_flops(self, batch_size: int) -> int:
         """FLOPs of the pairs of cells that local attention leaves out, which a count of dense attention has too many."""
         left_out = 0
-        for place, block in zip(self.places, self.blocks, strict=True):
+        for place in self.places:
             kind, grid = self.attentions[place.level], self.grids[place.level]
-            if kind[0] != "global":
+            if kind.local:
                 pairs = (grid[0] * grid[1]) ** 2 - attended_pairs(kind, grid, place.shift)
-                left_out += 4 * pairs * block.self_attn.num_heads * self.head_width
+                left_out += 4 * pairs * self.widths[place.level]
         return left_out * batch_size
 
 

@@ -6,6 +6,7 @@ On CUDA `flex_attention` skips the blocks of cells that do not see each other; e
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +17,31 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from errors import UserError
 
 Grid = tuple[int, int]  # rows, columns
-Kind = tuple[str] | tuple[str, int]  # ("global",), ("neighborhood", kernel) or ("shifted-window", window)
 Mask = Tensor | BlockMask | None
 
 
+class Kind(NamedTuple):
+    """("global",), ("neighborhood", kernel) or ("shifted-window", window)."""
+
+    name: str
+    size: int = 0
+
+    @property
+    def local(self) -> bool:
+        return self.name != "global"
+
+
 def check_kind(kind: Kind, grid: Grid, level: int) -> None:
-    """Raises UserError where `kind` is none, or its windows do not divide the grid of the level."""
+    """Raises UserError where there is no such attention, or its windows do not divide the grid of the level."""
     rows, columns = grid
-    name, *size = kind
-    if name == "global" and not size:
-        return
-    if name not in ("neighborhood", "shifted-window") or len(size) != 1 or size[0] < 1:
+    if kind.name not in ("global", "neighborhood", "shifted-window") or kind.local != (kind.size > 0):
         raise UserError(
-            f"level {level}: attention {kind} must be (global,), (neighborhood, kernel) or (shifted-window, window)"
+            f"level {level}: attention {tuple(kind)} must be (global,), (neighborhood, kernel) or (shifted-window, window)"
         )
-    if name == "neighborhood" and size[0] % 2 == 0:
-        raise UserError(f"level {level}: neighborhood kernel {size[0]} must be odd")
-    if name == "shifted-window" and (rows % size[0] or columns % size[0]):
-        raise UserError(f"level {level}: windows of {size[0]} do not divide its grid of {rows}×{columns}")
+    if kind.name == "neighborhood" and kind.size % 2 == 0:
+        raise UserError(f"level {level}: neighborhood kernel {kind.size} must be odd")
+    if kind.name == "shifted-window" and (rows % kind.size or columns % kind.size):
+        raise UserError(f"level {level}: windows of {kind.size} do not divide its grid of {rows}×{columns}")
 
 
 def sees(kind: Kind, grid: Grid, shift: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -50,19 +58,19 @@ def sees(kind: Kind, grid: Grid, shift: int) -> Callable[[Tensor, Tensor], Tenso
         row = (q // columns + shift) // size == (k // columns + shift) // size
         return row & ((q % columns + shift) // size == (k % columns + shift) // size)
 
-    return neighborhood if kind[0] == "neighborhood" else window
+    return neighborhood if kind.name == "neighborhood" else window
 
 
 def kernel_size(kind: Kind, grid: Grid) -> int:
     """Side of a window, or of a neighborhood: the largest odd number that fits where the grid is smaller."""
-    side = min(kind[-1], *grid)
-    return side if kind[0] != "neighborhood" or side % 2 else side - 1
+    side = min(kind.size, *grid)
+    return side if kind.name != "neighborhood" or side % 2 else side - 1
 
 
 def attended_pairs(kind: Kind, grid: Grid, shift: int) -> int:
     """Pairs of cells that see each other in local attention."""
     size = kernel_size(kind, grid)
-    if kind[0] == "neighborhood":
+    if kind.name == "neighborhood":
         return grid[0] * grid[1] * size * size
     # Along an axis of n cells, a shift cuts the first window to size − shift and leaves shift cells for a last one.
     sides = ((n // size) * size * size - (2 * shift * (size - shift) if shift else 0) for n in grid)
@@ -81,14 +89,15 @@ def _build_mask(kind: Kind, grid: Grid, shift: int, device: torch.device, flex: 
 _cached_mask = functools.lru_cache(maxsize=16)(_build_mask)
 
 
-def attention_mask(kind: Kind, grid: Grid | None, shift: int, x: Tensor, fused: bool) -> Mask:
-    """The mask of one layer on the device of x: blocks for flex_attention on CUDA, (n, n) booleans elsewhere, `None` for global, and for
-    latents, which have no grid."""
-    if grid is None or kind[0] == "global":
+def attention_mask(kind: Kind, grid: Grid | None, shift: int, x: Tensor, flex: bool) -> Mask:
+    """The mask of one layer, on the device of x; `None` for global attention, and for latents, which have no grid.
+
+    With `flex`, on CUDA, the blocks of `flex_attention`; else (n, n) booleans.
+    """
+    if grid is None or not kind.local:
         return None
-    flex = fused and x.is_cuda and x.dtype != torch.float64
     build = _build_mask if isinstance(x, FakeTensor) else _cached_mask  # a fake tensor belongs to the mode that made it
-    return build(kind, grid, shift, x.device, flex)
+    return build(kind, grid, shift, x.device, flex and x.is_cuda and x.dtype != torch.float64)
 
 
 @functools.cache

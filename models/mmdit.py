@@ -25,7 +25,7 @@ from models.layers import (
     sincos_position_embedding,
     unpatchify,
     xavier,
-)  # fmt: skip
+)
 
 QKNorm = Literal["rms"] | None
 
@@ -100,8 +100,9 @@ class JointBlock(nn.Module):
         L = text.shape[1]
         text_parts, image_parts = self.text.modulations(c), self.image.modulations(c)
         both = zip(self.text.heads(text, text_parts), self.image.heads(x, image_parts), strict=True)
+        q, k, v = (torch.cat(pair, dim=2) for pair in both)
         # The last text queries are made too, though nothing reads their output: every parameter has a gradient.
-        attended = attend(*(torch.cat(pair, dim=2) for pair in both), self.fused)  # (B, heads, L + N, d)
+        attended = attend(q, k, v, self.fused)  # (B, heads, L + N, d)
         if not self.last:
             text = self.text.update(text, attended[:, :, :L], text_parts)
         return self.image.update(x, attended[:, :, L:], image_parts), text
@@ -122,6 +123,8 @@ class MMDiT(NullText, Backbone):
     Raises:
         UserError: sizes that do not fit each other.
     """
+
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -187,7 +190,8 @@ class MMDiT(NullText, Backbone):
         c = self.t_embedder(t * self.time_scale)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y.pooled)
-        return Stream(self.x_embedder(x) + self.positions(), c, text=self.context_embedder(y.features))
+        text = self.context_embedder(y.features).clone()  # as what blocks return, no view: one graph of torch.compile less
+        return Stream(self.x_embedder(x) + self.positions(), c, text=text)
 
     def step(self, i: int, s: Stream) -> None:
         """Block i: image tokens, or latents, and text attend to both."""

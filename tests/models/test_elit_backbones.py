@@ -6,9 +6,10 @@ import test_mmdit
 import torch
 from conftest import randomize
 from golden_cases import arrays, case, weights
+from torch._dynamo.testing import CompileCounter
 
 from errors import UserError
-from models import hdit, mmdit
+from models import checkpoint_blocks, compile_model, hdit, mmdit
 from models.conditioning import Text
 from models.costs import count_flops
 from models.elit import Elastic
@@ -104,25 +105,62 @@ def test_the_interface_fits_the_inner_level():
     assert model.interface.reader.attn[0].num_heads == 4
 
 
-def inputs(model):
-    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9])
-    return (x, t, torch.tensor([1, 2])) if isinstance(model, ELITHDiT) else (x, t, Text(torch.randn(2, 3, 5)))
-
-
-@pytest.mark.parametrize("ends", [2, 3])
-@pytest.mark.parametrize("family", ["hdit", "mmdit"])
-def test_forward_and_backward_at_both_ends_of_the_budget(family, ends):
+def small(family: str, **changes) -> Elastic:
+    """A model of random weights on x of 16×16, in groups of 4×4: budgets down to 1/16."""
     if family == "hdit":
-        model = elit_hdit(head_depth=ends, tail_depth=ends, z_dims=(6,), encoder_depth=4)
-    else:
-        model = ELITMMDiT(
-            input_size=8, patch_size=2, hidden_size=32, depth=2 * ends, num_heads=2, text_width=5, head_depth=1, tail_depth=1,
-            elit_group_size=2, qk_norm="rms", z_dims=(6,), encoder_depth=2,
-        )  # fmt: skip
-    randomize(model)
-    for budget in (None, 1 / 4):
+        levels = {
+            "depths": [2, 2, 4],
+            "widths": [16, 24, 32],
+            "attentions": [("shifted-window", 4), ("neighborhood", 3), ("global",)],
+        }
+        return test_hdit.randomized(elit_hdit(input_size=32, head_depth=5, tail_depth=5, elit_group_size=4, **levels | changes))
+    arguments = {
+        "input_size": 16, "patch_size": 2, "hidden_size": 32, "depth": 5, "num_heads": 2, "text_width": 5, "head_depth": 1,
+        "tail_depth": 1, "elit_group_size": 4, "qk_norm": "rms",
+    }  # fmt: skip
+    return randomize(ELITMMDiT(**arguments | changes))
+
+
+def inputs(model: Elastic, batch_size: int = 2):
+    x, t = torch.randn(batch_size, 4, model.input_size, model.input_size), torch.rand(batch_size)
+    return x, t, torch.randint(9, (batch_size,)) if isinstance(model, ELITHDiT) else Text(torch.randn(batch_size, 3, 5))
+
+
+@pytest.mark.parametrize("family", ["hdit", "mmdit"])
+def test_forward_and_backward_at_both_ends_of_the_budget(family):
+    model = small(family, z_dims=(6,), encoder_depth=5)
+    for budget in (None, 1 / 16):
         model.zero_grad()
         velocity, features = model(*inputs(model), inference_budget=budget, return_features=True)
-        assert features[0].shape == (2, 16, 6)
+        assert features[0].shape == (2, 64, 6) and velocity.isfinite().all()
         (velocity.square().sum() + features[0].sum()).backward()
         assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("family", ["hdit", "mmdit"])
+def test_gradient_checkpointing(family):
+    model = small(family)
+    batch = inputs(model)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(*batch, inference_budget=1 / 4).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        checkpoint_blocks(model)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("hdit", 3), ("mmdit", 2)])  # one a width; the last block, and all others
+def test_budgets_and_batch_sizes_share_their_compiled_graphs(family, graphs):
+    model = small(family)
+    batches = [inputs(model, 2), inputs(model, 5)]
+    budgets = (None, 1 / 2, 1 / 16)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    with torch.no_grad():
+        expected = [model(*batch, inference_budget=b) for b in budgets for batch in batches]
+        compile_model(model, backend=counter)
+        for out, batch, budget in zip(expected, batches * len(budgets), [b for b in budgets for _ in batches], strict=True):
+            torch.testing.assert_close(model(*batch, inference_budget=budget), out)
+    assert counter.frame_count == graphs
