@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/python vision.py
+	$(BIN)/python -m common.torchvision_shim
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run

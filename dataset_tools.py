@@ -16,22 +16,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from config import (
-    CheckConfig,
-    ConvertConfig,
-    DemoConfig,
-    EncodeConfig,
-    PackConfig,
-    ReferenceConfig,
-    StatsConfig,
-    parse,
-    require,
-)
-from data_tools.check import check, stats
-from data_tools.convert import convert, demo
-from data_tools.encode import encode, pack
-from errors import UserError, command, nearest
-from processes import end_with_launcher
+from common.distributed import end_with_launcher
+from common.errors import UserError, cli_main, did_you_mean
+from config.options import CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, PackConfig, ReferenceConfig, StatsConfig
+from config.parsing import parse, require_options
+from preprocessing.check import check
+from preprocessing.convert import convert
+from preprocessing.demo import demo
+from preprocessing.encode import encode
+from preprocessing.pack import pack
+from preprocessing.stats import stats
 
 
 def reference(config: ReferenceConfig) -> None:
@@ -57,7 +51,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -66,13 +60,13 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: {(config.__doc__ or '').partition(': ')[2]} Options: dataset_tools.py {name} -h")
         return
     if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; commands are {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}; commands are {', '.join(COMMANDS)}")
     cls, run = COMMANDS[argv[0]]
     options = list(argv[1:])
     if cls in (CheckConfig, StatsConfig) and options and not options[0].startswith("-"):  # check DIR, stats DIR
         options.insert(0, "--source")
     config, _ = parse(cls, options, prog=f"dataset_tools.py {argv[0]}")
-    require(config)
+    require_options(config)
     end_with_launcher()
     run(config)
 

@@ -22,34 +22,35 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
-import inference
-from config import CCFGConfig
-from errors import command
+from checkpoint import weights
+from common import files
+from common.errors import cli_main
+from common.plotting import bar_plot, labelled_grid
+from config.options import CCFGConfig
 from models.elit import budget_to_k
-from pictures import bar_plot, labelled_grid
 from samplers import BudgetSchedule, Guidance, parse_budget
+from sampling import checks, cost, session
 
 MODES = {"CFG": "CFG", "CCFG": "cheap CFG", "AutoG": "autoguidance"}
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, given, found = inference.from_command_line(CCFGConfig, argv, "elit_ccfg_inference.py")
+    config, given, found = session.from_command_line(CCFGConfig, argv, "elit_ccfg_inference.py")
     check(config, given)
     compare(config, found)
 
 
 def check(config: CCFGConfig, given: dict) -> None:
     """Refuse what cannot be sampled, before anything is loaded or written; round the budgets down to multiples of 1/J."""
-    inference.check_elit(config)
-    inference.check_labels(config, "--class-label", config.class_label)
+    checks.check_elit(config)
+    checks.check_labels(config, "--class-label", config.class_label)
     J = config.elit_group_size**2
     if "unconditional_inference_budget" not in given and config.unconditional_inference_budget < 1 / J:
         _warn(f"this model's lowest budget is 1/{J}; the guiding passes run at that")
         config.unconditional_inference_budget = 1 / J
-    inference.check_budget(config, "--inference-budget", config.inference_budget)
-    inference.check_budget(config, "--unconditional-inference-budget", config.unconditional_inference_budget)
+    checks.check_budget(config, "--inference-budget", config.inference_budget)
+    checks.check_budget(config, "--unconditional-inference-budget", config.unconditional_inference_budget)
 
     def rounded(name: str, budget: float) -> float:
         below = budget_to_k(budget, J) / J
@@ -66,13 +67,13 @@ def check(config: CCFGConfig, given: dict) -> None:
     config.unconditional_inference_budget = rounded("unconditional_inference_budget", config.unconditional_inference_budget)
     for scale in config.cfg_scales:
         guidance(config, "AutoG", scale).check()
-    inference.check_sampler(config)
-    inference.check_folder("--output-dir", config.output_dir)
+    checks.check_sampler(config)
+    checks.check_folder("--output-dir", config.output_dir)
 
 
 def guidance(config: CCFGConfig, mode: str, cfg_scale: float) -> Guidance:
     """One of the three kinds of guidance, at a scale."""
-    return inference.guidance(
+    return session.guidance(
         config,
         cfg_scale=cfg_scale,
         unconditional_inference_budget=None if mode == "CFG" else config.unconditional_inference_budget,
@@ -80,9 +81,9 @@ def guidance(config: CCFGConfig, mode: str, cfg_scale: float) -> Guidance:
     )
 
 
-def compare(config: CCFGConfig, found: checkpoint.Weights) -> list[dict]:
+def compare(config: CCFGConfig, found: weights.Weights) -> list[dict]:
     """Sample with every kind of guidance at every scale, measure, and write all files; returns the entries of results.json."""
-    model, vae, shape, folder = inference.open_tool(config, found, _warn)
+    model, vae, shape, folder = session.setup_tool(config, found, _warn)
 
     scales = sorted(set(config.cfg_scales))
     runs = {(mode, scale): guidance(config, mode, scale) for mode in MODES for scale in scales}
@@ -90,7 +91,7 @@ def compare(config: CCFGConfig, found: checkpoint.Weights) -> list[dict]:
         images: dict[tuple[str, float], np.ndarray] = {}
         for (mode, scale), g in tqdm(runs.items(), desc="sample", unit="guidance"):
             same = images.get(("CFG", scale)) if scale == 1 else None  # no guidance is the same in every mode
-            images[mode, scale] = inference.sample_all(config, g, model, vae, shape)[1] if same is None else same
+            images[mode, scale] = session.sample_all(config, g, model, vae, shape)[1] if same is None else same
         results = measure(config, model, runs, shape)
     # (labels × modes, scales, H, W, 3)
     grid = np.stack([[images[mode, s][i] for s in scales] for i in range(len(config.class_label)) for mode in MODES])
@@ -106,7 +107,7 @@ def compare(config: CCFGConfig, found: checkpoint.Weights) -> list[dict]:
         ylabel="GFLOPs per guided step of one image",
         title=f"{config.model}, {said}, guiding at {config.unconditional_inference_budget:g}",
     )
-    inference.write_json(results, folder / "results.json")
+    files.write_json(results, folder / "results.json")
     for name, gflops in bars.items():
         less = "" if name == "CFG" else f" ({100 * (gflops / bars['CFG'] - 1):+.0f}%)"
         print(f"{name}: {gflops:.4g} GFLOPs per guided step{less}")
@@ -120,22 +121,22 @@ def measure(
     """FLOPs and latency of each (mode, scale): the entries of results.json."""
     device = next(model.parameters()).device
     count = min(len(config.class_label), config.per_proc_batch_size)
-    noise = inference.starting_noise(model, shape, config.seed, range(count))
+    noise = session.starting_noise(model, shape, config.seed, range(count))
     y = torch.tensor(config.class_label[:count], device=device)
 
     # What a step costs depends on its passes alone, not on the scale: (mode, passes) → a job to be timed.
-    whole = {key: inference.passes_of_run(config, g) for key, g in runs.items()}
-    flops = inference.pass_flops(model, whole.values())
+    whole = {key: cost.passes_of_run(config, g) for key, g in runs.items()}
+    flops = cost.pass_flops(model, whole.values())
     jobs, steps = {}, {}
     for (mode, scale), g in runs.items():
-        evaluations = inference.evaluations(config)
+        evaluations = cost.evaluations(config)
         evaluations = [times for times in evaluations if any(map(g.active, times))] or evaluations
         passes = [tuple(g.passes(*times)) for times in evaluations]
         steps[mode, scale] = [(mode if len(p) > 1 else "", p) for p in passes]
         for times, step in zip(evaluations, steps[mode, scale], strict=True):
-            jobs.setdefault(step, partial(inference.one_evaluation, model, noise, times, y, g))
-    with inference.autocast(config, device):
-        latency = inference.interleaved_times(jobs, device)
+            jobs.setdefault(step, partial(cost.one_evaluation, model, noise, times, y, g))
+    with session.autocast(config, device):
+        latency = cost.interleaved_times(jobs, device)
 
     results = []
     for (mode, scale), g in runs.items():
@@ -151,7 +152,7 @@ def measure(
                 "gflops_per_forward": forward / 1e9,
                 "flops_per_forward": round(forward),
                 "gflops_per_guided_step": sum(flops[b] for _, passes in guided for b in passes) / len(guided) / 1e9,
-                "gflops_per_step": inference.flops_per_step(config, whole[mode, scale], flops) / 1e9,
+                "gflops_per_step": cost.flops_per_step(config, whole[mode, scale], flops) / 1e9,
                 "latency_ms": median,
                 "latency_ms_quartiles": [low, high],
                 "batch_size": count,

@@ -25,43 +25,44 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import inference
-from config import MultibudgetConfig
-from errors import command
-from loss import on_path
+from checkpoint.weights import Weights
+from common import files
+from common.errors import cli_main
+from common.plotting import attention_maps, labelled_grid, line_plot
+from config.options import MultibudgetConfig
+from loss import interpolate
 from models.dfm import decompose
-from pictures import attention_maps, labelled_grid, line_plot
 from samplers import BudgetSchedule, Guidance
+from sampling import checks, cost, session
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, _, found = inference.from_command_line(MultibudgetConfig, argv, "elit_multibudget_inference.py")
+    config, _, found = session.from_command_line(MultibudgetConfig, argv, "elit_multibudget_inference.py")
     check(config)
     compare(config, found)
 
 
 def check(config: MultibudgetConfig) -> None:
     """Refuse what cannot be sampled, before anything is loaded or written; fill in the budgets."""
-    inference.check_elit(config)
-    inference.check_labels(config, "--class-label", config.class_label)
+    checks.check_elit(config)
+    checks.check_labels(config, "--class-label", config.class_label)
     if config.budgets is None:
-        config.budgets = inference.all_budgets(config.elit_group_size**2)
+        config.budgets = checks.all_budgets(config.elit_group_size**2)
     for budget in config.budgets:
-        inference.check_budget(config, "--budgets", budget)
-    inference.check_budget(config, "--inference-budget", config.inference_budget)
-    inference.check_budget(config, "--unconditional-inference-budget", config.unconditional_inference_budget)
-    inference.guidance(config).check()
-    inference.check_sampler(config)
-    inference.check_folder("--output-dir", config.output_dir)
+        checks.check_budget(config, "--budgets", budget)
+    checks.check_budget(config, "--inference-budget", config.inference_budget)
+    checks.check_budget(config, "--unconditional-inference-budget", config.unconditional_inference_budget)
+    session.guidance(config).check()
+    checks.check_sampler(config)
+    checks.check_folder("--output-dir", config.output_dir)
 
 
-def compare(config: MultibudgetConfig, found: checkpoint.Weights) -> list[dict]:
+def compare(config: MultibudgetConfig, found: Weights) -> list[dict]:
     """Sample at every budget, measure, and write all files; returns the entries of results.json."""
-    model, vae, shape, folder = inference.open_tool(config, found, _warn)
+    model, vae, shape, folder = session.setup_tool(config, found, _warn)
 
-    asked = inference.guidance(config)
+    asked = session.guidance(config)
     columns: list[float | BudgetSchedule] = sorted(set(config.budgets))
     if isinstance(asked.inference_budget, BudgetSchedule):
         columns.append(asked.inference_budget)
@@ -73,7 +74,7 @@ def compare(config: MultibudgetConfig, found: checkpoint.Weights) -> list[dict]:
     with torch.inference_mode():
         for column in tqdm([*columns, 1.0] if 1.0 not in columns else columns, desc="sample", unit="budget"):
             g = asked._replace(inference_budget=column)
-            latents[column], images[column] = inference.sample_all(config, g, model, vae, shape)
+            latents[column], images[column] = session.sample_all(config, g, model, vae, shape)
         results = measure(config, model, asked, columns, shape)
         for entry, column in zip(results, columns, strict=True):
             entry["psnr"] = psnr(images[column], images[1.0])
@@ -81,10 +82,10 @@ def compare(config: MultibudgetConfig, found: checkpoint.Weights) -> list[dict]:
         grid = np.stack([images[column] for column in columns], axis=1)  # (labels, budgets, H, W, 3)
         labelled_grid(grid, labels, [_heading(e) for e in results], folder / "image_grid.png",
                       inches=min(max(config.resolution / 160, 1.0), 1.6), fontsize=8)  # fmt: skip
-        plot(config, asked, results, columns, folder, inference.device_name(latents[1.0].device))
+        plot(config, asked, results, columns, folder, session.device_name(latents[1.0].device))
         if config.attention:
             show_attention(config, model, latents[1.0], images[1.0], labels, folder)
-    inference.write_json(results, folder / "results.json")
+    files.write_json(results, folder / "results.json")
     for entry in results:
         print(
             f"budget {_name(entry)}: {entry['gflops_per_forward']:.4g} GFLOPs per forward, {entry['gflops_per_step']:.4g} per step, "
@@ -103,16 +104,16 @@ def measure(
 ) -> list[dict]:
     """FLOPs and latency of each column: the entries of results.json but for `psnr`."""
     device = next(model.parameters()).device
-    runs = [inference.passes_of_run(config, asked._replace(inference_budget=column)) for column in columns]
-    flops = inference.pass_flops(model, runs)
+    runs = [cost.passes_of_run(config, asked._replace(inference_budget=column)) for column in columns]
+    flops = cost.pass_flops(model, runs)
 
     count = min(len(config.class_label), config.per_proc_batch_size)
-    noise = inference.starting_noise(model, shape, config.seed, range(count))
+    noise = session.starting_noise(model, shape, config.seed, range(count))
     y = torch.tensor(config.class_label[:count], device=device)
-    with inference.autocast(config, device):
+    with session.autocast(config, device):
         budgets = {passes[0] for run in runs for passes in run}
-        jobs = {b: partial(inference.one_forward, model, noise, y, b) for b in budgets}
-        times = inference.interleaved_times(jobs, device)
+        jobs = {b: partial(cost.one_forward, model, noise, y, b) for b in budgets}
+        times = cost.interleaved_times(jobs, device)
 
     results = []
     for column, run in zip(columns, runs, strict=True):
@@ -123,7 +124,7 @@ def measure(
                 "budget": str(column) if isinstance(column, BudgetSchedule) else column,
                 "gflops_per_forward": forward / 1e9,
                 "flops_per_forward": round(forward),
-                "gflops_per_step": inference.flops_per_step(config, run, flops) / 1e9,
+                "gflops_per_step": cost.flops_per_step(config, run, flops) / 1e9,
                 "latency_ms": median,
                 "latency_ms_quartiles": [low, high],
                 "batch_size": count,
@@ -154,7 +155,7 @@ def plot(
     def points(key: str) -> dict[str, tuple[float, float]]:
         found = {}
         for entry, column in scheduled:
-            run = inference.passes_of_run(config, asked._replace(inference_budget=column))
+            run = cost.passes_of_run(config, asked._replace(inference_budget=column))
             if entry[key] is not None:
                 found[f"schedule {column} (mean)"] = (sum(passes[0] for passes in run) / len(run), entry[key])
         return found
@@ -204,16 +205,17 @@ def show_attention(
     means, entropies = [], []
     for first in range(0, len(latents), config.per_proc_batch_size):
         x = latents[first : first + config.per_proc_batch_size]
-        noise = inference.starting_noise(model, x.shape[1:], config.seed, range(first, first + len(x)))
+        noise = session.starting_noise(model, x.shape[1:], config.seed, range(first, first + len(x)))
         y = torch.tensor(config.class_label[first : first + len(x)], device=x.device)
         t = torch.full((len(x),), config.attention_time, device=x.device)
         if isinstance(noise, list):  # DFM: every stage at that time
             state = [
-                on_path(*pair, t, config.path_type)[0].to(dtype) for pair in zip(decompose(x, len(noise)), noise, strict=True)
+                interpolate(*pair, t, config.path_type)[0].to(dtype)
+                for pair in zip(decompose(x, len(noise)), noise, strict=True)
             ]
             t = t[:, None].expand(-1, len(noise))
         else:
-            state = on_path(x, noise, t, config.path_type)[0].to(dtype)
+            state = interpolate(x, noise, t, config.path_type)[0].to(dtype)
         weights = model.read_attention(state, t, y)
         means.append(weights.mean(dim=2))  # (B, G, J latents, J tokens)
         entropies.append(torch.special.entr(weights).sum(dim=-1).mean(dim=(1, 2)))  # (B, J)
@@ -241,7 +243,7 @@ def show_attention(
         title=f"{config.model}, Read at t = {config.attention_time:g}",
         level=("uniform attention", math.log(J)),
     )
-    inference.write_json(
+    files.write_json(
         {"attention_entropy": entropy, "uniform_entropy": math.log(J), "time": config.attention_time, "class_label": config.class_label},
         folder / "attention.json",
     )  # fmt: skip

@@ -10,16 +10,18 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-import inference
-from config import EvaluateConfig, parse, with_names
-from errors import UserError, command
+from common import files
+from common.distributed import end_with_launcher
+from common.errors import UserError, cli_main
+from config.options import EvaluateConfig
+from config.parsing import parse, with_names
 from metrics.evaluation import METRICS, evaluate, start_processes
-from processes import end_with_launcher
+from sampling import checks
 
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "recall": "Recall", "fdd": "FDD"}
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     argv = with_names(EvaluateConfig, sys.argv[1:] if argv is None else argv, ("ref", "samples"))
     config, _ = parse(EvaluateConfig, argv, prog="evaluate.py REF SAMPLES")
@@ -28,13 +30,13 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(config.output)
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; wanted: a JSON file")
-    inference.check_folder("--output: the folder", output.parent)
+    checks.check_folder("--output: the folder", output.parent)
     end_with_launcher()
     state = start_processes()
     found = evaluate(config, state, lambda message: _warn(state, message))
     if found is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        inference.write_json(found, output)
+        files.write_json(found, output)
         print(table(found))
         print(f"{config.samples} against {config.ref}: {config.output}")
     state.destroy_process_group()

@@ -4,44 +4,45 @@
 number of processes, batch size or restart gives the same set.
 """
 
-import dataclasses
-import hashlib
-import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import inference
-import metrics.images
 import models
-from config import GenerateConfig
-from errors import UserError, command
-from files import FolderLock, check_name, join_inside, parse_json
+from checkpoint import weights
+from common.distributed import end_with_launcher
+from common.errors import UserError, cli_main
+from common.files import FolderLock, check_name
+from config.options import GenerateConfig
 from models.dfm import recompose
-from pictures import save_png
-from processes import end_with_launcher
+from models.vae import decode
 from randomness import image_labels
 from samplers import OnStage, parse_budget
-from vae import decode
+from sampling import checks, cost, session
+from sampling.image_folder import (
+    WRITERS,
+    coarser_stages,
+    image_name,
+    images_folder,
+    missing_images,
+    open_folder,
+    write_image,
+    write_npz,
+)
 
-WRITERS = 4  # threads that write PNG files
 
-
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, given, found = inference.from_command_line(GenerateConfig, argv, "generate.py")
+    config, given, found = session.from_command_line(GenerateConfig, argv, "generate.py")
     if config.exp_name is None:
         recorded = found.config.get("exp_name") or config.model.replace("/", "-")
         config.exp_name = check_name(recorded, f"{config.ckpt}: exp_name (--exp-name gives another)", plain=True)
@@ -54,10 +55,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(config: GenerateConfig) -> None:
     """Refuse what cannot be sampled, before anything is loaded or written."""
-    inference.check_sampler(config)
+    checks.check_sampler(config)
     for name in ("inference_budget", "unconditional_inference_budget"):
-        inference.check_budget(config, "--" + name.replace("_", "-"), getattr(config, name))
-    inference.guidance(config).check()
+        checks.check_budget(config, "--" + name.replace("_", "-"), getattr(config, name))
+    session.guidance(config).check()
     if config.preview and not models.model_spec(config.model).staged:
         raise UserError(f"--preview: {config.model} has no coarser stages; only DFM models do")
     if config.inference_budget is not None:
@@ -66,7 +67,7 @@ def check(config: GenerateConfig) -> None:
         for label in config.class_labels:
             if not label.isdigit():
                 raise UserError(f"--class-labels {label}: not random, balanced or class ids below {config.num_classes}")
-        inference.check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
+        checks.check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
     images_folder(config)
 
 
@@ -87,11 +88,11 @@ def draw(
     on_stage: OnStage | None = None,
 ) -> Tensor:
     """Images `indices` as uint8 (B, 3, H, W); shape: (C, h, w) of the VAE latents. on_stage: see `samplers.dfm_sampler`."""
-    labels, g = labels_of(config, indices), inference.guidance(config)
-    return decode(vae, inference.sample(config, g, model, shape, config.global_seed, indices, labels, on_stage))
+    labels, g = labels_of(config, indices), session.guidance(config)
+    return decode(vae, session.sample(config, g, model, shape, config.global_seed, indices, labels, on_stage))
 
 
-def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
+def generate(config: GenerateConfig, found: weights.Weights) -> Path:
     """Draw what is missing of the images 0 … num_fid_samples − 1, then write the .npz. Returns the folder of the images."""
     on_cpu = not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)
@@ -99,8 +100,8 @@ def generate(config: GenerateConfig, found: checkpoint.Weights) -> Path:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} process(es) run; start with torchrun"
         )
-    inference.set_precision(config, state.device, _warn)
-    model, vae, shape = inference.load(config, found, state.device)
+    session.set_precision(config, state.device, _warn)
+    model, vae, shape = session.load(config, found, state.device)
 
     folder = images_folder(config)
     folders = {-1: folder} | {s: folder.with_name(f"{folder.name}-stage{s}") for s in coarser_stages(config)}
@@ -157,7 +158,7 @@ def draw_missing(
             for job in writing:  # at most one batch waits to be written
                 job.result()
             pairs = zip(indices, images, strict=True)
-            writing[:] = [pool.submit(_write_image, folders[stage], i, image) for i, image in pairs]
+            writing[:] = [pool.submit(write_image, folders[stage], i, image) for i, image in pairs]
 
         def preview(stage: int, clean: list[Tensor]) -> None:
             write(decode(vae, recompose(clean)), stage)
@@ -177,124 +178,9 @@ def draw_missing(
             folder.with_name(folder.name + ".npz"), (folder / image_name(i) for i in range(config.num_fid_samples)), config
         )
         print(f"{folder}: {len(missing)} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
-        flops = inference.mean_flops_per_step(config, inference.guidance(config), model)
+        flops = cost.mean_flops_per_step(config, session.guidance(config), model)
         print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
     state.wait_for_everyone()
-
-
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def coarser_stages(config: GenerateConfig) -> dict[int, int]:
-    """The stages whose images are written beside the finished ones, and the side of those in pixels."""
-    if not config.preview:
-        return {}
-    last = config.stages_count - 1
-    return {s: config.resolution // 2 ** (last - s) for s in range(last)}
-
-
-def image_name(index: int) -> str:
-    return f"{index:06d}.png"
-
-
-def images_folder(config: GenerateConfig) -> Path:
-    """SAMPLE_DIR/EXP_NAME/`folder_name`. `UserError` if either name could lead elsewhere: a checkpoint may have recorded them."""
-    parent = join_inside(config.sample_dir, config.exp_name, "--exp-name", plain=True)
-    name = folder_name(config)  # followed by `.npz.tmp` at the longest
-    check_name(f"{name}.npz.tmp", "the folder's name, which --ckpt and the sampling options give", plain=True)
-    return parent / name
-
-
-def folder_name(config: GenerateConfig) -> str:
-    """`ckpt-{stem}-cfg-…-steps-…-seed-…-{mode}`, with every other setting that changes the images where it is not the default."""
-    steps = inference.steps_of_run(config)
-    name = f"ckpt-{Path(config.ckpt).stem}-cfg-{config.cfg_scale}-steps-{steps}-seed-{config.global_seed}-{config.mode}"
-    labels = "_".join(config.class_labels)
-    if len(labels) > 40:
-        labels = hashlib.sha256(labels.encode()).hexdigest()[:12]
-    defaults = GenerateConfig()
-    for option, label, value in (
-        ("weights", "weights", config.weights.replace(":", "_")),
-        ("inference_budget", "budget", parse_budget(config.inference_budget)),
-        ("unconditional_inference_budget", "uncond", config.unconditional_inference_budget),
-        ("autoguidance", "autoguidance", None),
-        ("guidance_low", "low", config.guidance_low),
-        ("guidance_high", "high", config.guidance_high),
-        ("heun", "heun", None),
-        ("class_labels", "labels", labels),
-        ("mixed_precision", config.mixed_precision, None),
-        *(
-            (option, label, "_".join(map(str, getattr(config, option))))
-            for option, label in (("num_steps_per_scale", "scales"), ("stage_sampling_thresholds", "thresholds"))
-            if models.model_spec(config.model).staged
-        ),
-    ):
-        if getattr(config, option) != getattr(defaults, option):
-            name += f"-{label}" + ("" if value is None else f"-{value}")
-    return name
-
-
-def open_folder(folder: Path, config: GenerateConfig, found: checkpoint.Weights) -> None:
-    """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
-    names = _SETTINGS | (_STAGE_SETTINGS if models.model_spec(config.model).staged else set())
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names} | {
-        "ckpt_sha256": found.checksum.value(),
-        "ckpt_step": found.step,
-    }
-    record = folder.with_name(folder.name + ".json")
-    try:
-        if folder.is_dir() and any(folder.glob("*.png")):
-            made_with = parse_json(record.read_bytes(), record) if record.is_file() else {}
-            if not isinstance(made_with, dict):
-                raise UserError(f"{record}: not what generate.py writes; move it and {folder} away")
-            for name, value in settings.items():
-                made = made_with.get(name, getattr(GenerateConfig(), name, None))  # older records lack newer options
-                if made != value:
-                    raise UserError(
-                        f"{folder}: holds images made with {name} {made}, not {value}; move it away or choose another --sample-dir or --exp-name"
-                    )
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
-        aside = record.with_suffix(".tmp")
-        aside.write_text(json.dumps(settings, indent=1) + "\n")
-        aside.replace(record)
-    except OSError as error:
-        raise UserError(f"--sample-dir {config.sample_dir}: cannot use {folder}: {error}") from None
-
-
-# What an image depends on, beside the checkpoint.
-_SETTINGS = {
-    *("weights", "vae", "mode", "num_steps", "heun", "path_type", "cfg_scale", "guidance_low", "guidance_high", "autoguidance"),
-    *("inference_budget", "unconditional_inference_budget", "global_seed", "class_labels", "mixed_precision", "time_shift"),
-}
-_STAGE_SETTINGS = {"num_steps_per_scale", "stage_sampling_thresholds"}
-
-
-def missing_images(folder: Path, indices: Iterable[int], resolution: int) -> Iterable[int]:
-    """Those of `indices` whose file is not there or is not a whole PNG of the right size."""
-
-    def good(index: int) -> bool:
-        try:
-            with Image.open(folder / image_name(index)) as image:
-                image.load()
-                return image.size == (resolution, resolution) and image.mode == "RGB"
-        except (OSError, SyntaxError, ValueError):
-            return False
-
-    indices = list(indices)
-    with ThreadPoolExecutor(WRITERS) as pool:
-        return [i for i, ok in zip(indices, pool.map(good, indices), strict=True) if not ok]
-
-
-def write_npz(path: Path, files: Iterable[Path], config: GenerateConfig) -> None:
-    """ADM's sample format: arr_0 uint8 (M, H, W, 3) of the image files."""
-    shape = (config.num_fid_samples, config.resolution, config.resolution, 3)
-    metrics.images.write_npz(path, shape, (np.asarray(Image.open(file)) for file in files))
-
-
-def _write_image(folder: Path, index: int, image: np.ndarray) -> None:
-    save_png(Image.fromarray(image), folder / image_name(index), compress_level=1)
 
 
 def _warn(message: str) -> None:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.dfm import decompose
+from models.vae import VAERecord, sample_latents
 from randomness import Draws, training_draws
-from vae import VAERecord, sample_latents
 
 PathType = Literal["linear", "cosine"]
+
+
 T = TypeVar("T", float, Tensor)
 
 
@@ -68,11 +70,11 @@ def flow_matching_loss(
         x, noise: (B, C, H, W) scaled VAE latents and normal noise. t: (B,). y: (B,) labels, already dropped.
         kwargs: further arguments of the model, e.g. `inference_budget`.
     """
-    state, target = on_path(x, noise, t, path_type)
+    state, target = interpolate(x, noise, t, path_type)
     return squared_error(model(state, t, y, **kwargs), target)
 
 
-def on_path(x: Tensor, noise: Tensor, t: Tensor, path_type: PathType) -> tuple[Tensor, Tensor]:
+def interpolate(x: Tensor, noise: Tensor, t: Tensor, path_type: PathType) -> tuple[Tensor, Tensor]:
     """The state x_t and the velocity at times t (B,) between x and noise, (B, C, H, W) each."""
     path = Interpolant(*(c.view(-1, 1, 1, 1) for c in interpolant(t, path_type)))
     return path.alpha * x + path.sigma * noise, path.d_alpha * x + path.d_sigma * noise
@@ -107,7 +109,8 @@ def dfm_loss(
     """
     pyramid = decompose(x, len(noise))
     states, targets = zip(
-        *(on_path(x_s, n_s, t[:, s], path_type) for s, (x_s, n_s) in enumerate(zip(pyramid, noise, strict=True))), strict=True
+        *(interpolate(x_s, n_s, t[:, s], path_type) for s, (x_s, n_s) in enumerate(zip(pyramid, noise, strict=True))),
+        strict=True,
     )
     states = [*states[: active + 1], *(torch.zeros_like(n) for n in noise[active + 1 :])]
     velocities = model(states, t, y, active_stage=active, **kwargs)
@@ -166,7 +169,7 @@ def alignment_loss(projections: Sequence[Tensor], features: Sequence[Tensor]) ->
 
 
 @torch.no_grad()
-def held_out_losses(
+def val_losses(
     model: Callable,
     batch: dict[str, Tensor],
     indices: range,

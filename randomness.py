@@ -27,13 +27,10 @@ def normal(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
 
-def moved(draws: Tensor, device: torch.device) -> Tensor:
+def to_device(draws: Tensor, device: torch.device) -> Tensor:
     """The draws on `device`: to a GPU through pinned memory, so that the host does not wait for the copy."""
     pinned = draws.pin_memory() if device.type == "cuda" and draws.device.type == "cpu" else draws
     return pinned.to(device, non_blocking=True)
-
-
-# ------------------------------------------------------------------------------------------------------- generation
 
 
 def image_noise(global_seed: int, indices: Sequence[int], shape: Sequence[int], level: int = 0) -> Tensor:
@@ -56,9 +53,6 @@ def sde_noise(global_seed: int, indices: Sequence[int], step: int, shape: Sequen
     return torch.stack([normal(generator("SDE noise", global_seed, i, place=step), shape) for i in indices])
 
 
-# --------------------------------------------------------------------------------------------------------- training
-
-
 @dataclass
 class Draws:
     """The random numbers of one forward for the images of one process, b of them."""
@@ -79,7 +73,7 @@ class Draws:
         def move(x):
             if isinstance(x, list):
                 return [move(v) for v in x]
-            return x if isinstance(x, float) else moved(x, device)
+            return x if isinstance(x, float) else to_device(x, device)
 
         return Draws(**{k: move(v) for k, v in vars(self).items()})
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import randomness
-from errors import UserError
+from common.errors import UserError
 from loss import PathType, interpolant, shift_time
 
 
@@ -261,7 +261,7 @@ def euler_maruyama_sampler(
         drift = v - 0.5 * w * score_from_velocity(v, x, t, path_type)
         x_next = x + dt * drift
         if step < num_steps - 1:
-            x_next = x_next + math.sqrt(w * abs(dt)) * randomness.moved(noise(step, x.shape), x.device).double()
+            x_next = x_next + math.sqrt(w * abs(dt)) * randomness.to_device(noise(step, x.shape), x.device).double()
         x = x_next
     return x
 

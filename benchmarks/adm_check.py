@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import EvaluateConfig
-from errors import command
+from common.errors import cli_main
+from config.options import EvaluateConfig
 from metrics.evaluation import evaluate, start_processes
 
 PUBLISHED = {  # by ADM's evaluator; how far another framework may be off
@@ -25,7 +25,7 @@ PUBLISHED = {  # by ADM's evaluator; how far another framework may be off
 }
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("ref", "samples", "weights"):

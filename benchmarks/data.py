@@ -21,12 +21,14 @@ import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-import data
 import dataset_tools
 from benchmarks.baselines import FilesOneByOne
-from errors import command
-from packed import FORMAT, INDEX_FILE, LABELS_FILE, NAMES_FILE, shard_file, write_array
-from vae import SD_VAE
+from common.errors import cli_main
+from data.dataset import LatentDataset
+from data.packed import FORMAT, INDEX_FILE, LABELS_FILE, NAMES_FILE, shard_file
+from models.vae import SD_VAE
+from preprocessing import demo
+from preprocessing.packed_writer import write_array
 
 QUICKSTART_VAE = "experiments_updated/quickstart_vae"
 ENTRIES, SHARD = 1_281_167, 8192  # ImageNet
@@ -84,7 +86,7 @@ def reading(folder: Path, rounds: int) -> bool:
     count = 2048
     make_set(folder, count)
     quietly("pack", f"--source={folder}/vae-sd", f"--dest={folder}/packed")
-    both, npy, packed = FilesOneByOne(folder, images=True), FilesOneByOne(folder, images=False), data.LatentDataset(folder)
+    both, npy, packed = FilesOneByOne(folder, images=True), FilesOneByOne(folder, images=False), LatentDataset(folder)
     rates = in_turn(
         rounds,
         {
@@ -136,7 +138,7 @@ def convert(folder: Path, rounds: int) -> bool:
 def encode(folder: Path, rounds: int) -> bool:
     """The quick start's canvases by its VAE."""
     count = 256
-    for i, (*_, canvas) in zip(range(count), data.demo_canvases(held_out=True, per_class=26), strict=False):
+    for i, (*_, canvas) in zip(range(count), demo.demo_canvases(held_out=True, per_class=26), strict=False):
         path = folder / f"images/00000/img{i:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(canvas).convert("RGB").save(path, compress_level=0)
@@ -180,7 +182,7 @@ def private_megabytes() -> float:
 class Measured(Dataset):
     """The data set, and with each batch the memory that its worker has come to need."""
 
-    def __init__(self, dataset: data.LatentDataset):
+    def __init__(self, dataset: LatentDataset):
         self.dataset, self.before = dataset, None
 
     def __getitems__(self, indices: list[int]) -> list[float]:
@@ -194,7 +196,7 @@ class Measured(Dataset):
 def build(folder: Path) -> tuple[float, float]:
     """Seconds and megabytes of building the object, in a process that has all imports."""
     before, start = private_megabytes(), time.perf_counter()
-    dataset = data.LatentDataset(folder)
+    dataset = LatentDataset(folder)
     dataset.check(num_classes=1000, resolution=256)
     assert len(dataset) == ENTRIES
     return time.perf_counter() - start, private_megabytes() - before
@@ -204,7 +206,7 @@ def index(folder: Path, rounds: int) -> bool:
     make_index(folder / "packed")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         seconds, megabytes = pool.apply(build, (folder,))
-    dataset = Measured(data.LatentDataset(folder))
+    dataset = Measured(LatentDataset(folder))
     workers = {}
     for method in ("fork", "spawn"):
         batches = np.random.default_rng(0).permutation(ENTRIES)[:2048].reshape(16, 128).tolist()
@@ -222,7 +224,7 @@ def index(folder: Path, rounds: int) -> bool:
 PARTS = {"reading": reading, "convert": convert, "encode": encode, "index": index}
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="data.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], help=f"of {', '.join(PARTS)} [all]")

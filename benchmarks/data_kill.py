@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import data
 import dataset_tools
-import files
-import packed
-from errors import command
-from vision import import_torchvision
+from common import files
+from common.errors import cli_main
+from common.torchvision_shim import import_torchvision
+from data import packed
+from preprocessing import demo, packed_writer
 
 IMAGES, VAE = 400, "experiments_updated/quickstart_vae"
 
@@ -68,13 +68,13 @@ def die_inside_a_write(which: int) -> Callable[[], None]:
                 write(content[: len(content) // 2])
                 os.killpg(0, signal.SIGKILL)
 
-        write_file, append, writestr = files.write_file, packed.ShardWriter.append, zipfile.ZipFile.writestr
+        write_file, append, writestr = files.write_file, packed_writer.ShardWriter.append, zipfile.ZipFile.writestr
 
         def spoiled_write_file(path: Path, content: bytes) -> None:
             half(path.with_name(f"{path.name}.{os.getpid()}.tmp").write_bytes, content)
             write_file(path, content)
 
-        def spoiled_append(writer: packed.ShardWriter, moments: np.ndarray) -> None:
+        def spoiled_append(writer: packed_writer.ShardWriter, moments: np.ndarray) -> None:
             half(lambda content: (writer._file.write(content), writer._file.flush()), moments.tobytes())
             append(writer, moments)
 
@@ -86,7 +86,7 @@ def die_inside_a_write(which: int) -> Callable[[], None]:
         zipfile.ZipFile.writestr = spoiled_writestr
         for module in (files, packed, sys.modules["data_tools.dest"]):
             module.write_file = spoiled_write_file
-        packed.ShardWriter.append = spoiled_append
+        packed_writer.ShardWriter.append = spoiled_append
 
     return spoil
 
@@ -138,7 +138,7 @@ def soak(name: str, argv: list[str], dest: Path, kills: int, seed: int) -> bool:
     return same
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="data_kill.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="of each command [%(default)s]")
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     good = True
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for i, (digit, _, canvas) in zip(range(IMAGES), data.demo_canvases(held_out=True, per_class=40), strict=True):
+        for i, (digit, _, canvas) in zip(range(IMAGES), demo.demo_canvases(held_out=True, per_class=40), strict=True):
             path = root / f"source/{digit}/{i:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(canvas).save(path)

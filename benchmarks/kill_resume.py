@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import checkpoint
 import train
-from errors import command
+from checkpoint import training_state
+from common import tensor_files
+from common.errors import cli_main
 
 SIDE, CLASSES = 8, 5
 EVERY = 10  # steps between checkpoints
@@ -142,7 +143,7 @@ def kill(argv: list[str], run_dir: Path, log: Path, kind: str, moment: str, now:
 
 
 def newest(folder: Path) -> int:
-    return max(checkpoint.saved_steps(folder), default=0)
+    return max(training_state.saved_steps(folder), default=0)
 
 
 def lines_of(run_dir: Path) -> list[dict]:
@@ -157,9 +158,9 @@ def lines_of(run_dir: Path) -> list[dict]:
 def lost(folder: Path, before: int) -> int:
     """Checkpoints that are damaged, and one where the newest of `before` has gone."""
     damaged = 0
-    for step in checkpoint.saved_steps(folder):
+    for step in training_state.saved_steps(folder):
         try:
-            checkpoint.load(checkpoint.step_path(folder, step), verify=True)
+            tensor_files.load(training_state.step_path(folder, step), verify=True)
         except ValueError:
             damaged += 1
     return damaged + (newest(folder) < before)
@@ -178,7 +179,7 @@ def differences(a, b, where: str = "") -> list[str]:
     return [] if a == b else [where]
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="kill_resume.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=30)
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
             if first is None and newest(whole / "checkpoints"):
                 first = time.perf_counter() - since
             time.sleep(0.001)
-        last = checkpoint.step_path(whole / "checkpoints", args.steps)
+        last = training_state.step_path(whole / "checkpoints", args.steps)
         if not last.exists():
             raise SystemExit(f"the undisturbed run failed:\n{log.read_text()}")
         size = last.stat().st_size
@@ -232,7 +233,9 @@ def main(argv: list[str] | None = None) -> None:
         child = start(argv_cut, log)
         os.waitpid(child, 0)
 
-        states = [checkpoint.load(checkpoint.step_path(run / "checkpoints", args.steps), verify=True) for run in (whole, cut)]
+        states = [
+            tensor_files.load(training_state.step_path(run / "checkpoints", args.steps), verify=True) for run in (whole, cut)
+        ]
         for state in states:
             state["config"] = {k: v for k, v in state["config"].items() if k != "exp_name"}
         different = differences(*states)

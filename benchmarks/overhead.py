@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 import models
 from benchmarks.kill_resume import make_data
 from benchmarks.train_step import HEADER, Line, durations, quantile
-from config import TrainConfig
-from errors import command
-from train import Trainer
+from checkpoint import training_state
+from common.errors import cli_main
+from config.options import TrainConfig
+from training.trainer import Trainer
 
 STEP_BOUND, PAUSE_BOUND = 1.05, 1.5
 SIDE, CLASSES = 32, 1000
@@ -62,7 +62,7 @@ def show(names: Sequence[str], rounds: list[tuple[float, ...]]) -> None:
     print(HEADER)
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="overhead.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="SiT-S/2")
@@ -116,18 +116,18 @@ def main(argv: list[str] | None = None) -> None:
             for memory, tensor in pairs:
                 memory.copy_(tensor, non_blocking=True)
 
-        path = checkpoint.step_path(trainer.writer.folder, 0)
+        path = training_state.step_path(trainer.writer.folder, 0)
         pauses = []
         for r in range(-args.warmup, args.repeats):
             trainer.step += 1
             actions = [copy, trainer.save] if r % 2 else [trainer.save, copy]
             times = dict(zip(actions, timed(*actions), strict=True))
             trainer.writer.wait()  # as in training, where the steps between take longer than the write
-            (saving,) = timed(lambda: checkpoint.save(path, trainer.state()))
+            (saving,) = timed(lambda: training_state.save(path, trainer.state()))
             if r >= 0:
                 pauses.append((times[copy], times[trainer.save], saving))
-            for step_ in checkpoint.saved_steps(trainer.writer.folder):
-                checkpoint.step_path(trainer.writer.folder, step_).unlink()
+            for step_ in training_state.saved_steps(trainer.writer.folder):
+                training_state.step_path(trainer.writer.folder, step_).unlink()
 
     print(f"state of a checkpoint: {size / 1e6:.0f} MB")
     show(("plain copy of the state", "pause of a checkpoint", "saving while training waits"), pauses)

@@ -17,9 +17,9 @@ from torch import nn
 
 import models
 from benchmarks.train_step import CLOCKS, GROUP_SIZE, HEADER, PATCH_SIZE, Line, disturb, durations, quantile, turns
-from errors import UserError, command
-from inference import device_name
+from common.errors import UserError, cli_main
 from samplers import Guidance, euler_sampler, guided_velocity
+from sampling.session import device_name
 
 BUDGETS = (1.0, 0.5, 0.25, 0.0625)
 BOUNDS = {0.5: 1.10, 0.25: 1.10, 0.0625: 1.15}  # of time ratio over FLOPs ratio
@@ -127,7 +127,7 @@ def bounds(
     return lines, times
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sampling.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(

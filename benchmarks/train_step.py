@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import models
 from benchmarks.baselines import PlainDiT, PlainEMA
-from errors import UserError, command
+from common.errors import UserError, cli_main
 from loss import dfm_loss, flow_matching_loss, stage_times
-from train import EMA
+from training.optim import EMA
 
 BUDGETS = (1.0, 0.5, 0.25)
 BASELINE_BOUND, ELIT_BOUND, DFM_BOUND, UPDATE_BOUND = 1.05, 1.08, 1.10, 0.08
@@ -219,7 +219,7 @@ def compare(
     return lines, times, difference
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="train_step.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model-size", default="S", choices=["Ti", "S", "B", "L", "XL"])

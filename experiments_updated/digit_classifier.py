@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
-from errors import UserError, command
+
+from common.errors import UserError, cli_main
+from preprocessing import demo
 
 WEIGHTS_VARIABLE = "DIGIT_CLASSIFIER"  # names the weights file that `factory` reads, or makes
 FEATURE_DIM = 64
@@ -45,7 +46,7 @@ class DigitClassifier(nn.Module):
 
 def digit_images(held_out: bool) -> tuple[Tensor, Tensor]:
     """The digits as quarters of a canvas: uint8 (n, 3, 32, 32), labels int64 (n,)."""
-    images, labels = data.demo_digits(held_out)
+    images, labels = demo.demo_digits(held_out)
     grey = torch.from_numpy(np.pad(images, [(0, 0), (2, 2), (2, 2)]))
     return grey[:, None].expand(-1, 3, -1, -1), torch.from_numpy(labels)
 
@@ -151,7 +152,7 @@ def _jitter(digits: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(digits, grid, align_corners=False)
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dest", help="weights file; read if it is there already")

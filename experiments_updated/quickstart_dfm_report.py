@@ -10,15 +10,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
+
 import generate
-import inference
-from config import GenerateConfig, option
-from errors import UserError, command
+from common.errors import UserError, cli_main
+from common.plotting import labelled_grid
+from config.options import GenerateConfig, option
 from experiments_updated import digit_classifier
-from pictures import labelled_grid
+from models.vae import decode_stages
 from randomness import pyramid_noise
 from samplers import dfm_sampler
-from vae import decode_stages
+from sampling import image_folder, session
 
 
 @dataclasses.dataclass
@@ -28,16 +29,16 @@ class ReportConfig(GenerateConfig):
     output_dir: str = option("quickstart", "folder of stages.png and dfm.json; classifier.pt is kept there")
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, _, found = inference.from_command_line(ReportConfig, argv, "quickstart_dfm_report.py")
+    config, _, found = session.from_command_line(ReportConfig, argv, "quickstart_dfm_report.py")
     config.exp_name = config.exp_name or found.config.get("exp_name")
     generate.check(config)
-    folder = generate.images_folder(config)
+    folder = image_folder.images_folder(config)
     samples = folder.with_name(folder.name + ".npz")
     if not samples.is_file():
         raise UserError(f"--sample-dir {config.sample_dir}: no {samples}; make it with generate.py and the same options")
-    model, vae, _ = inference.load(config, found, inference.device())
+    model, vae, _ = session.load(config, found, session.device())
 
     out = Path(config.output_dir)
     images = torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2)
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
     schedule = {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
     noise = pyramid_noise(config.global_seed, range(config.num_classes), model.stage_shapes)
-    guidance = inference.guidance(config)._asdict()
+    guidance = session.guidance(config)._asdict()
     stages = decode_stages(vae, dfm_sampler(model, noise, torch.arange(config.num_classes), **schedule, **guidance))
     names = [f"stage {s}" for s in range(len(stages) - 1)] + ["result"]
     columns = [str(c) for c in range(config.num_classes)]

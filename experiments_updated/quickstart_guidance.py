@@ -18,12 +18,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
+
 import generate
-import inference
-from config import GenerateConfig, option, require
-from errors import command
+from common import files
+from common.errors import cli_main
+from config.options import GenerateConfig, option
+from config.parsing import require_options
 from experiments_updated import digit_classifier
 from metrics import frechet_distance
+from sampling import checks, cost, session
 
 TIMED_IMAGES = 6
 SCHEDULES = ("0.0625@1.0-0.5,1.0@0.5-0.0", "1.0@1.0-0.5,0.0625@0.5-0.0", "0.0625@1.0-0.75,0.25@0.75-0.25,1.0@0.25-0.0")
@@ -38,30 +41,30 @@ class GuidanceConfig(GenerateConfig):
     guiding_budget: float = option(0.0625, "budget of the guiding pass of cheap CFG and autoguidance", gt=0, le=1)
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, _, found = inference.from_command_line(GuidanceConfig, argv, "quickstart_guidance.py")
+    config, _, found = session.from_command_line(GuidanceConfig, argv, "quickstart_guidance.py")
     config.exp_name = config.exp_name or found.config.get("exp_name")
-    require(config, "exp_name")
+    require_options(config, "exp_name")
     runs = cells(config)
     for run in runs.values():
         generate.check(run)
-    inference.check_folder("--output-dir", config.output_dir)
+    checks.check_folder("--output-dir", config.output_dir)
 
     out = Path(config.output_dir)
     classifier = digit_classifier.load_or_train(out / "classifier.pt")
     reference = digit_classifier.statistics(classifier, digit_classifier.digit_images(held_out=True)[0])
     folders = [generate.generate(run, found) for run in runs.values()]
-    model, vae, shape = inference.load(config, found, inference.device())
+    model, vae, shape = session.load(config, found, session.device())
     jobs = {name: partial(generate.draw, run, model, vae, shape, range(TIMED_IMAGES)) for name, run in runs.items()}
     with torch.inference_mode():
-        times = inference.interleaved_times(jobs, inference.device())
+        times = cost.interleaved_times(jobs, session.device())
     rows = []
     for (name, run), folder in zip(runs.items(), folders, strict=True):
         images = torch.from_numpy(np.load(folder.with_name(folder.name + ".npz"))["arr_0"]).permute(0, 3, 1, 2)
         digits = digit_classifier.quarters(images)
         labels = generate.labels_of(run, range(len(images))).repeat_interleave(4)
-        flops = run.num_steps * inference.mean_flops_per_step(run, inference.guidance(run), model)
+        flops = run.num_steps * cost.mean_flops_per_step(run, session.guidance(run), model)
         rows.append(
             {
                 "guidance": name[0],
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
                 "images_per_second": 1000 * TIMED_IMAGES / times[name][1],
             }
         )
-    inference.write_json(rows, out / "guidance.json")
+    files.write_json(rows, out / "guidance.json")
     table = _table(rows)
     (out / "guidance.md").write_text(table + "\n")
     print(table)

@@ -12,18 +12,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
-import checkpoint
+
 import evaluate
 import generate
-import inference
 import models
-from config import GenerateConfig, option, require
-from data import LatentDataset
-from errors import UserError, command
+from checkpoint import weights
+from common.errors import UserError, cli_main
+from common.plotting import labelled_grid
+from config.options import GenerateConfig, option
+from config.parsing import require_options
+from data.dataset import LatentDataset
 from experiments_updated import digit_classifier
-from loss import held_out_losses
+from loss import val_losses
 from metrics.images import write_npz
-from pictures import labelled_grid
+from sampling import image_folder, session
 
 TIMED_IMAGES, TIMED_ROUNDS = 20, 2
 HELD_OUT_REPEATS = 2  # noise and times drawn for each held-out canvas
@@ -38,13 +40,13 @@ class ReportConfig(GenerateConfig):
     budgets: list[float] = option([0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1)
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, _, found = inference.from_command_line(ReportConfig, argv, "quickstart_report.py")
-    require(config, "val_data_dir")
+    config, _, found = session.from_command_line(ReportConfig, argv, "quickstart_report.py")
+    require_options(config, "val_data_dir")
     config.exp_name = config.exp_name or found.config["exp_name"]
     generate.check(config)
-    model, vae, shape = inference.load(config, found, inference.device())
+    model, vae, shape = session.load(config, found, session.device())
 
     out = Path(config.output_dir)
     classifier = digit_classifier.load_or_train(out / "classifier.pt")
@@ -90,7 +92,7 @@ def _with_budget(config: ReportConfig, budget: float) -> ReportConfig:
 
 
 def _samples(config: ReportConfig, budget: float) -> np.ndarray:
-    folder = generate.images_folder(_with_budget(config, budget))
+    folder = image_folder.images_folder(_with_budget(config, budget))
     path = folder.with_name(folder.name + ".npz")
     if not path.is_file():
         raise UserError(f"--sample-dir {config.sample_dir}: no samples at budget {budget:g} ({path}); run generate.py first")
@@ -109,7 +111,7 @@ def _images_per_second(config: ReportConfig, model, vae, shape) -> list[float]:
     return [TIMED_IMAGES / seconds for seconds in best]
 
 
-def _held_out(config: ReportConfig, model, found: checkpoint.Weights) -> np.ndarray:
+def _held_out(config: ReportConfig, model, found: weights.Weights) -> np.ndarray:
     """Velocity loss of each held-out canvas at each budget (budgets, canvases), over a few fixed draws of time and noise."""
     dataset = LatentDataset(config.val_data_dir)
     device = next(model.parameters()).device
@@ -119,7 +121,7 @@ def _held_out(config: ReportConfig, model, found: checkpoint.Weights) -> np.ndar
         batch = torch.utils.data.default_collate(dataset.__getitems__(list(indices)))
         batch = {k: v.to(device) for k, v in batch.items()}
         repeats = [
-            held_out_losses(
+            val_losses(
                 model,
                 batch,
                 range(r * len(dataset) + start, r * len(dataset) + indices.stop),

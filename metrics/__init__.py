@@ -3,7 +3,7 @@
 Statistics on features are here; the rooms beside this one hold the image sets, the feature networks and the whole evaluation.
 """
 
-from metrics.neighbours import precision_recall
+from metrics.precision_recall import precision_recall
 from metrics.statistics import RunningStatistics, frechet_distance, inception_score, score_of_logits
 
 __all__ = ["RunningStatistics", "frechet_distance", "inception_score", "precision_recall", "score_of_logits"]

@@ -12,13 +12,13 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from config import EvaluateConfig, FeatureNetworks
-from data import DataError
-from errors import UserError, nearest
-from metrics import networks
+from common.errors import UserError, did_you_mean
+from common.image_files import DataError
+from config.options import EvaluateConfig, FeatureNetworks
+from metrics import feature_extractors
+from metrics.feature_extractors import Network
 from metrics.images import ImageSet, open_images
-from metrics.neighbours import precision_recall
-from metrics.networks import Network
+from metrics.precision_recall import precision_recall
 from metrics.statistics import RunningStatistics, frechet_distance, inception_score, score_of_logits
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "fdd")
@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
     sets = [open_images(path) for path in (config.ref, config.samples)]
     used: list[Network] = []
     if config.features:
-        used.append(networks.by_name(config.features, state.device))
+        used.append(feature_extractors.by_name(config.features, state.device))
         probe(used[0], sets)
     metrics = choose_metrics(config, used)
     score_on = "logits" if config.features else "pool"
@@ -118,7 +118,7 @@ def versions() -> dict[str, str]:
 def check_names(metrics: Sequence[str]) -> None:
     for name in metrics:
         if name not in METRICS:
-            raise UserError(f"--metrics {name}: not a metric{nearest(name, METRICS)}; choose from {' '.join(METRICS)}")
+            raise UserError(f"--metrics {name}: not a metric{did_you_mean(name, METRICS)}; choose from {' '.join(METRICS)}")
 
 
 def choose_metrics(config: EvaluateConfig, used: Sequence[Network]) -> list[str]:
@@ -172,9 +172,9 @@ def load_networks(
     used = []
     with state.local_main_process_first():
         if wanted & {"pool", "spatial"} and not by_hand:
-            used.append(networks.inception(config.inception_weights, state.device, warn))
+            used.append(feature_extractors.inception(config.inception_weights, state.device, warn))
         if "dinov2" in wanted:
-            used.append(networks.dinov2(config.dino_weights, state.device))
+            used.append(feature_extractors.dinov2(config.dino_weights, state.device))
     for network in used:
         probe(network, sets)
     return used

@@ -13,9 +13,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-import data
-from errors import UserError
-from files import file_sha256
+from common import image_files
+from common.errors import UserError
+from common.files import file_sha256
+from data import latent_files
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "mu_dinov2", "sigma_dinov2")
 READERS = 4  # threads that decode image files
@@ -120,7 +121,7 @@ class NpzImages(ImageSet):
             if len(content) != wanted:
                 raise EOFError(f"arr_0 ends before image {span.stop - 1}")
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise data.DataError(f"{self.path}: truncated or damaged: {error}") from None
+            raise image_files.DataError(f"{self.path}: truncated or damaged: {error}") from None
         return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
     def sha256(self) -> str:
@@ -163,8 +164,8 @@ class FolderImages(ImageSet):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        self._files = data.FileTree(self.path)
-        self.names = data.image_names(self._files.names())
+        self._files = latent_files.FileTree(self.path)
+        self.names = image_files.image_names(self._files.names())
         if not self.names:
             raise UserError(f"{self.path}: holds no image files")
         self.count = len(self.names)
@@ -182,7 +183,7 @@ class FolderImages(ImageSet):
                 )
 
     def read(self, span: range) -> np.ndarray:
-        return np.stack(list(self._map(lambda i: data.read_image(self._files, self.names[i]), span)))
+        return np.stack(list(self._map(lambda i: image_files.read_image(self._files, self.names[i]), span)))
 
     def sha256(self) -> str:
         digest = hashlib.sha256()

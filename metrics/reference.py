@@ -5,12 +5,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-import inference
 import randomness
-from config import ReferenceConfig
-from errors import UserError
+from common.errors import UserError
+from config.options import ReferenceConfig
 from metrics.evaluation import IN_FILE, Features, gather, load_networks
 from metrics.images import open_images, write_npz
+from sampling import checks
 
 
 def make_reference(config: ReferenceConfig, state: PartialState, warn: Callable[[str], None]) -> None:
@@ -20,7 +20,7 @@ def make_reference(config: ReferenceConfig, state: PartialState, warn: Callable[
         raise UserError(
             f"--dest {dest}: {'exists already' if dest.exists() else 'its name must end in .npz'}; give a new .npz file"
         )
-    inference.check_folder("--dest: the folder", dest.parent)
+    checks.check_folder("--dest: the folder", dest.parent)
     images = open_images(config.source)
     if images.count < 2:
         raise UserError(f"--source {images.path}: holds {images.count} image(s); statistics need at least 2")

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 from numpy.typing import ArrayLike
 
-from errors import UserError
+from common.errors import UserError
 
 CHUNK = 1000  # rows that enter the covariance together
 SINGULAR_OFFSET = 1e-6

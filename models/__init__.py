@@ -4,7 +4,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from errors import UserError, nearest
+from common.errors import UserError, did_you_mean
 from models.backbone import Backbone, checkpoint_blocks, compile_model
 from models.costs import count_flops
 from models.dfm import DFMELITSiT, DFMSiT
@@ -61,7 +61,7 @@ MODELS: dict[str, ModelSpec] = _specs()
 def model_spec(name: str) -> ModelSpec:
     """The registered spec of `name`. Raises UserError with the nearest name where there is none."""
     if name not in MODELS:
-        raise UserError(f"unknown model {name!r}{nearest(name, MODELS)}; known: {', '.join(MODELS)}")
+        raise UserError(f"unknown model {name!r}{did_you_mean(name, MODELS)}; known: {', '.join(MODELS)}")
     return MODELS[name]
 
 
@@ -83,7 +83,7 @@ def create_model(
     known = {p.name for signature in signatures for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
     for key in overrides:
         if key not in known:
-            raise UserError(f"{name} has no option {key!r}{nearest(key, known)}")
+            raise UserError(f"{name} has no option {key!r}{did_you_mean(key, known)}")
     arguments = spec.sizes | {k: v for k, v in overrides.items() if v is not None}
     return spec.constructor(
         input_size=input_size, in_channels=in_channels, num_classes=num_classes, z_dims=tuple(z_dims), **arguments

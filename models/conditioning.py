@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 
 
 class Text(NamedTuple):

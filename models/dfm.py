@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 from models.backbone import Stream
 from models.elit import ELITSiT
 from models.layers import FinalLayer, PatchEmbed, TimestepEmbedder, unpatchify, xavier

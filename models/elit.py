@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 from models.backbone import Backbone, Stream
 from models.latent_interface import (
     CrossAttention,

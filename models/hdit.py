@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 from models.backbone import Backbone, Stream
 from models.conditioning import check_labels
 from models.layers import RMSNorm, unpatchify

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 from models.layers import Mlp, attend, modulate, modulation
 
 EPS = 1e-6  # how far a decimal may be from a multiple of 1/J

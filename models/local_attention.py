@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from errors import UserError
+from common.errors import UserError
 
 Grid = tuple[int, int]  # rows, columns
 Mask = Tensor | BlockMask | None

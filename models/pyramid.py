@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 
 
 def upsample(x: Tensor) -> Tensor:

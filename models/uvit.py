@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 from models.backbone import Backbone, Stream
 from models.conditioning import Condition, NullText, Text, check_labels, check_text
 from models.layers import Attention, Mlp, PatchEmbed, timestep_features, unpatchify

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vision import import_torchvision
+from common.torchvision_shim import import_torchvision
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import models
-from config import TrainConfig
-from vae import VAERecord
-from vision import import_torchvision
+from checkpoint import training_state, weights
+from common.torchvision_shim import import_torchvision
+from config.options import TrainConfig
+from models.vae import VAERecord
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE, CHANNELS, RESOLUTION, CLASSES = 8, 4, 32, 5
@@ -68,13 +68,13 @@ def make_checkpoint(path: Path, record: VAERecord, model: str = "ELIT-SiT-Ti/2",
         model,
         input_size=SIDE,
         num_classes=CLASSES,
-        **checkpoint.model_options(vars(config)),
+        **weights.model_options(vars(config)),
     )
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     state = {"model": net.state_dict(), "ema": {"0.9999": net.state_dict()}, "optimizer": {}, "scheduler": {}, "scaler": None}
-    checkpoint.save(path, state | {"step": 7, "config": vars(config), "vae": record.to_dict()})
+    training_state.save(path, state | {"step": 7, "config": vars(config), "vae": record.to_dict()})
     return path
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from conftest import inputs, randomize
 
-import checkpoint
 import models
-from config import TrainConfig
-from errors import UserError
-from vae import VAERecord
+from checkpoint import async_writer, reading, training_state
+from checkpoint.weights import load_state_dict
+from common import tensor_files
+from common.errors import UserError
+from config.options import TrainConfig
+from models.vae import VAERecord
 
 RECORD = VAERecord("some-vae", "ab12", 4, 3, 0.5, 0.25)  # 32 pixels → 8×8×3
 SMALL = {"hidden_size": 32, "num_heads": 4, "depth": 5}  # constructor arguments beyond the registered size
@@ -51,7 +53,7 @@ def state_of(trained, **changes):
 @pytest.fixture(scope="module")
 def saved(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "0000003.pt"
-    checkpoint.save(path, state_of(trained))
+    training_state.save(path, state_of(trained))
     return path
 
 
@@ -75,7 +77,7 @@ def assert_same(a, b):
 
 
 def test_what_is_saved_is_what_is_loaded(saved, trained):
-    found = checkpoint.load(saved, verify=True)
+    found = tensor_files.load(saved, verify=True)
     assert type(found.pop("format")) is int
     found["model"], found["ema"] = dict(found["model"]), {k: dict(v) for k, v in found["ema"].items()}
     wanted = state_of(trained)
@@ -95,10 +97,10 @@ def test_a_file_of_plain_containers_needs_no_trust(saved):
 
 def test_a_failing_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "0000001.pt"
-    checkpoint.save(path, {"step": 1})
+    training_state.save(path, {"step": 1})
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        checkpoint.save(path, {"step": 2, "broken": lambda: None})
-    assert checkpoint.load(path, verify=True)["step"] == 1
+        training_state.save(path, {"step": 2, "broken": lambda: None})
+    assert tensor_files.load(path, verify=True)["step"] == 1
 
 
 @pytest.fixture
@@ -116,14 +118,14 @@ def small_files():
 @pytest.mark.parametrize("room", [0, 100, 30_000, 399_000])
 def test_a_full_disk_harms_nothing_and_is_left_clean(tmp_path, small_files, room):
     old, new = tmp_path / "0000001.pt", tmp_path / "0000002.pt"
-    checkpoint.save(old, {"step": 1})
+    training_state.save(old, {"step": 1})
     names = sorted(tmp_path.iterdir())
     small_files(room)
     with pytest.raises(OSError, match="File too large"):
-        checkpoint.save(new, {"step": 2, "w": torch.zeros(100_000), "v": torch.ones(10)})
+        training_state.save(new, {"step": 2, "w": torch.zeros(100_000), "v": torch.ones(10)})
     small_files(None)
     assert sorted(tmp_path.iterdir()) == names
-    assert checkpoint.load(old, verify=True)["step"] == 1
+    assert tensor_files.load(old, verify=True)["step"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ in the background
@@ -131,7 +133,7 @@ def test_a_full_disk_harms_nothing_and_is_left_clean(tmp_path, small_files, room
 
 def test_the_writer_saves_the_state_of_its_call(tmp_path):
     """What training does to the weights while the file is written does not get into it; the memory is used again."""
-    writer = checkpoint.Writer(tmp_path, 0, 0, pytest.fail)
+    writer = async_writer.Writer(tmp_path, 0, 0, pytest.fail)
     weight, addresses = torch.zeros(1000), set()
     for step in (1, 2):
         weight += 1
@@ -141,37 +143,37 @@ def test_the_writer_saves_the_state_of_its_call(tmp_path):
     writer.wait()
     assert len(addresses) == 1
     for step, value in ((1, 1.0), (2, 102.0)):
-        assert checkpoint.load(tmp_path / f"{step:07d}.pt", verify=True)["nested"][0]["w"].unique().tolist() == [value]
+        assert tensor_files.load(tmp_path / f"{step:07d}.pt", verify=True)["nested"][0]["w"].unique().tolist() == [value]
 
 
 def test_a_checkpoint_under_way_is_not_seen(tmp_path, monkeypatch):
-    begun, go_on, write = threading.Event(), threading.Event(), checkpoint._HashingFile.write
+    begun, go_on, write = threading.Event(), threading.Event(), training_state.HashingFile.write
 
     def slowly(file, data):
         begun.set()
         assert go_on.wait(30)
         return write(file, data)
 
-    monkeypatch.setattr(checkpoint._HashingFile, "write", slowly)
-    checkpoint_writer = checkpoint.Writer(tmp_path, 0, 0, pytest.fail)
+    monkeypatch.setattr(training_state.HashingFile, "write", slowly)
+    checkpoint_writer = async_writer.Writer(tmp_path, 0, 0, pytest.fail)
     checkpoint_writer.save(5, {"step": 5})  # comes back at once
     assert begun.wait(30)
-    assert checkpoint.saved_steps(tmp_path) == [] and checkpoint.load_newest(tmp_path, pytest.fail) is None
+    assert training_state.saved_steps(tmp_path) == [] and training_state.load_newest(tmp_path, pytest.fail) is None
     go_on.set()
     checkpoint_writer.wait()
-    assert checkpoint.load_newest(tmp_path, pytest.fail)["step"] == 5
+    assert training_state.load_newest(tmp_path, pytest.fail)["step"] == 5
 
 
 def test_a_failed_write_is_told_and_the_next_one_succeeds(tmp_path, small_files):
     told = []
-    writer = checkpoint.Writer(tmp_path, 1, 0, told.append)
+    writer = async_writer.Writer(tmp_path, 1, 0, told.append)
     state = {"w": torch.zeros(100_000)}
     for step, room in ((1, None), (2, 1000), (3, 1000), (4, None)):
         small_files(room)
         writer.save(step, state | {"step": step})
         writer.wait()
         assert (writer.error is None) == (room is None)
-        assert checkpoint.saved_steps(tmp_path) == [{1: 1, 2: 1, 3: 1, 4: 4}[step]]  # one is kept, if another is whole
+        assert training_state.saved_steps(tmp_path) == [{1: 1, 2: 1, 3: 1, 4: 4}[step]]  # one is kept, if another is whole
     assert len(told) == 2 and all("0000002.pt" in m or "0000003.pt" in m for m in told) and "too large" in told[0]
 
 
@@ -188,9 +190,9 @@ def test_a_failed_write_is_told_and_the_next_one_succeeds(tmp_path, small_files)
 )
 def test_old_checkpoints_are_deleted_but_for_the_last_and_every_so_many_steps(tmp_path, last, every, kept):
     for step in (2, 4, 5, 6, 8, 10, 12):
-        checkpoint.save(tmp_path / f"{step:07d}.pt", {"step": step})
-    checkpoint.prune(tmp_path, 10, last, every)  # 12 is not older than 10
-    assert checkpoint.saved_steps(tmp_path) == kept
+        training_state.save(tmp_path / f"{step:07d}.pt", {"step": step})
+    training_state.prune(tmp_path, 10, last, every)  # 12 is not older than 10
+    assert training_state.saved_steps(tmp_path) == kept
     assert len(list(tmp_path.iterdir())) == 2 * len(kept)  # their checksums went too
 
 
@@ -199,9 +201,9 @@ def test_old_checkpoints_are_deleted_but_for_the_last_and_every_so_many_steps(tm
 
 def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.pt: no such checkpoint"):
-        checkpoint.load(tmp_path / "none.pt")
+        tensor_files.load(tmp_path / "none.pt")
     with pytest.raises(UserError, match="no such checkpoint"):
-        checkpoint.load_model(tmp_path)
+        reading.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
@@ -210,7 +212,7 @@ def test_truncated_checkpoint_is_refused(saved, tmp_path, keep):
     path = tmp_path / "cut.pt"
     path.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(UserError, match=r"cut\.pt: truncated"):
-        checkpoint.load(path)
+        tensor_files.load(path)
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + bytes(100), b"model: SiT-B/2\n" * 50, b"PK\x03\x04" + bytes(500)])
@@ -218,7 +220,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a checkpoint"):
-        checkpoint.load(path)
+        tensor_files.load(path)
 
 
 def test_a_single_changed_byte_is_found_by_the_checksum(saved, tmp_path):
@@ -226,15 +228,15 @@ def test_a_single_changed_byte_is_found_by_the_checksum(saved, tmp_path):
     content[len(content) // 2] ^= 1
     path = tmp_path / "0000003.pt"
     path.write_bytes(content)
-    checkpoint.sidecar(path).write_text(checkpoint.sidecar(saved).read_text())
+    tensor_files.sidecar(path).write_text(tensor_files.sidecar(saved).read_text())
     with pytest.raises(UserError, match="checksum"):
-        checkpoint.load(path, verify=True)
+        tensor_files.load(path, verify=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty-sidecar"])
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, damage):
     for step in (10, 200, 30000):
-        checkpoint.save(tmp_path / f"{step:07d}.pt", {"step": step, "w": torch.arange(5000)})
+        training_state.save(tmp_path / f"{step:07d}.pt", {"step": step, "w": torch.arange(5000)})
     newest = tmp_path / "0030000.pt"
     content = bytearray(newest.read_bytes())
     if damage == "cut":
@@ -243,20 +245,20 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, dam
         content[len(content) // 2] ^= 255
         newest.write_bytes(content)
     else:
-        checkpoint.sidecar(newest).write_text("")
+        tensor_files.sidecar(newest).write_text("")
     warnings = []
-    assert checkpoint.saved_steps(tmp_path) == [10, 200, 30000]
-    assert checkpoint.load_newest(tmp_path, warnings.append)["step"] == 200
+    assert training_state.saved_steps(tmp_path) == [10, 200, 30000]
+    assert training_state.load_newest(tmp_path, warnings.append)["step"] == 200
     assert len(warnings) == 1 and "0030000.pt" in warnings[0]
 
 
 def test_the_newest_whole_checkpoint_needs_no_warning_and_none_is_none(tmp_path):
-    assert checkpoint.load_newest(tmp_path, pytest.fail) is None
+    assert training_state.load_newest(tmp_path, pytest.fail) is None
     for step in (9, 10):
-        checkpoint.save(tmp_path / f"{step:07d}.pt", {"step": step})
+        training_state.save(tmp_path / f"{step:07d}.pt", {"step": step})
     (tmp_path / "0000011.pt.tmp").write_bytes(b"half a file")  # what a killed save leaves
     (tmp_path / "best.pt").write_bytes(b"not one of ours")
-    assert checkpoint.load_newest(tmp_path, pytest.fail)["step"] == 10
+    assert training_state.load_newest(tmp_path, pytest.fail)["step"] == 10
 
 
 # -------------------------------------------------------------------------------------------------------------- code
@@ -292,7 +294,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, kind, bomb):
     path, trace = tmp_path / "evil.pt", tmp_path / "ran"
     write_bomb(path, {"format": 1, "model": {"w": 1.0}, "config": bomb(trace)}, kind)
     assert not trace.exists()
-    for read in (checkpoint.load, checkpoint.read_weights, checkpoint.load_model):
+    for read in (tensor_files.load, reading.read_weights, reading.load_model):
         with pytest.raises(UserError, match=r"evil\.pt: refused: it carries code \(.*(open|system)\)"):
             read(path)
     assert not trace.exists()
@@ -306,14 +308,14 @@ def test_code_hidden_in_published_arguments_is_refused_and_does_not_run(tmp_path
     args = argparse.Namespace(model="SiT-S/4", resolution=128, num_classes=10, extra=Bomb(trace))
     torch.save({"model": {}, "ema": {}, "opt": {}, "steps": 1, "args": args}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="carries code"):
-        checkpoint.load_model(tmp_path / "evil.pt")
+        reading.load_model(tmp_path / "evil.pt")
     assert not trace.exists()
 
 
 def test_other_classes_are_refused_by_name(tmp_path):
     torch.save({"model": {}, "record": RECORD}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="VAERecord"):
-        checkpoint.load(tmp_path / "a.pt")
+        tensor_files.load(tmp_path / "a.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -323,7 +325,7 @@ def test_other_classes_are_refused_by_name(tmp_path):
     ("weights", "kind"), [("ema", "0.9999"), ("ema:0.9999", "0.9999"), ("ema:0.999", "0.999"), ("model", "model")]
 )
 def test_weights_are_chosen_by_name(saved, trained, weights, kind):
-    model, config = checkpoint.load_model(saved, weights, **SMALL)
+    model, config = reading.load_model(saved, weights, **SMALL)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert (model.head_depth, model.interface.tail, model.interface.latents_per_group) == (3, "skip", 4)
     assert config["model"] == "ELIT-SiT-Ti/2" and config["resolution"] == 32
@@ -335,34 +337,34 @@ def test_weights_are_chosen_by_name(saved, trained, weights, kind):
 @pytest.mark.parametrize("weights", ["ema:0.5", "modle", "model:0.999", "EMA", ""])
 def test_unknown_weights_name_what_there_is(saved, weights):
     with pytest.raises(UserError) as error:
-        checkpoint.load_model(saved, weights)
+        reading.load_model(saved, weights)
     assert all(known in str(error.value) for known in ("model", "ema", "ema:0.9999", "ema:0.999", str(saved)))
 
 
 def test_published_files_have_ema_and_model(golden_checkpoint):
     for weights in ("ema", "model"):
-        assert checkpoint.load_model(golden_checkpoint("sit"), weights)[1]["num_classes"] == 10
+        assert reading.load_model(golden_checkpoint("sit"), weights)[1]["num_classes"] == 10
     with pytest.raises(UserError, match="model, ema"):
-        checkpoint.load_model(golden_checkpoint("sit"), "ema:0.999")
+        reading.load_model(golden_checkpoint("sit"), "ema:0.999")
 
 
 def test_loading_takes_overrides_and_the_device(saved):
-    model, _ = checkpoint.load_model(saved, elit_tail="drop", fused_attn=False, **SMALL)
+    model, _ = reading.load_model(saved, elit_tail="drop", fused_attn=False, **SMALL)
     assert model.interface.tail == "drop" and not model.blocks[0].attn.fused
     assert next(model.parameters()).device.type == "cpu"
 
 
 def test_loading_leaves_the_random_state_alone(saved):
     before = torch.random.get_rng_state()
-    checkpoint.load_model(saved, **SMALL)
+    reading.load_model(saved, **SMALL)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_projectors_are_left_aside(trained, tmp_path):
     with_projectors = tiny(z_dims=(7,), encoder_depth=2)
     path = tmp_path / "a.pt"
-    checkpoint.save(path, state_of(trained, model=with_projectors.state_dict()))
-    model, _ = checkpoint.load_model(path, "model", **SMALL)
+    training_state.save(path, state_of(trained, model=with_projectors.state_dict()))
+    model, _ = reading.load_model(path, "model", **SMALL)
     assert not any("projector" in name for name, _ in model.named_parameters())
     arguments = inputs(model, [0.5], dtype=torch.float32)
     assert torch.equal(model(*arguments), with_projectors(*arguments))
@@ -383,13 +385,13 @@ def test_wrong_keys_and_shapes_are_named():
     ):
         changed = {k: v + 1 if v.shape == before.get(k, v).shape else v for k, v in change.items()}
         with pytest.raises(UserError) as error:
-            checkpoint.load_state_dict(model, changed, "here.pt")
+            load_state_dict(model, changed, "here.pt")
         assert "here.pt" in str(error.value) and said in str(error.value)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing half-loaded
 
 
 def test_a_state_of_another_model_is_refused(saved, trained, tmp_path):
-    state = checkpoint.load(saved)
+    state = tensor_files.load(saved)
     path = tmp_path / "other.pt"
     for changes, small, said in (
         ({"model": "SiT-Ti/2"}, SMALL, "interface.query is unknown"),
@@ -399,9 +401,9 @@ def test_a_state_of_another_model_is_refused(saved, trained, tmp_path):
         ({}, SMALL | {"depth": 6}, "blocks.5.attn.qkv.weight is missing"),
         ({}, {}, "blocks.5.attn.qkv.weight is missing"),
     ):
-        checkpoint.save(path, state_of(trained, config=state["config"] | changes))
+        training_state.save(path, state_of(trained, config=state["config"] | changes))
         with pytest.raises(UserError) as error:
-            checkpoint.load_model(path, **small)
+            reading.load_model(path, **small)
         assert "other.pt: not a checkpoint of this model" in str(error.value) and said in str(error.value), error.value
 
 
@@ -413,18 +415,18 @@ def test_an_unknown_model_or_format_and_a_missing_part_are_named(saved, trained,
         ({"format": 999}, "format 999"),
         ({"vae": {"vae": "x"}}, "sha256 is missing"),
     ):
-        checkpoint.save(path, state_of(trained, **changes))
+        training_state.save(path, state_of(trained, **changes))
         with pytest.raises(UserError, match=said):
-            checkpoint.load_model(path)
+            reading.load_model(path)
     state = state_of(trained)
     del state["ema"]
-    checkpoint.save(path, state)
+    training_state.save(path, state)
     with pytest.raises(UserError, match="ema is missing"):
-        checkpoint.load_model(path)
+        reading.load_model(path)
 
 
 @pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, [1, 2], torch.zeros(3)])
 def test_files_that_hold_something_else_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt"):
-        checkpoint.load_model(tmp_path / "a.pt")
+        reading.load_model(tmp_path / "a.pt")

@@ -15,15 +15,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from runs import CLASSES, RESOLUTION, make_checkpoint, make_latents, make_vae
 
-import checkpoint
 import convert_checkpoint
 import elit_ccfg_inference
 import elit_multibudget_inference
-import files
 import generate
 import train
-from errors import UserError
-from meters import Meters
+from checkpoint import reading, training_state
+from common import files, tensor_files
+from common.errors import UserError
+from training import trainer
+from training.stats import TrainingStats
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +113,9 @@ def test_checkpoints_of_which_none_loads_are_named_and_nothing_is_begun(data, ru
     one, two, three = sorted((run_dir / "checkpoints").glob("*.pt"))
     flip(one)
     two.write_bytes(two.read_bytes()[:1000])
-    checkpoint.sidecar(two).unlink()
+    tensor_files.sidecar(two).unlink()
     torch.save([1, 2], three)
-    checkpoint.sidecar(three).unlink()
+    tensor_files.sidecar(three).unlink()
     before = content_of(run_dir)
     line = refused(capsys, data, run_dir.parent, "--resume-step", -1)
     for words in (f"{one}: damaged", f"{two}: truncated", f"{three}: holds a list"):
@@ -141,35 +142,35 @@ def test_an_input_output_error_is_told_and_stops_the_search(data, run_dir, capsy
         assert f"{newest}: cannot be read: Input/output error" in line, line
         assert (run_dir / "metrics.jsonl").read_bytes() == before
         if has_sidecar:
-            checkpoint.sidecar(newest).unlink()
+            tensor_files.sidecar(newest).unlink()
 
 
 def test_a_shortage_of_memory_is_told_and_stops_the_search(tmp_path):
     for step in (1, 2):
         size = 1000 if step == 1 else 100_000_000
-        checkpoint.save(tmp_path / f"000000{step}.pt", {"step": step, "w": torch.zeros(size, dtype=torch.uint8)})
+        training_state.save(tmp_path / f"000000{step}.pt", {"step": step, "w": torch.zeros(size, dtype=torch.uint8)})
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, limits[1]))
     try:
-        with pytest.raises(checkpoint.Unreadable, match=r"0000002\.pt: cannot be read: .*memory"):
-            checkpoint.load_newest(tmp_path, pytest.fail)
+        with pytest.raises(tensor_files.Unreadable, match=r"0000002\.pt: cannot be read: .*memory"):
+            training_state.load_newest(tmp_path, pytest.fail)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert checkpoint.load_newest(tmp_path, pytest.fail)["step"] == 2
+    assert training_state.load_newest(tmp_path, pytest.fail)["step"] == 2
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
 def test_what_the_system_says_is_passed_on(tmp_path, monkeypatch, error):
     for step in (1, 2):
-        checkpoint.save(tmp_path / f"000000{step}.pt", {"step": step})
+        training_state.save(tmp_path / f"000000{step}.pt", {"step": step})
 
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(checkpoint.Unreadable, match=r"0000002\.pt: cannot be read: (Permission denied|not enough memory)"):
-        checkpoint.load_newest(tmp_path, pytest.fail)
+    with pytest.raises(tensor_files.Unreadable, match=r"0000002\.pt: cannot be read: (Permission denied|not enough memory)"):
+        training_state.load_newest(tmp_path, pytest.fail)
 
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(data, tmp_path, capsys):
@@ -181,32 +182,32 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(data, tmp_path, caps
 
 def test_a_checksum_file_that_is_no_text_counts_as_damage(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path / f"000000{step}.pt", {"step": step})
-    checkpoint.sidecar(tmp_path / "0000002.pt").write_bytes(b"\xff\xfe\x00\x80" * 16)
+        training_state.save(tmp_path / f"000000{step}.pt", {"step": step})
+    tensor_files.sidecar(tmp_path / "0000002.pt").write_bytes(b"\xff\xfe\x00\x80" * 16)
     told = []
-    assert checkpoint.load_newest(tmp_path, told.append)["step"] == 1
+    assert training_state.load_newest(tmp_path, told.append)["step"] == 1
     assert len(told) == 1 and "0000002.pt: damaged" in told[0]
 
 
 def test_checksum_files_of_other_tools_are_read(tmp_path):
     path = tmp_path / "0000001.pt"
-    checkpoint.save(path, {"step": 1})
+    training_state.save(path, {"step": 1})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for text in (f"SHA256 (0000001.pt) = {digest}\n", f"{digest.upper()} *0000001.pt\r\n"):
-        checkpoint.sidecar(path).write_text(text)
-        assert checkpoint.load(path, verify=True)["step"] == 1
+        tensor_files.sidecar(path).write_text(text)
+        assert tensor_files.load(path, verify=True)["step"] == 1
 
 
 def test_files_of_other_names_are_no_checkpoints_of_the_run(tmp_path):
-    checkpoint.save(tmp_path / "12345678.pt", {"step": 12345678})
+    training_state.save(tmp_path / "12345678.pt", {"step": 12345678})
     for name in ("²³.pt", "5.pt", "00000005.pt", "0000005.pt.tmp", "x0000005.pt"):
         (tmp_path / name).write_bytes(b"")
-    assert checkpoint.saved_steps(tmp_path) == [12345678]
+    assert training_state.saved_steps(tmp_path) == [12345678]
 
 
 @pytest.mark.parametrize("state", [{}, {"step": "3"}, {"step": None}])
 def test_a_checkpoint_without_a_step_is_one_line(data, run_dir, capsys, state):
-    checkpoint.save(run_dir / "checkpoints" / "0000003.pt", state)
+    training_state.save(run_dir / "checkpoints" / "0000003.pt", state)
     assert "step" in refused(capsys, data, run_dir.parent, "--resume-step", 3)
 
 
@@ -222,13 +223,13 @@ def test_after_going_back_the_newest_is_that_of_the_new_branch(data, run_dir, ca
     aside = folder / "abandoned-from-1"
     told = [line for line in capsys.readouterr().err.splitlines() if "abandoned" in line]
     assert len(told) == 1 and "step 1" in told[0] and str(aside) in told[0]
-    assert checkpoint.saved_steps(folder) == [1, 2]
+    assert training_state.saved_steps(folder) == [1, 2]
     assert {p.name: p.read_bytes() for p in aside.iterdir()} == {k: v for k, v in old.items() if "1.pt" not in k}
     assert logged_steps(run_dir / "metrics.jsonl") == [1, 2]
     assert logged_steps(run_dir / "metrics.dropped.jsonl") == [2, 3]
     run_train(data, run_dir.parent, "--resume-step", -1, *changed)
     assert logged_steps(run_dir / "metrics.jsonl") == [1, 2, 3]
-    new = checkpoint.load(folder / "0000003.pt", verify=True)
+    new = tensor_files.load(folder / "0000003.pt", verify=True)
     assert new["optimizer"]["param_groups"][0]["lr"] == 0.01 and new["optimizer"]["state"][0]["step"] == 3
     run_train(data, run_dir.parent, "--resume-step", 1)
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["abandoned-from-1", "abandoned-from-1-2"]
@@ -238,8 +239,8 @@ def test_after_going_back_the_newest_is_that_of_the_new_branch(data, run_dir, ca
 def test_a_refused_way_back_moves_nothing(data, run_dir, capsys, what):
     more = ()
     if what == "broken weights":
-        state = checkpoint.load(run_dir / "checkpoints" / "0000001.pt")
-        checkpoint.save(run_dir / "checkpoints" / "0000001.pt", state | {"model": {"w": torch.zeros(1)}})
+        state = tensor_files.load(run_dir / "checkpoints" / "0000001.pt")
+        training_state.save(run_dir / "checkpoints" / "0000001.pt", state | {"model": {"w": torch.zeros(1)}})
     else:
         more = ("--learning-rate", 0.01)
     before = content_of(run_dir)
@@ -258,9 +259,9 @@ def test_a_kill_among_the_moves_leaves_the_newest_where_it_is(run_dir, monkeypat
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.set_aside(folder, 1)
+        training_state.set_aside(folder, 1)
     assert moves == ["0000002.pt", "0000002.pt.sha256"]
-    assert checkpoint.load_newest(folder, pytest.fail)["step"] == 3
+    assert training_state.load_newest(folder, pytest.fail)["step"] == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -311,9 +312,9 @@ DOORS = list(doors("", Path(), Path()))
 
 def rewritten(whole, path, change):
     """The checkpoint, changed by change(state), under another path, with or without its old checksum."""
-    state = checkpoint.load(whole)
+    state = tensor_files.load(whole)
     change(state)
-    checkpoint.save(path, state)
+    training_state.save(path, state)
     return path
 
 
@@ -325,7 +326,7 @@ def test_weights_that_do_not_match_their_checksum_are_refused(data, whole, tmp_p
         state["ema"]["0.9999"]["blocks.0.mlp.fc1.bias"] = state["ema"]["0.9999"]["blocks.0.mlp.fc1.bias"] + 1
 
     other = rewritten(whole, tmp_path / "in" / "0000007.pt", add)
-    checkpoint.sidecar(other).write_bytes(checkpoint.sidecar(whole).read_bytes())
+    tensor_files.sidecar(other).write_bytes(tensor_files.sidecar(whole).read_bytes())
     out = tmp_path / "out"
     out.mkdir()
     main, argv = doors(data, other, out)[door]
@@ -342,18 +343,18 @@ def test_weights_that_do_not_match_their_checksum_are_refused(data, whole, tmp_p
 def test_a_safetensors_file_is_compared_too(whole, tmp_path):
     path = tmp_path / "a.safetensors"
     convert_checkpoint.main([str(whole), str(path), "--safetensors"])
-    assert checkpoint.load_model(path)  # without a sidecar
-    checkpoint.sidecar(path).write_bytes(checkpoint.sidecar(whole).read_bytes())
+    assert reading.load_model(path)  # without a sidecar
+    tensor_files.sidecar(path).write_bytes(tensor_files.sidecar(whole).read_bytes())
     with pytest.raises(UserError, match=r"a\.safetensors: damaged or replaced"):
-        checkpoint.load_model(path)
+        reading.load_model(path)
 
 
 def test_damage_is_the_reason_that_is_told(whole, tmp_path):
     """Where it also makes nonsense of what the file says."""
     path = rewritten(whole, tmp_path / "0000007.pt", lambda state: state.update(vae={}))
-    checkpoint.sidecar(path).write_bytes(checkpoint.sidecar(whole).read_bytes())
+    tensor_files.sidecar(path).write_bytes(tensor_files.sidecar(whole).read_bytes())
     with pytest.raises(UserError, match="damaged or replaced"):
-        checkpoint.load_model(path)
+        reading.load_model(path)
 
 
 def test_show_warns(whole, tmp_path, capsys):
@@ -361,7 +362,7 @@ def test_show_warns(whole, tmp_path, capsys):
     for damaged in (False, True):
         convert_checkpoint.main([str(path), "--show"])
         assert ("warning     " in capsys.readouterr().out) == damaged
-        checkpoint.sidecar(path).write_bytes(checkpoint.sidecar(whole).read_bytes())
+        tensor_files.sidecar(path).write_bytes(tensor_files.sidecar(whole).read_bytes())
 
 
 @pytest.mark.parametrize("has_sidecar", [True, False])
@@ -369,10 +370,10 @@ def test_generate_hashes_the_file_once_and_records_its_own_digest(whole, tmp_pat
     path = tmp_path / "0000007.pt"
     path.write_bytes(whole.read_bytes())
     if has_sidecar:
-        checkpoint.sidecar(path).write_bytes(checkpoint.sidecar(whole).read_bytes())
+        tensor_files.sidecar(path).write_bytes(tensor_files.sidecar(whole).read_bytes())
     hashed = []
-    for module in (checkpoint, files):
-        original = files.file_sha256 if module is files else checkpoint.file_sha256
+    for module in (reading, files):
+        original = files.file_sha256 if module is files else tensor_files.file_sha256
         monkeypatch.setattr(module, "file_sha256", lambda p, original=original: hashed.append(Path(p)) or original(p))
     generate.main([str(a) for a in doors("", path, tmp_path / "out")["generate"][1]])
     assert hashed.count(path) == 1
@@ -381,16 +382,16 @@ def test_generate_hashes_the_file_once_and_records_its_own_digest(whole, tmp_pat
 
 
 def test_converting_several_sets_hashes_once(whole, tmp_path, monkeypatch):
-    hashed, original = [], checkpoint.file_sha256
-    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: hashed.append(path) or original(path))
+    hashed, original = [], tensor_files.file_sha256
+    monkeypatch.setattr(tensor_files, "file_sha256", lambda path: hashed.append(path) or original(path))
     convert_checkpoint.main([str(whole), str(tmp_path / "out.pt")])
     assert hashed == [whole]
 
 
 def test_only_the_first_process_reads_all_of_the_file(whole, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: pytest.fail(f"hashed {path}"))
-    assert checkpoint.load_model(whole)
+    monkeypatch.setattr(tensor_files, "file_sha256", lambda path: pytest.fail(f"hashed {path}"))
+    assert reading.load_model(whole)
 
 
 # ------------------------------------------------------------------------------------------------------- not finite
@@ -428,18 +429,18 @@ def test_the_largest_numbers_of_a_type_are_finite(whole, tmp_path, dtype):
         for weights in (state["model"], state["ema"]["0.9999"]):
             weights.update({k: torch.full_like(v, largest, dtype=dtype) for k, v in weights.items()})
 
-    assert checkpoint.load_model(rewritten(whole, tmp_path / "a.pt", fill))
+    assert reading.load_model(rewritten(whole, tmp_path / "a.pt", fill))
 
 
 def diverge(monkeypatch, first, last=math.inf):
     """The gradients of the steps first … last are not finite."""
-    forward = train.Trainer.forward
+    forward = trainer.Trainer.forward
 
     def poisoned(self, n, batch):
         loss = forward(self, n, batch)
         return loss + (next(self.model.parameters()).sum() * float("inf") if first <= n + 1 <= last else 0)
 
-    monkeypatch.setattr(train.Trainer, "forward", poisoned)
+    monkeypatch.setattr(trainer.Trainer, "forward", poisoned)
 
 
 def test_the_last_good_checkpoint_is_from_before_the_first_skipped_step_and_is_kept(data, tmp_path, monkeypatch, capsys):
@@ -447,13 +448,13 @@ def test_the_last_good_checkpoint_is_from_before_the_first_skipped_step_and_is_k
     options = ("--max-train-steps", 20, "--keep-last", 1, "--max-skipped-steps", 5, "--log-every", 8)
     line = refused(capsys, data, tmp_path, *options)
     assert "step 8: 5 steps in a row" in line and line.endswith("0000003.pt")
-    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [3, 7]
+    assert training_state.saved_steps(tmp_path / "run" / "checkpoints") == [3, 7]
 
 
 def test_after_the_skipped_steps_the_old_ones_go(data, tmp_path, monkeypatch):
     diverge(monkeypatch, 3, 4)
     run_train(data, tmp_path, "--max-train-steps", 5, "--keep-last", 1)
-    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [5]
+    assert training_state.saved_steps(tmp_path / "run" / "checkpoints") == [5]
 
 
 def test_without_a_checkpoint_from_before_none_is_named(data, tmp_path, monkeypatch, capsys):
@@ -465,7 +466,7 @@ def test_without_a_checkpoint_from_before_none_is_named(data, tmp_path, monkeypa
 def test_meters_tell_how_long_ago_the_longest_row_began():
     """Against a plain loop over random rows; lines are read at random steps."""
     rng = np.random.default_rng(0)
-    meters, accelerator = Meters(["loss"], torch.device("cpu")), Accelerator(cpu=True)
+    meters, accelerator = TrainingStats(["loss"], torch.device("cpu")), Accelerator(cpu=True)
     row = longest = 0
     before = None  # the step before the longest row since the last line
     for step in range(1, 300):

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from conftest import ROOT
 
-from config import ARCHITECTURE_KEYS, GenerateConfig, TrainConfig, coerce, parse, require
-from errors import UserError
+from common.errors import UserError
+from config.options import ARCHITECTURE_KEYS, GenerateConfig, TrainConfig
+from config.parsing import coerce, parse, require_options
 
 
 def train(*argv):
@@ -269,12 +270,12 @@ def test_keys_of_a_train_config_that_are_no_option_of_either_are_refused(write):
 def test_required_options_are_asked_for(write):
     for argv in ([], ["--config", write("t.yaml", "model: null\nexp_name: run")]):
         with pytest.raises(UserError, match="--model is required"):
-            require(train(*argv))
+            require_options(train(*argv))
     with pytest.raises(UserError, match="--exp-name is required"):
-        require(train("--model", "SiT-B/2"))
-    require(train("--model", "SiT-B/2", "--exp-name", "a"))
+        require_options(train("--model", "SiT-B/2"))
+    require_options(train("--model", "SiT-B/2", "--exp-name", "a"))
     with pytest.raises(UserError, match="--ckpt is required"):
-        require(generate("--model", "SiT-B/2"), "ckpt")
+        require_options(generate("--model", "SiT-B/2"), "ckpt")
 
 
 def test_checkpoint_records_are_coerced_like_options():
@@ -347,7 +348,7 @@ def test_two_configurations_do_not_share_their_lists():
 def test_published_training_lines_parse(monkeypatch, line, expected):
     monkeypatch.chdir(ROOT)
     config = train(*line.split())
-    require(config)
+    require_options(config)
     assert {k: getattr(config, k) for k in expected} == expected
 
 
@@ -372,5 +373,5 @@ def test_published_training_lines_parse(monkeypatch, line, expected):
 def test_published_generation_lines_parse(monkeypatch, line, expected):
     monkeypatch.chdir(ROOT)
     config = generate(*line.split())
-    require(config, "ckpt")
+    require_options(config, "ckpt")
     assert {k: getattr(config, k) for k in expected} == expected

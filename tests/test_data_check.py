@@ -10,10 +10,10 @@ from PIL import Image
 from runs import make_latents
 from sets import picture, refused, save
 
-from data import LatentDataset, channel_record
+from common.errors import UserError
+from data.dataset import LatentDataset, channel_record
 from dataset_tools import main
-from errors import UserError
-from vae import VAERecord
+from models.vae import VAERecord
 
 COUNT = 9
 RECORD = VAERecord("some/vae", None, 2, 4, 0.5, 0.0)

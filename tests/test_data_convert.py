@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from sets import content, convert, labels_of, load_png, picture, refused, save, zip_of
 
-import files
-from data import MAX_PIXELS
-from data_tools.dest import UNFINISHED_FILE
+from common import files
+from common.image_files import MAX_PIXELS
+from preprocessing.output import UNFINISHED_FILE
 
 
 @pytest.fixture
@@ -238,8 +238,8 @@ def test_two_runs_on_one_destination(source, tmp_path, capsys, dest):
 
 def test_workers_end_with_their_parent(source, tmp_path):
     """A run that is killed while its workers wait to hand over results leaves none of them."""
-    from data_tools.convert import Conversion
-    from data_tools.transforms import unchanged
+    from preprocessing.convert import Conversion
+    from preprocessing.transforms import unchanged
 
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
@@ -270,7 +270,7 @@ def test_workers_end_with_their_parent(source, tmp_path):
 
 
 def test_a_killed_worker_is_one_line(source, tmp_path, capsys, monkeypatch):
-    from data_tools.convert import Conversion
+    from preprocessing.convert import Conversion
 
     here, original = os.getpid(), Conversion.__getitem__
 

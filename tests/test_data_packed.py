@@ -13,13 +13,15 @@ from runs import launch
 from sets import content, picture, refused, save, zip_of
 from torch.utils.data import DataLoader
 
-import data_tools.encode as encode_room
-from data import LatentDataset, LatentFiles
-from data_tools.dest import UNFINISHED_FILE
+from common.errors import UserError
+from data.dataset import LatentDataset
+from data.latent_files import LatentFiles
+from data.packed import PackedLatents
 from dataset_tools import main
-from errors import UserError
-from packed import PackedLatents, ShardWriter
-from vae import encode_moments, load_vae
+from models.vae import encode_moments, load_vae
+from preprocessing import encode as encode_room
+from preprocessing.output import UNFINISHED_FILE
+from preprocessing.packed_writer import ShardWriter
 
 COUNT = 11
 

@@ -11,13 +11,13 @@ from accelerate.state import AcceleratorState, GradientState
 from runs import make_latents, make_vae
 from sets import content
 
-import checkpoint
-import remote
 import train
-from data import LatentDataset, channel_record
+from common import tensor_files
+from common.errors import UserError
+from common.files import file_sha256
+from data import remote
+from data.dataset import LatentDataset, channel_record
 from dataset_tools import main
-from errors import UserError
-from files import file_sha256
 
 COUNT = 10
 
@@ -90,7 +90,7 @@ def test_training_on_remote_data_is_that_on_local_ones(url, folder, tmp_path):
         )
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    one, other = (checkpoint.load(tmp_path / name / "checkpoints/0000002.pt") for name in ("remote", "local"))
+    one, other = (tensor_files.load(tmp_path / name / "checkpoints/0000002.pt") for name in ("remote", "local"))
     assert one["vae"] == other["vae"] and "channel_std" in one["vae"]
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
 

@@ -12,15 +12,17 @@ from PIL import Image
 from runs import make_latents, refused
 from sets import picture, save
 
-import checkpoint
 import dataset_tools
 import generate
 import train
-from loss import held_out_losses, training_times
+from checkpoint import reading
+from common import tensor_files
+from common.torchvision_shim import import_torchvision
+from loss import training_times, val_losses
+from models.vae import decode, load_vae, to_uint8
 from randomness import epoch_order, image_noise, training_draws
 from samplers import euler_maruyama_sampler, euler_sampler, evaluation_times
-from vae import decode, load_vae, to_uint8
-from vision import import_torchvision
+from training import trainer
 
 COUNT, RESOLUTION = 8, 32
 # What the published VAEs have in their config.json; the widths are small here.
@@ -70,7 +72,7 @@ def run(kind: str, folder: Path, *options: str) -> dict:
     generate.main(
         f"--ckpt {ckpt} --sample-dir {folder}/out --num-fid-samples 3 --num-steps 3 --weights model --cfg-scale 1".split()
     )
-    return checkpoint.load(ckpt)
+    return tensor_files.load(ckpt)
 
 
 def metrics(folder: Path, name: str) -> dict[int, float]:
@@ -83,7 +85,7 @@ def metrics(folder: Path, name: str) -> dict[int, float]:
     [("SDXL", ()), ("SD3", ("--latent-norm", "channel")), ("FLUX", ("--time-shift", "3"))],
 )
 def test_from_images_to_images(tmp_path, monkeypatch, kind, options):
-    monkeypatch.setattr(train, "PICTURE_STEPS", 1)
+    monkeypatch.setattr(trainer, "PICTURE_STEPS", 1)
     state = run(kind, tmp_path, *options)
     record, channels = state["vae"], KINDS[kind]["latent_channels"]
     assert (record["latent_channels"], record["downsample_factor"]) == (channels, 8)
@@ -105,7 +107,7 @@ def test_from_images_to_images(tmp_path, monkeypatch, kind, options):
     assert metrics(tmp_path, "loss")[1] == pytest.approx(np.mean((draws.noise.numpy() - x) ** 2), rel=1e-5)
 
     # The images are the sampler's latents, scaled back and decoded.
-    model, config = checkpoint.load_model(tmp_path / "run/checkpoints/0000002.pt", weights="model")
+    model, config = reading.load_model(tmp_path / "run/checkpoints/0000002.pt", weights="model")
     shift = config["time_shift"]
     assert shift == (3.0 if options[:1] == ("--time-shift",) else 1.0)
     noise = image_noise(0, range(3), (channels, 4, 4))
@@ -197,13 +199,13 @@ def test_the_sde_sampler_takes_the_shifted_grid():
 
 
 def test_held_out_losses_take_the_shift():
-    from vae import SD_VAE
+    from models.vae import SD_VAE
 
     batch = {"moments": torch.rand(2, 8, 4, 4), "label": torch.zeros(2, dtype=torch.long)}
     model = Drift()
     draws = training_draws(0, 0, range(2), (4, 4, 4), purpose="held-out")
     for s in (1.0, 4.0):
-        held_out_losses(model, batch, range(2), SD_VAE, [{}], weighting="uniform", path_type="linear", time_shift=s)
+        val_losses(model, batch, range(2), SD_VAE, [{}], weighting="uniform", path_type="linear", time_shift=s)
         t = draws.time_uniform[0].item()
         assert model.times[-1] == pytest.approx(s * t / (1 + (s - 1) * t), rel=1e-6)
 
@@ -213,7 +215,7 @@ def test_decode_undoes_the_channels(tmp_path):
     _, record = load_vae(str(vae_folder))
     rng = np.random.default_rng(0)
     mean, std = rng.normal(size=16), 0.5 + rng.random(16)
-    from vae import VAERecord, sample_latents
+    from models.vae import VAERecord, sample_latents
 
     channels = VAERecord.from_dict(record.to_dict() | {"channel_mean": mean.tolist(), "channel_std": std.tolist()})
     vae, found = load_vae(str(vae_folder), expected=channels)

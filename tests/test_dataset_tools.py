@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 from sets import content, convert, labels_of, load_png, picture, refused, save, zip_of
 
-import data
-from data import LatentDataset
-from data_tools import convert as convert_room
-from data_tools import dest as dest_room
-from data_tools import encode as encode_room
-from data_tools.transforms import center_crop_dhariwal
+from data.dataset import LatentDataset
 from dataset_tools import main
-from vae import encode_moments, load_vae
+from models.vae import encode_moments, load_vae
+from preprocessing import demo
+from preprocessing import encode as encode_room
+from preprocessing import output as dest_room
+from preprocessing.transforms import center_crop_dhariwal
 
 
 @pytest.fixture
@@ -350,15 +349,15 @@ def test_encode_is_continued(encoded, vae_folder, monkeypatch):
 
 
 def test_demo_makes_class_folders_and_is_continued(tmp_path, monkeypatch):
-    assert convert_room.DEMO_CANVASES_PER_CLASS == {"train": 500, "val": 50}
-    monkeypatch.setattr(convert_room, "DEMO_CANVASES_PER_CLASS", {"train": 2, "val": 1})
+    assert demo.DEMO_CANVASES_PER_CLASS == {"train": 500, "val": 50}
+    monkeypatch.setattr(demo, "DEMO_CANVASES_PER_CLASS", {"train": 2, "val": 1})
     main(["demo", f"--dest={tmp_path}/demo"])
     first = content(tmp_path / "demo")
     assert sorted(first) == sorted(
         f"{split}/{digit}/{i:05d}.png" for split, n in (("train", 2), ("val", 1)) for digit in range(10) for i in range(n)
     )
     for split in ("train", "val"):
-        for digit, number, canvas in data.demo_canvases(split == "val", 1):
+        for digit, number, canvas in demo.demo_canvases(split == "val", 1):
             image = Image.open(tmp_path / f"demo/{split}/{digit}/{number:05d}.png")
             assert image.mode == "L" and np.array_equal(np.asarray(image), canvas)
     (tmp_path / "demo/train/3/00001.png").write_bytes(b"")

@@ -9,8 +9,8 @@ from conftest import inputs, numpy_weights, randomize
 from reference import Reference, rms_norm, window_members
 from torch import nn
 
-import checkpoint
-from errors import UserError
+from checkpoint import reading
+from common.errors import UserError
 from models.elit import ELITSiT, FullWidthRMSNorm, LatentInterface, budget_to_k, mask_levels, mask_to_budget
 
 TINY = {"patch_size": 2, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
@@ -260,7 +260,7 @@ def test_elit_is_the_reference_at_every_kind_of_budget(options):
 @pytest.mark.parametrize("budget", ["1.0", "0.75", "0.25"])
 def test_elit_gives_the_published_outputs(golden, golden_checkpoint, budget):
     arrays, args = golden
-    model, config = checkpoint.load_model(golden_checkpoint("elit"))
+    model, config = reading.load_model(golden_checkpoint("elit"))
     assert (model.head_depth, model.tail_depth, model.interface.tail) == (8, 2, "skip")
     assert config["elit_group_size"] == args["elit"]["elit_group_size"] == 2
     velocity = model(arrays["elit_x"], arrays["elit_t"], arrays["elit_y"], float(budget))

@@ -14,13 +14,13 @@ from PIL import Image
 from runs import CLASSES, RESOLUTION, make_latents, make_vae
 from test_train import arguments, assert_same_tensors, final_state, fresh_accelerate, metrics  # noqa: F401
 
-import checkpoint
-import encoders
 import train
-from encoders import ENCODERS, Target, describe_encoders, encoder_names, load_encoders
-from errors import UserError
+from checkpoint import reading
+from common.errors import UserError
+from common.torchvision_shim import import_torchvision
+from models import encoders
+from models.encoders import ENCODERS, Target, describe_encoders, encoder_names, load_encoders
 from randomness import epoch_order, training_draws
-from vision import import_torchvision
 
 COUNT = 16
 TINY = "timm/vit_tiny_patch16_224"
@@ -292,7 +292,7 @@ def test_training_with_repa(data, tiny_weights, tmp_path):
     assert any(k.startswith("projectors.0.") for k in whole["model"])
     assert whole["model"].keys() == whole["ema"]["0.9999"].keys()
     assert not torch.equal(whole["model"]["projectors.0.0.weight"], untrained.projectors[0][0].weight)  # it is trained
-    model, _ = checkpoint.load_model(tmp_path / "whole" / "run" / "checkpoints" / "0000003.pt")
+    model, _ = reading.load_model(tmp_path / "whole" / "run" / "checkpoints" / "0000003.pt")
     assert not hasattr(model, "projectors")
 
     (tmp_path / "part" / "run").mkdir(parents=True)

@@ -22,9 +22,9 @@ from runs import ROOT, make_checkpoint, make_vae
 
 import dataset_tools
 import evaluate
-from metrics import networks
+from common.torchvision_shim import import_torchvision
+from metrics import feature_extractors
 from metrics.images import open_images
-from vision import import_torchvision
 
 FEATURES = ("--features", "runs:colour_features")
 SIDE = 32
@@ -227,7 +227,7 @@ def relative(a, b):
 
 def test_inception_features_are_torch_fidelitys(inception_file, directly):
     warnings = []
-    network = networks.inception(str(inception_file), torch.device("cpu"), warnings.append)
+    network = feature_extractors.inception(str(inception_file), torch.device("cpu"), warnings.append)
     assert len(warnings) == 1 and "--inception-weights" in warnings[0]  # random weights are not the published ones
     images = torch.from_numpy(pictures(12, 5)).permute(0, 3, 1, 2)
     with torch.inference_mode():
@@ -292,7 +292,7 @@ def resampling(n, m, scale):
 
 def test_dino_positions_are_resampled_as_in_the_original_network():
     positions = torch.randn(1, 1 + 37 * 37, 8, generator=torch.Generator().manual_seed(0))
-    found = networks.resample_positions(positions, 16)
+    found = feature_extractors.resample_positions(positions, 16)
     grid = positions[0, 1:].reshape(37, 37, 8).double().numpy()
     rows = resampling(37, 16, 16.1 / 37)
     expected = np.einsum("ij,jkc,lk->ilc", rows, grid, rows).reshape(256, 8)
@@ -314,7 +314,7 @@ def test_dino_features_and_fdd(tmp_path, monkeypatch):
     path = tmp_path / "dinov2_vitl14_pretrain.pth"
     torch.save(model.state_dict() | {"mask_token": torch.zeros(1, 1024)}, path)
     images = pictures(5, 6)
-    network = networks.dinov2(str(path), torch.device("cpu"))
+    network = feature_extractors.dinov2(str(path), torch.device("cpu"))
     with torch.inference_mode():
         found = network.extract(torch.from_numpy(images).permute(0, 3, 1, 2))["dinov2"]
         pixels = [np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) / 255 for image in images]
@@ -350,11 +350,11 @@ def cheap_inception(path, device, warn):
         found = extract(images)
         return {"pool": found["pool"], "spatial": found["spatial"]}
 
-    return networks.Network("inception", pool_and_spatial, class_weight=np.eye(10, 48))
+    return feature_extractors.Network("inception", pool_and_spatial, class_weight=np.eye(10, 48))
 
 
 def test_a_reference_batch_of_ones_own_images(pair, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(networks, "inception", cheap_inception)
+    monkeypatch.setattr(feature_extractors, "inception", cheap_inception)
     images = np.load(pair[0])["arr_0"]
     source = as_folder(images, tmp_path / "images")
     for name, seed in (("a", 3), ("again", 3), ("b", 4)):

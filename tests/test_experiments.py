@@ -12,13 +12,14 @@ from conftest import randomize
 from runs import refused
 from torch.distributed.run import get_args_parser
 
-import checkpoint
-import inference
 import models
 from benchmarks import sampling, train_step
-from config import GenerateConfig, TrainConfig, parse, require
+from checkpoint import weights
+from config.options import GenerateConfig, TrainConfig
+from config.parsing import parse, require_options
 from experiments_updated import digit_classifier, quickstart_guidance
 from models.elit import budget_to_k, mask_levels, mask_to_budget
+from sampling import cost as cost_module
 
 ROOT = Path(__file__).parent.parent / "experiments_updated"
 TRAIN = sorted(p for p in (ROOT / "train").glob("*.yaml") if not p.stem.startswith("quickstart"))
@@ -53,7 +54,7 @@ def test_all_published_configs_exist():
 @pytest.mark.parametrize("path", TRAIN, ids=lambda p: p.stem)
 def test_train_config(path):
     config, _ = parse(TrainConfig, ["--config", str(path)])
-    require(config)
+    require_options(config)
     assert path.read_text().startswith("# ")
     assert config.exp_name == path.stem
     family = models.model_spec(config.model).family
@@ -89,7 +90,7 @@ def test_trained_budgets(stem, lowest, highest, count):
 @pytest.mark.parametrize("path", GENERATION, ids=lambda p: p.stem)
 def test_generation_config(path):
     config, given = parse(GenerateConfig, ["--config", str(path), "--ckpt", "some.pt"])
-    require(config, "model", "ckpt")
+    require_options(config, "model", "ckpt")
     assert path.read_text().startswith("# ")
     assert (config.mode, config.num_steps, config.num_fid_samples) == ("ode", 50, 50_000)
     family, _, lower = path.stem.removesuffix("_ccfg").partition("_budget_")
@@ -123,7 +124,7 @@ def test_generation_config(path):
 )
 def test_published_training_flops(stem, teraflops):
     config, _ = parse(TrainConfig, ["--config", str(ROOT / "train" / f"{stem}.yaml")])
-    options = checkpoint.model_options(vars(config))
+    options = weights.model_options(vars(config))
     with torch.device("meta"):
         model = models.create_model(config.model, input_size=config.resolution // 8, **options)
     budgets = budgets_of(config)
@@ -168,8 +169,8 @@ def test_peak_memory_counts_what_lives_at_once():
 
 
 def test_guidance_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "WARM_UP", 0)
-    monkeypatch.setattr(inference, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(cost_module, "WARM_UP", 0)
+    monkeypatch.setattr(cost_module, "MOST_ROUNDS", 2)
     monkeypatch.setattr(quickstart_guidance, "TIMED_IMAGES", 1)
     monkeypatch.setattr(digit_classifier, "load_or_train", lambda path: digit_classifier.DigitClassifier().eval())
     model = randomize(models.create_model("ELIT-SiT-Ti/2", input_size=16, num_classes=10)).eval()

@@ -19,10 +19,10 @@ from accelerate.state import AcceleratorState, GradientState
 from runs import CLASSES, RESOLUTION, command_line, environment, free_port, launch, make_checkpoint, make_latents, make_vae
 from torch.utils.data import DataLoader, Dataset
 
-import errors
-import files
 import generate
 import train
+from common import errors, files
+from training import trainer
 
 BOUND = 40  # seconds for a whole run that fails in its first steps; what hangs never ends
 
@@ -203,7 +203,7 @@ class Failing(Dataset):
 
 
 def test_what_a_worker_raises_itself_is_no_killed_worker():
-    from processes import data_workers
+    from common.distributed import data_workers
 
     with (
         pytest.raises(RuntimeError, match="a bug in a worker"),
@@ -326,7 +326,7 @@ def test_ranks_that_fail_refuse_or_stand_on_other_machines(data, tmp_path):
     ("rank", "local_rank", "lines"), [("0", "0", 1), ("8", "0", 1), ("9", "1", 0), ("0", None, 1), ("1", None, 0)]
 )
 def test_the_first_rank_of_a_machine_prints_its_error(monkeypatch, capsys, rank, local_rank, lines):
-    @errors.command
+    @errors.cli_main
     def main(argv):
         raise errors.UserError("--data-dir nowhere: no such folder")
 
@@ -401,13 +401,13 @@ def test_a_second_run_is_refused_and_nothing_is_touched(data, run_of_two_steps, 
 
 def test_a_run_holds_its_folder_and_leaves_it(data, tmp_path, monkeypatch):
     path, seen = tmp_path / "run" / "run.lock", []
-    original = train.Trainer.train_step
+    original = trainer.Trainer.train_step
 
     def step(self, batches):
         original(self, batches)
         seen.append(try_lock(path))
 
-    monkeypatch.setattr(train.Trainer, "train_step", step)
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
     train.main(arguments(data, tmp_path, "--max-train-steps", 1))
     assert seen == [False]
     assert not path.exists()

@@ -14,12 +14,13 @@ from accelerate.state import PartialState
 from PIL import Image
 from runs import CLASSES, RESOLUTION, ROOT, command_line, environment, launch, make_checkpoint, make_vae
 
-import checkpoint
 import generate
 import randomness
-from config import GenerateConfig
+from checkpoint import reading
+from config.options import GenerateConfig
 from models.dfm import recompose
-from vae import load_vae
+from models.vae import load_vae
+from sampling import image_folder
 
 COUNT = 11
 
@@ -85,7 +86,7 @@ def test_the_set_is_complete_and_the_npz_holds_it(whole):
 
 def test_images_are_those_of_a_plain_euler_loop(ckpt, whole):
     """Written from the definitions: float64 Euler, CFG at the same budget, decode, round to nearest."""
-    model, _ = checkpoint.load_model(ckpt)
+    model, _ = reading.load_model(ckpt)
     vae, _ = load_vae(str(ckpt.parent / "vae"))
     noise = randomness.image_noise(0, [4], (4, 8, 8))
     y = randomness.image_labels(0, [4], CLASSES)
@@ -153,7 +154,7 @@ def test_killed_and_restarted_gives_the_same_set(ckpt, whole, tmp_path):
 
 def test_the_npz_is_a_stored_zip_that_repeats_to_the_byte(ckpt, whole, tmp_path):
     config = GenerateConfig(num_fid_samples=COUNT, resolution=RESOLUTION)
-    generate.write_npz(tmp_path / "again.npz", sorted(whole.glob("*.png")), config)
+    image_folder.write_npz(tmp_path / "again.npz", sorted(whole.glob("*.png")), config)
     assert (tmp_path / "again.npz").read_bytes() == whole.with_name(whole.name + ".npz").read_bytes()
     with zipfile.ZipFile(tmp_path / "again.npz") as archive:
         assert [m.compress_type for m in archive.infolist()] == [zipfile.ZIP_STORED]
@@ -229,7 +230,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys, mo
 
 
 def test_a_sit_checkpoint_has_no_budget(ckpt, tmp_path, capsys):
-    made = make_checkpoint(tmp_path / "sit.pt", checkpoint.read_weights(ckpt).record, model="SiT-Ti/2")
+    made = make_checkpoint(tmp_path / "sit.pt", reading.read_weights(ckpt).record, model="SiT-Ti/2")
     assert "no budget" in refused(capsys, arguments(made, tmp_path / "out"))
 
 
@@ -246,7 +247,7 @@ def test_dfm_images_and_previews_are_those_of_the_sampler(dfm, tmp_path):
     main, preview = sorted(p for p in (tmp_path / "made").iterdir() if p.is_dir())
     assert main.name == "ckpt-dfm-cfg-2.0-steps-5-seed-0-ode-budget-0.5-scales-3_2-thresholds-0.2"
     assert preview.name == main.name + "-stage0"
-    model, _ = checkpoint.load_model(dfm)
+    model, _ = reading.load_model(dfm)
     vae, _ = load_vae(str(dfm.parent / "vae"))
     y = randomness.image_labels(0, [4], CLASSES)
     x = randomness.pyramid_noise(0, [4], [(4, 4, 4), (4, 8, 8)])
@@ -313,7 +314,7 @@ def test_dfm_says_that_it_has_steps_per_stage(dfm, tmp_path, capsys):
 def test_a_folder_of_other_images_is_not_mixed(ckpt, tmp_path, capsys):
     generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 2))
     capsys.readouterr()
-    other = make_checkpoint(tmp_path / "other" / ckpt.name, checkpoint.read_weights(ckpt).record, elit_tail="skip")
+    other = make_checkpoint(tmp_path / "other" / ckpt.name, reading.read_weights(ckpt).record, elit_tail="skip")
     assert "ckpt_sha256" in refused(capsys, arguments(other, tmp_path))
 
 

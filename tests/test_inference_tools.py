@@ -10,15 +10,16 @@ from conftest import randomize
 from PIL import Image
 from runs import CLASSES, RESOLUTION, SIDE, make_checkpoint, make_vae
 
-import checkpoint
 import elit_ccfg_inference
 import elit_multibudget_inference
-import inference
 import models
 import randomness
 import samplers
+from checkpoint import reading, training_state
+from common import tensor_files
 from models.elit import CrossAttention, LatentInterface
-from vae import decode, load_vae
+from models.vae import decode, load_vae
+from sampling import cost
 
 SCHEDULE = "0.25@1.0-0.5,1.0@0.5-0.0"
 
@@ -31,15 +32,15 @@ def ckpt(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flops(ckpt):
-    model, _ = checkpoint.load_model(ckpt)
+    model, _ = reading.load_model(ckpt)
     return {k / 4: models.count_flops(model, k / 4) for k in (1, 2, 3, 4)}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, flops):
     """Few rounds, and FLOPs counted once: the models here are alike."""
-    monkeypatch.setattr(inference, "WARM_UP", 1)
-    monkeypatch.setattr(inference, "MOST_ROUNDS", 3)
+    monkeypatch.setattr(cost, "WARM_UP", 1)
+    monkeypatch.setattr(cost, "MOST_ROUNDS", 3)
     monkeypatch.setattr(models, "count_flops", lambda model, budget: flops[budget])
 
 
@@ -84,7 +85,7 @@ def test_every_budget_and_a_schedule(ckpt, flops, tmp_path, monkeypatch):
     assert f"{results[0]['gflops_per_forward']:.3g} GFLOPs" in headings[0] and " ms" in headings[0]
 
     # The same noise for all budgets, that of (seed, i): written from the sampler.
-    model, _ = checkpoint.load_model(ckpt)
+    model, _ = reading.load_model(ckpt)
     vae, _ = load_vae(str(ckpt.parent / "vae"))
     noise = randomness.image_noise(42, [0, 1], (4, SIDE, SIDE))
     for column, budget in ((1, 0.5), (3, 1.0), (4, samplers.BudgetSchedule.parse(SCHEDULE))):
@@ -119,7 +120,7 @@ def test_attention_files(ckpt, tmp_path, monkeypatch):
     assert all(0 < e <= math.log(4) + 1e-6 for e in said["attention_entropy"])
 
     # The result noised to t with its own first noise, and Read's weights there.
-    model, _ = checkpoint.load_model(ckpt)
+    model, _ = reading.load_model(ckpt)
     noise, y = randomness.image_noise(42, [0, 1], (4, SIDE, SIDE)), torch.tensor([3, 1])
     x = samplers.euler_sampler(model, noise, y, num_steps=4, inference_budget=1.0)
     weights = model.read_attention((0.75 * x + 0.25 * noise).float(), torch.full((2,), 0.25), y).double().numpy()
@@ -158,7 +159,7 @@ def test_three_kinds_of_guidance(ckpt, flops, tmp_path, monkeypatch, capsys):
     assert path == tmp_path / "cfg_vs_ccfg_grid.png" and columns == ["scale 1", "scale 3"]
     assert images.shape == (6, 2, RESOLUTION, RESOLUTION, 3) and rows[4] == "class 1\ncheap CFG"
     assert (images[0, 0] == images[1, 0]).all() and (images[0, 1] != images[1, 1]).any()
-    model, _ = checkpoint.load_model(ckpt)
+    model, _ = reading.load_model(ckpt)
     vae, _ = load_vae(str(ckpt.parent / "vae"))
     noise, y = randomness.image_noise(42, [0, 1], (4, SIDE, SIDE)), torch.tensor([3, 1])
     for mode in range(3):
@@ -233,16 +234,16 @@ def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys, mo
 
 @pytest.mark.parametrize("tool", [elit_multibudget_inference, elit_ccfg_inference])
 def test_a_sit_checkpoint_is_refused(ckpt, tmp_path, capsys, tool):
-    made = make_checkpoint(tmp_path / "sit.pt", checkpoint.read_weights(ckpt).record, model="SiT-Ti/2")
+    made = make_checkpoint(tmp_path / "sit.pt", reading.read_weights(ckpt).record, model="SiT-Ti/2")
     assert "SiT-Ti/2, which has no budget" in refused(capsys, tool, made, tmp_path / "out")
 
 
 @pytest.mark.parametrize("tool", [elit_multibudget_inference, elit_ccfg_inference])
 def test_a_checkpoint_that_does_not_fit_or_cannot_be_fetched_is_refused(ckpt, tmp_path, capsys, monkeypatch, tool):
-    state = checkpoint.load(ckpt)
+    state = tensor_files.load(ckpt)
     weights = dict(state["ema"]["0.9999"]) | {"interface.query": torch.zeros(4, 7), "blocks.0.odd": torch.zeros(1)}
     weights.pop("final_layer.linear.bias")
-    checkpoint.save(tmp_path / "odd.pt", state | {"ema": {"0.9999": weights}})
+    training_state.save(tmp_path / "odd.pt", state | {"ema": {"0.9999": weights}})
     line = refused(capsys, tool, tmp_path / "odd.pt", tmp_path / "out")
     for words in (
         "odd.pt",
@@ -270,7 +271,7 @@ def refused(capsys, tool, ckpt, out, *more):
 def test_jobs_are_timed_in_turn():
     calls = []
     jobs = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = inference.interleaved_times(jobs, torch.device("cpu"))
+    times = cost.interleaved_times(jobs, torch.device("cpu"))
     assert "".join(calls) == 4 * "abc"
     assert all(0 <= low <= median <= high for low, median, high in times.values())
 
@@ -318,12 +319,12 @@ def test_read_attention_is_of_the_last_layer_and_leaves_no_hook():
 def test_both_tools_take_a_dfm_with_a_budget(ckpt, tmp_path):
     made = make_checkpoint(
         tmp_path / "dfm.pt",
-        checkpoint.read_weights(ckpt).record,
+        reading.read_weights(ckpt).record,
         model="DFM-ELIT-SiT-Ti/2",
         num_steps_per_scale=[2, 2],
         stage_sampling_thresholds=[0.2],
     )
-    model, _ = checkpoint.load_model(made)
+    model, _ = reading.load_model(made)
     full, low = (models.count_flops(model, b) for b in (1.0, 0.25))
     options = ("--budgets", 0.25, 1, "--cfg-scale", 2, "--guidance-low", 0.9, "--attention")
     results = run(elit_multibudget_inference, made, tmp_path / "multi", *options)

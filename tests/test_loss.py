@@ -9,18 +9,10 @@ import torch
 from conftest import randomize
 from scipy import stats
 
-from loss import (
-    Projecting,
-    alignment_loss,
-    dropped_labels,
-    flow_matching_loss,
-    held_out_losses,
-    interpolant,
-    training_times,
-)
+from loss import Projecting, alignment_loss, dropped_labels, flow_matching_loss, interpolant, training_times, val_losses
 from models.elit import ELITSiT
+from models.vae import SD_VAE, VAERecord
 from randomness import Draws, training_draws
-from vae import SD_VAE, VAERecord
 
 T = torch.linspace(0, 1, 41, dtype=torch.float64)
 
@@ -154,15 +146,15 @@ def test_held_out_losses_depend_on_the_sample_and_its_index_alone():
     rng = np.random.default_rng(2)
     batch = {"moments": torch.from_numpy(rng.random((6, 4, 4, 4))).float(), "label": torch.tensor([0, 1, 2, 3, 0, 1])}
     options, variants = {"weighting": "lognormal", "path_type": "linear"}, [{"inference_budget": 0.25}, {}]
-    whole = held_out_losses(model, batch, range(10, 16), SD_VAE, variants, **options)
+    whole = val_losses(model, batch, range(10, 16), SD_VAE, variants, **options)
     assert whole.shape == (2, 6) and not whole.requires_grad and (whole[0] != whole[1]).all()
     torch.manual_seed(1234)
     parts = [
-        held_out_losses(model, {k: v[a:b] for k, v in batch.items()}, range(10 + a, 10 + b), SD_VAE, variants, **options)
+        val_losses(model, {k: v[a:b] for k, v in batch.items()}, range(10 + a, 10 + b), SD_VAE, variants, **options)
         for a, b in ((0, 1), (1, 4), (4, 6))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
-    moved = held_out_losses(model, batch, range(11, 17), SD_VAE, variants, **options)
+    moved = val_losses(model, batch, range(11, 17), SD_VAE, variants, **options)
     assert (moved != whole).all()
 
 
@@ -178,7 +170,7 @@ def test_held_out_losses_use_the_same_noise_at_every_budget_and_the_record_of_th
     record = VAERecord("a", None, 8, 2, 0.5, 0.25)
     y = torch.tensor([1, 2])
     variants, options = [{}, {"inference_budget": 0.5}], {"weighting": "uniform", "path_type": "linear"}
-    losses = held_out_losses(model, {"moments": moments, "label": y}, range(2), record, variants, **options)
+    losses = val_losses(model, {"moments": moments, "label": y}, range(2), record, variants, **options)
     (x_a, t_a, y_a, b_a), (x_b, t_b, y_b, b_b) = seen
     assert torch.equal(x_a, x_b) and torch.equal(t_a, t_b) and torch.equal(y_a, y) and torch.equal(y_b, y)
     assert (b_a, b_b) == (None, 0.5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from meters import Meters, peak_tflops
+from training.stats import TrainingStats, peak_tflops
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def accelerator():
 
 def test_means_are_those_of_the_images(accelerator):
     rng = np.random.default_rng(0)
-    meters, losses, times, kinds = Meters(["loss", "a", "b", "never"], CPU), [], [], []
+    meters, losses, times, kinds = TrainingStats(["loss", "a", "b", "never"], CPU), [], [], []
     for kind in (0, 1, 1):
         loss, t = rng.random(50).astype(np.float32), rng.random(50).astype(np.float32)
         t[:2], loss[2:4] = (0.0, 1.0), (np.nan, np.inf)
@@ -37,7 +37,7 @@ def test_means_are_those_of_the_images(accelerator):
 
 
 def test_steps_without_a_finite_gradient_are_counted(accelerator):
-    meters = Meters(["loss"], CPU)
+    meters = TrainingStats(["loss"], CPU)
     skips = [meters.step(torch.tensor(norm)).item() for norm in (1.0, float("nan"), float("inf"), 3.0, float("nan"))]
     assert skips == [0, 1, 1, 0, 1]
     found = meters.read(accelerator)
@@ -48,7 +48,7 @@ def test_steps_without_a_finite_gradient_are_counted(accelerator):
 
 
 def test_a_line_begun_before_a_checkpoint_is_finished_after_it(accelerator):
-    whole, cut, resumed = (Meters(["loss", "a"], CPU) for _ in range(3))
+    whole, cut, resumed = (TrainingStats(["loss", "a"], CPU) for _ in range(3))
     for part in (0, 1):
         torch.manual_seed(part)
         losses, t = torch.rand(8), torch.rand(8)

@@ -6,8 +6,8 @@ import scipy.linalg
 from adm import adm_frechet, exact_distances, gaussian, half_distances, neighbour_shares
 
 import metrics
-from errors import UserError
-from metrics import neighbours
+from common.errors import UserError
+from metrics import precision_recall
 
 DIM = 48
 
@@ -154,8 +154,8 @@ def test_precision_and_recall_in_float16_are_those_of_the_definition():
 
 def test_a_block_that_overflows_is_repeated_in_float32_and_only_that_block(monkeypatch):
     """One row of 300 × the size makes the blocks it is in overflow."""
-    monkeypatch.setattr(neighbours, "BLOCK", 200)
-    monkeypatch.setattr(neighbours, "TILE", 60)
+    monkeypatch.setattr(precision_recall, "BLOCK", 200)
+    monkeypatch.setattr(precision_recall, "TILE", 60)
     ref, samples = 1 + features(500, dim=256), 1 + features(450, dim=256, seed=1, shift=0.02)
     ref[250] *= 300
 

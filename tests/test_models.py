@@ -9,9 +9,9 @@ import torch
 from conftest import inputs, numpy_weights, randomize
 from reference import Reference, silu
 
-import checkpoint
 import models
-from errors import UserError
+from checkpoint import reading
+from common.errors import UserError
 from models.elit import ELITSiT, budget_to_k, mask_levels, mask_to_budget
 from models.sit import SiT, sincos_position_embedding
 
@@ -117,7 +117,7 @@ def test_sit_is_the_reference(options):
 
 def test_sit_gives_the_published_outputs(golden, golden_checkpoint):
     arrays, args = golden
-    model, config = checkpoint.load_model(golden_checkpoint("sit"))
+    model, config = reading.load_model(golden_checkpoint("sit"))
     assert not model.training and config["model"] == args["sit"]["model"]
     velocity = model(arrays["sit_x"], arrays["sit_t"], arrays["sit_y"])
     torch.testing.assert_close(velocity, arrays["sit_out"], rtol=0, atol=1e-4)

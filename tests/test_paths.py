@@ -12,16 +12,17 @@ import sets
 import torch
 from runs import make_checkpoint, make_latents, make_vae
 
-import checkpoint
-import data
 import dataset_tools
 import generate
-import remote
 import train
-from errors import UserError
-from files import FileTree, check_name, file_sha256, join_inside
-from packed import PackedLatents, parse_index
-from vae import load_vae
+from checkpoint import reading, training_state
+from common import tensor_files
+from common.errors import UserError
+from common.files import FileTree, check_name, file_sha256, join_inside
+from data import dataset, latent_files, remote
+from data.packed import PackedLatents, parse_index
+from models.vae import load_vae
+from sampling import image_folder
 
 OUTSIDE = ["../x", "a/../../x", "/x", "..", "\\x", "..\\x", "a\\b", "C:x", "c:/x", "a/..", "//x"]
 NOTHING = ["", ".", "/", "./", "a\0b", "\ud800", "x" * 256, "é" * 128, "/".join(["x" * 99] * 42), None, 5, ["x"], b"x"]
@@ -39,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ckpt(folder) -> Path:
-    return make_checkpoint(folder / "0000007.pt", data.LatentFiles(folder / "vae-sd").record)
+    return make_checkpoint(folder / "0000007.pt", latent_files.LatentFiles(folder / "vae-sd").record)
 
 
 def change_index(packed: Path, change) -> None:
@@ -144,8 +145,8 @@ def test_a_local_index_reads_nothing_outside_either(folder, tmp_path, capsys):
 
 
 def test_remote_data_still_work(folder, tmp_path):
-    found = data.LatentDataset(f"file://{folder}", cache_dir=str(tmp_path))
-    for a, b in zip(found, data.LatentDataset(folder), strict=True):
+    found = dataset.LatentDataset(f"file://{folder}", cache_dir=str(tmp_path))
+    for a, b in zip(found, dataset.LatentDataset(folder), strict=True):
         assert torch.equal(a["moments"], b["moments"]) and a["label"] == b["label"]
 
 
@@ -194,7 +195,7 @@ def set_count(index: dict, value: object) -> dict:
 def test_a_broken_index_is_one_line(folder, tmp_path, change, culprit):
     shutil.copytree(folder / "packed", tmp_path / "p")
     change_index(tmp_path / "p", change)
-    for open_set in (PackedLatents, lambda path: data.LatentDataset(f"file://{path}", cache_dir=f"{tmp_path}/cache")):
+    for open_set in (PackedLatents, lambda path: dataset.LatentDataset(f"file://{path}", cache_dir=f"{tmp_path}/cache")):
         with pytest.raises(UserError) as caught:
             open_set(tmp_path / "p")
         assert "index.json" in str(caught.value) and culprit in str(caught.value) and len(str(caught.value)) < 1000
@@ -206,10 +207,10 @@ def test_names_that_pair_latents_with_images(folder, tmp_path, names):
     for i in range(10):
         sets.save(tmp_path / f"images/00000/img{i:08d}.png", sets.picture(32, 32))
     packed = [latents.name(i) for latents in [PackedLatents(folder / "packed")] for i in range(10)]
-    assert len(data.LatentDataset(tmp_path, images=True)) == 10
+    assert len(dataset.LatentDataset(tmp_path, images=True)) == 10
     np.save(tmp_path / "packed/names.npy", np.array([*names, *(name.encode() for name in packed[1:])]))
     with pytest.raises(UserError, match=r"names\.npy: refused"):
-        data.LatentDataset(tmp_path, images=True)
+        dataset.LatentDataset(tmp_path, images=True)
 
 
 @pytest.mark.parametrize("names", [np.arange(10), np.array(["a"] * 10)])
@@ -294,7 +295,7 @@ def test_names_in_dataset_json(folder, tmp_path, name):
     labels = json.loads(path.read_text())["labels"]
     path.write_text(json.dumps({"labels": [[name, 0], *labels[1:]]}))
     with pytest.raises(UserError, match=r"dataset\.json: refused"):
-        data.LatentDataset(tmp_path)
+        dataset.LatentDataset(tmp_path)
 
 
 def test_json_nested_deeply_is_one_line(folder, tmp_path):
@@ -303,11 +304,11 @@ def test_json_nested_deeply_is_one_line(folder, tmp_path):
         before = (tmp_path / "vae-sd" / file).read_bytes()
         (tmp_path / "vae-sd" / file).write_bytes(b"[" * 100_000)
         with pytest.raises(UserError, match=f"{file}: not valid JSON"):
-            data.LatentDataset(tmp_path)
+            dataset.LatentDataset(tmp_path)
         (tmp_path / "vae-sd" / file).write_bytes(before)
     (tmp_path / "latent_stats.json").write_bytes(b"[" * 100_000)
     with pytest.raises(UserError, match=r"latent_stats\.json"):
-        data.channel_record(tmp_path, data.open_latents(tmp_path))
+        dataset.channel_record(tmp_path, dataset.open_latents(tmp_path))
 
 
 @pytest.mark.parametrize("member", [b"../../evil.png", b"/evil.png", b"\xff\xff.png"])
@@ -357,8 +358,8 @@ def test_the_name_of_a_set_of_images(ckpt, tmp_path, capsys, name):
 
 @pytest.mark.parametrize("name", ["..", "/x", "a/b", 5, ["x"]])
 def test_the_name_of_a_run_that_a_checkpoint_records(ckpt, tmp_path, capsys, name):
-    state = checkpoint.load(ckpt)
-    checkpoint.save(tmp_path / "c.pt", state | {"config": state["config"] | {"exp_name": name}})
+    state = tensor_files.load(ckpt)
+    training_state.save(tmp_path / "c.pt", state | {"config": state["config"] | {"exp_name": name}})
     before = files_below(tmp_path)
     argv = ["--ckpt", tmp_path / "c.pt", "--sample-dir", tmp_path / "out/samples", "--num-fid-samples", 1, "--num-steps", 1]
     assert f"error: {tmp_path}/c.pt: exp_name" in runs.refused(generate.main, capsys, argv)
@@ -366,8 +367,8 @@ def test_the_name_of_a_run_that_a_checkpoint_records(ckpt, tmp_path, capsys, nam
 
 
 def test_the_name_of_weights_that_a_checkpoint_records(ckpt, tmp_path, capsys):
-    state = checkpoint.load(ckpt)
-    checkpoint.save(tmp_path / "c.pt", state | {"ema": {"/../../../x": state["ema"]["0.9999"]}})
+    state = tensor_files.load(ckpt)
+    training_state.save(tmp_path / "c.pt", state | {"ema": {"/../../../x": state["ema"]["0.9999"]}})
     argv = [
         "--ckpt",
         tmp_path / "c.pt",
@@ -393,12 +394,12 @@ def test_a_folder_name_that_leaves_no_room_for_the_files_beside_it(ckpt, tmp_pat
 @pytest.mark.parametrize("content", [b"5", b"null", b"[]", b"[" * 100_000, b"\xff"])
 def test_a_record_of_images_that_is_none(tmp_path, content, ckpt):
     config = generate.GenerateConfig(ckpt=str(ckpt), model="ELIT-SiT-Ti/2", exp_name="x", sample_dir=str(tmp_path))
-    folder = generate.images_folder(config)
-    generate.open_folder(folder, config, 7)
+    folder = image_folder.images_folder(config)
+    image_folder.open_folder(folder, config, 7)
     (folder / "000000.png").write_bytes(b"")
     folder.with_name(folder.name + ".json").write_bytes(content)
     with pytest.raises(UserError, match=r"\.json: not "):
-        generate.open_folder(folder, config, 7)
+        image_folder.open_folder(folder, config, 7)
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub
@@ -410,14 +411,14 @@ def test_a_record_of_images_that_is_none(tmp_path, content, ckpt):
 def test_files_on_the_hub(monkeypatch, capsys, path):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match=r"^hf://"):
-        checkpoint.local_file(f"hf://{path}")
+        reading.local_file(f"hf://{path}")
     assert "error: hf://" in runs.refused(generate.main, capsys, ["--ckpt", f"hf://{path}"])
 
 
 def test_a_file_on_the_hub_is_still_fetched(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args: asked.append(args) or tmp_path / "x")
-    assert checkpoint.local_file("hf://o-1/r.2/a/b.safetensors") == tmp_path / "x"
+    assert reading.local_file("hf://o-1/r.2/a/b.safetensors") == tmp_path / "x"
     assert asked == [("o-1/r.2", "a/b.safetensors")]
 
 

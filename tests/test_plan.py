@@ -12,14 +12,17 @@ from test_train import arguments, fresh_accelerate  # noqa: F401
 from torch.autograd.graph import saved_tensors_hooks
 
 import models
-import plan
 import train
-from config import TrainConfig, parse
-from encoders import load_encoders
+from config.options import TrainConfig
+from config.parsing import parse
 from loss import Projecting, alignment_loss, velocity_loss
-from plan import Plan, activation_bytes, build_model, mean_forward_flops, state_bytes, trained_budgets
+from models.encoders import load_encoders
+from models.vae import SD_VAE, VAERecord
 from randomness import training_draws
-from vae import SD_VAE, VAERecord
+from training import optim, plan
+from training.memory import activation_bytes, state_bytes
+from training.plan import Plan, mean_forward_flops
+from training.setup import build_model, trained_budgets
 
 COUNT = 24
 RECORD = VAERecord("v", None, 4, 4, 0.5, 0.0)
@@ -87,7 +90,7 @@ def test_state_is_counted_exactly():
     optimizer.step()
     assert found.optimizer == tensor_bytes(v for s in optimizer.state.values() for v in s.values())
     assert found.gradients == tensor_bytes(p.grad for p in model.parameters())
-    ema = train.EMA(model, [0.9, 0.99])
+    ema = optim.EMA(model, [0.9, 0.99])
     assert found.ema == sum(tensor_bytes(m.state_dict().values()) for m in ema.models.values())
     assert found.weights == tensor_bytes(model.state_dict().values())
 

@@ -7,9 +7,9 @@ import torch
 from conftest import randomize
 from runs import CLASSES, RESOLUTION, SIDE, make_vae
 
-import checkpoint
 import models
-from errors import UserError
+from checkpoint import reading, weights
+from common.errors import UserError
 
 
 def small_sit(**options):
@@ -29,7 +29,7 @@ def saved(tmp_path, state, name="bare.pt"):
 
 def test_a_bare_state_dict_tells_its_architecture(tmp_path):
     model = small_sit(qk_norm=True)
-    loaded, config = checkpoint.load_model(saved(tmp_path, model.state_dict()))
+    loaded, config = reading.load_model(saved(tmp_path, model.state_dict()))
     assert (
         config["model"] == "SiT-Ti/2" and config["resolution"] == 64 and config["num_classes"] == CLASSES and config["qk_norm"]
     )
@@ -44,7 +44,7 @@ def test_original_sit_runs_backwards_and_keeps_the_first_channels(tmp_path):
     for kind in ("weight", "bias"):
         value = state[f"final_layer.linear.{kind}"].unflatten(0, (2, 2, 4))  # (p, p, C), to which C channels of variance come
         state[f"final_layer.linear.{kind}"] = torch.cat([value, torch.randn_like(value)], dim=2).flatten(0, 2)
-    loaded, _ = checkpoint.load_model(saved(tmp_path, state, "SiT-XL-2-256x256.pt"))
+    loaded, _ = reading.load_model(saved(tmp_path, state, "SiT-XL-2-256x256.pt"))
     x, t, y = batch()
     with torch.no_grad():
         torch.testing.assert_close(loaded(x, t, y), -model(x, 1 - t, y), rtol=0, atol=2e-5)
@@ -59,7 +59,7 @@ def test_old_repa_names_and_projectors(tmp_path):
             key = f"decoder_blocks.{int(index) - 3}.{rest}"
         state[key] = value
     state["projectors.0.0.weight"] = torch.zeros(2048, 192)
-    loaded, _ = checkpoint.load_model(saved(tmp_path, state, "last.pt"))
+    loaded, _ = reading.load_model(saved(tmp_path, state, "last.pt"))
     with torch.no_grad():
         torch.testing.assert_close(loaded(*batch()), model(*batch()), rtol=0, atol=0)
 
@@ -69,12 +69,12 @@ def test_a_bare_elit_takes_its_head_by_hand(golden_checkpoint, golden, tmp_path,
     arrays, _ = golden
     state = torch.load(golden_checkpoint("elit"), weights_only=False)["ema"]
     path = saved(tmp_path, state)
-    found = checkpoint.read_weights(path, given={"encoder_depth": 8})
+    found = reading.read_weights(path, given={"encoder_depth": 8})
     assert found.config["elit_group_size"] == 2 and found.config["elit_tail"] == "skip"
-    model = checkpoint.build_model(found, path)
+    model = weights.build_model(found, path)
     velocity = model(*(arrays[f"elit_{k}"] for k in "xty"), inference_budget=float(budget))
     torch.testing.assert_close(velocity, arrays[f"elit_out_{budget}"], rtol=0, atol=1e-4)
-    head = checkpoint.read_weights(path, given={"head_depth": 4}).config["head_depth"]
+    head = reading.read_weights(path, given={"head_depth": 4}).config["head_depth"]
     assert head == 4
 
 
@@ -85,8 +85,8 @@ def small_elit():
 
 def assert_same_model(path, model, **options):
     """The file gives this model: by hand from Python, and as a script reads it."""
-    found = checkpoint.read_weights(path, given=options)
-    loaded = [checkpoint.load_model(path, **options)[0], checkpoint.build_model(found, path)]
+    found = reading.read_weights(path, given=options)
+    loaded = [reading.load_model(path, **options)[0], weights.build_model(found, path)]
     for budget in (None, 0.25):
         for other in loaded:
             torch.testing.assert_close(other(*batch(), budget), model(*batch(), budget).detach(), rtol=0, atol=0)
@@ -113,7 +113,7 @@ def test_a_bare_elit_under_our_names(tmp_path, name):
         ({"head_depth": 2, "tail_depth": 1}, "tell --elit-tail;"),
     ):
         with pytest.raises(UserError, match=missing):
-            checkpoint.read_weights(tmp_path / name, given=options)
+            reading.read_weights(tmp_path / name, given=options)
 
 
 def test_a_pretrained_folder_needs_no_options(tmp_path):
@@ -124,17 +124,17 @@ def test_a_pretrained_folder_needs_no_options(tmp_path):
         assert (config["head_depth"], config["elit_tail"]) == (2, "skip")
     (folder / "config.json").write_text("[1]")
     with pytest.raises(UserError, match=r"config\.json"):
-        checkpoint.load_model(folder)
+        reading.load_model(folder)
 
 
 def test_the_vae_of_a_bare_state_dict_is_given_by_hand(tmp_path):
     record = make_vae(tmp_path / "vae")  # of factor 4, where SD's is 8
     path = saved(tmp_path, small_sit().state_dict())
-    found = checkpoint.read_weights(path, given={"vae": str(tmp_path / "vae")})
+    found = reading.read_weights(path, given={"vae": str(tmp_path / "vae")})
     assert found.config["resolution"] == RESOLUTION and found.record.downsample_factor == record.downsample_factor
-    assert checkpoint.build_model(found, path).input_size == SIDE
+    assert weights.build_model(found, path).input_size == SIDE
     with pytest.raises(UserError, match=r"3 channels.*--vae"):
-        checkpoint.read_weights(saved(tmp_path, small_sit(in_channels=3).state_dict()))
+        reading.read_weights(saved(tmp_path, small_sit(in_channels=3).state_dict()))
 
 
 def test_safetensors_with_and_without_configuration(tmp_path):
@@ -143,13 +143,13 @@ def test_safetensors_with_and_without_configuration(tmp_path):
     model = small_sit()
     save_file(model.state_dict(), tmp_path / "bare.safetensors")
     config = {"model": "SiT-Ti/2", "resolution": 64, "num_classes": CLASSES, "exp_name": "kept"}
-    metadata = {"config": json.dumps(config), "vae": json.dumps(checkpoint.SD_VAE.to_dict()), "step": "12"}
+    metadata = {"config": json.dumps(config), "vae": json.dumps(weights.SD_VAE.to_dict()), "step": "12"}
     save_file(model.state_dict(), tmp_path / "whole.safetensors", metadata)
     for name in ("bare", "whole"):
-        loaded, _ = checkpoint.load_model(tmp_path / f"{name}.safetensors")
+        loaded, _ = reading.load_model(tmp_path / f"{name}.safetensors")
         with torch.no_grad():
             torch.testing.assert_close(loaded(*batch()), model(*batch()), rtol=0, atol=0)
-    found = checkpoint.read_weights(tmp_path / "whole.safetensors")
+    found = reading.read_weights(tmp_path / "whole.safetensors")
     assert found.step == 12 and found.config["exp_name"] == "kept"
 
 
@@ -161,22 +161,22 @@ def test_safetensors_with_and_without_configuration(tmp_path):
 )
 def test_other_models_are_refused(tmp_path, state, words):
     with pytest.raises(UserError, match=words):
-        checkpoint.load_model(saved(tmp_path, state))
+        reading.load_model(saved(tmp_path, state))
 
 
 def test_what_a_state_dict_does_not_tell_is_asked_for(tmp_path):
     state = small_sit().state_dict()
     del state["pos_embed"]
     with pytest.raises(UserError, match="--resolution"):
-        checkpoint.read_weights(saved(tmp_path, state))
+        reading.read_weights(saved(tmp_path, state))
     deep = {k: v for k, v in small_sit().state_dict().items() if not k.startswith("blocks.7.")}
     with pytest.raises(UserError, match="--model"):
-        checkpoint.read_weights(saved(tmp_path, deep))
+        reading.read_weights(saved(tmp_path, deep))
     wide = small_sit().state_dict() | {"blocks.2.mlp.fc3.weight": torch.zeros(3)}
     with pytest.raises(UserError, match=r"fc3.weight is unknown"):
-        checkpoint.load_model(saved(tmp_path, wide))
+        reading.load_model(saved(tmp_path, wide))
     with pytest.raises(UserError, match="--model SiT-S/2"):
-        checkpoint.read_weights(saved(tmp_path, small_sit().state_dict()), given={"model": "SiT-S/2"})
+        reading.read_weights(saved(tmp_path, small_sit().state_dict()), given={"model": "SiT-S/2"})
 
 
 def test_hub_paths(tmp_path, monkeypatch):
@@ -189,17 +189,17 @@ def test_hub_paths(tmp_path, monkeypatch):
         return str(saved(tmp_path, small_sit().state_dict()))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    _, config = checkpoint.load_model("hf://someone/elit/folder/sit.pt")
+    _, config = reading.load_model("hf://someone/elit/folder/sit.pt")
     assert calls == [("someone/elit", "folder/sit.pt")] and config["model"] == "SiT-Ti/2"
     with pytest.raises(UserError, match="hf://owner/repo/file"):
-        checkpoint.load_model("hf://someone/elit")
+        reading.load_model("hf://someone/elit")
     calls.clear()
     model, pushed = small_elit(), tmp_path / "pushed"
     model.save_pretrained(pushed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file: calls.append(file) or str(pushed / file))
-    assert checkpoint.load_model("hf://someone/elit/model.safetensors")[1]["head_depth"] == 2
+    assert reading.load_model("hf://someone/elit/model.safetensors")[1]["head_depth"] == 2
     assert set(calls) == {"model.safetensors", "config.json"}
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"hf://someone/elit/sit\.pt"):
-        checkpoint.load_model("hf://someone/elit/sit.pt")
+        reading.load_model("hf://someone/elit/sit.pt")

@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import inference
 import models
-from config import GenerateConfig
-from errors import UserError
+from common.errors import UserError
+from config.options import GenerateConfig
 from samplers import Guidance, euler_maruyama_sampler, euler_sampler, guided_velocity, score_from_velocity
+from sampling import session
 
 PATHS = {
     "linear": lambda t: SimpleNamespace(a=1 - t, s=t, da=-1.0, ds=1.0),
@@ -366,7 +366,7 @@ def test_the_host_never_waits_for_the_device(name, options, guided):
     config = GenerateConfig(model=name, num_steps=3, **({"cfg_scale": 1.0} | options | guided))
     labels = torch.tensor([1, 4])
     with NoWaiting(), NoNewTensors():
-        latents = inference.sample(config, inference.guidance(config), model, (4, 8, 8), 0, [0, 7], labels)
+        latents = session.sample(config, session.guidance(config), model, (4, 8, 8), 0, [0, 7], labels)
     assert latents.device.type == "meta" and latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float64
 
 

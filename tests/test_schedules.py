@@ -5,13 +5,14 @@ import torch
 from conftest import inputs, randomize
 from torch._dynamo.testing import CompileCounter
 
-import inference
 import models
-from config import GenerateConfig
-from errors import UserError
+from common.errors import UserError
+from config.options import GenerateConfig
 from models.elit import ELITSiT
 from models.sit import SiT
 from samplers import BudgetSchedule, euler_maruyama_sampler, euler_sampler, evaluation_times, parse_budget
+from sampling import session
+from sampling.cost import mean_flops_per_step
 
 BUDGETS = (1.0, 0.5, 0.25, 0.0625)
 
@@ -76,7 +77,7 @@ def test_the_cost_of_a_step_counts_guidance_schedule_and_corrections():
 
     def cost(**options):
         config = GenerateConfig(model="ELIT-SiT-Ti/2", num_steps=4, **options)
-        return inference.mean_flops_per_step(config, inference.guidance(config), model)
+        return mean_flops_per_step(config, session.guidance(config), model)
 
     assert cost(cfg_scale=1.0, inference_budget="0.5") == flops[0.5]
     assert cost(cfg_scale=2.0, inference_budget="0.5") == 2 * flops[0.5]

@@ -21,13 +21,16 @@ from runs import CLASSES, RESOLUTION, command_line, environment, launch, make_la
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import train
-from config import TrainConfig
-from data import LatentDataset
+from checkpoint import training_state
+from common import tensor_files
+from config.options import TrainConfig
+from data.dataset import LatentDataset
 from loss import active_stage
 from randomness import epoch_order, training_draws
-from train import StepBatches, learning_rate_factor
+from training import data_order, run_dir, setup, trainer
+from training.data_order import StepBatches
+from training.optim import learning_rate_factor
 
 COUNT = 24
 
@@ -74,7 +77,7 @@ def metrics(output_dir, name="loss"):
 
 
 def final_state(output_dir, step=4):
-    return checkpoint.load(output_dir / "run" / "checkpoints" / f"{step:07d}.pt", verify=True)
+    return tensor_files.load(output_dir / "run" / "checkpoints" / f"{step:07d}.pt", verify=True)
 
 
 def assert_same_tensors(a, b):
@@ -123,7 +126,7 @@ def test_first_loss_is_the_velocity_error_of_the_draws(data, undisturbed):
 def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path):
     """SIGKILL after the first checkpoint, then the same command: weights, EMA, optimizer and losses are the same bits."""
     command = command_line("train.py", *arguments(data, tmp_path, "--resume-step", -1))
-    process = subprocess.Popen(command, env=environment(), cwd=train.Path(train.__file__).parent, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment(), cwd=trainer.Path(train.__file__).parent, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoints" / "0000002.pt").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -154,7 +157,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, tmp_path,
 def test_dfm_trains_resumes_and_shows_its_stages(data, tmp_path, monkeypatch, model):
     from PIL import Image
 
-    monkeypatch.setattr(train, "PICTURE_CFG", 1.0)
+    monkeypatch.setattr(trainer, "PICTURE_CFG", 1.0)
     more = ("--stage-weights", 0.5, 0.5, "--num-steps-per-scale", 2, 1)
     train.main(arguments(data, tmp_path / "whole", *more, model=model))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -279,14 +282,14 @@ def test_four_processes_train_as_one_and_two_go_on_and_a_signal_to_one_ends_both
 
 def interrupt(monkeypatch, action, at):
     """Do `action` when the run has taken step `at`."""
-    train_step = train.Trainer.train_step
+    train_step = trainer.Trainer.train_step
 
     def step(self, batches):
         train_step(self, batches)
         if self.step == at:
             action()
 
-    monkeypatch.setattr(train.Trainer, "train_step", step)
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
 
 
 def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_lines(data, tmp_path, monkeypatch, capsys):
@@ -328,16 +331,16 @@ def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_lines(data, t
 def test_full_disk_in_training_is_told_and_outlived(data, tmp_path, monkeypatch, capsys, undisturbed):
     """No room for checkpoints while steps 2 and 3 are saved: those are missing, and the run is as it would have been."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = train.Trainer.save
+    save = trainer.Trainer.save
 
     def saving(self):
         self.writer.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**6 if self.step in (2, 3) else limits[0], limits[1]))
         save(self)
 
-    monkeypatch.setattr(train.Trainer, "save", saving)
+    monkeypatch.setattr(trainer.Trainer, "save", saving)
     train.main(arguments(data, tmp_path, "--checkpointing-steps", 1, "--keep-last", 2))
-    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [1, 4]
+    assert training_state.saved_steps(tmp_path / "run" / "checkpoints") == [1, 4]
     told = capsys.readouterr().err
     assert told.count("could not be written") == 2 and "0000002.pt" in told and "0000003.pt" in told
     assert status(tmp_path) == {"state": "finished", "step": 4}
@@ -346,7 +349,7 @@ def test_full_disk_in_training_is_told_and_outlived(data, tmp_path, monkeypatch,
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one_before(data, tmp_path, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = train.Trainer.save
+    save = trainer.Trainer.save
 
     def saving(self):
         self.writer.wait()  # the checkpoint before is on the disk when that is full
@@ -354,7 +357,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one
             resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
         save(self)
 
-    monkeypatch.setattr(train.Trainer, "save", saving)
+    monkeypatch.setattr(trainer.Trainer, "save", saving)
     try:
         line = refused(capsys, arguments(data, tmp_path))
     finally:
@@ -365,27 +368,27 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one
 
 def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_of_it(tmp_path, capsys):
     path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    train._append(path, "one\n")
+    run_dir.append_line(path, "one\n")
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))
-        with train._warned(path):
-            train._append(path, "two\n")
+        with run_dir.warn_if_unwritable(path):
+            run_dir.append_line(path, "two\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "metrics.jsonl: cannot be written" in capsys.readouterr().err
-    train._append(path, "three\n")
+    run_dir.append_line(path, "three\n")
     assert path.read_text() == "one\nthree\n"
 
 
 def poison(monkeypatch, steps):
     """The gradient of these steps is not finite, though the loss is."""
-    forward = train.Trainer.forward
+    forward = trainer.Trainer.forward
 
     def poisoned(self, n, batch):
         loss = forward(self, n, batch)
         return loss + (next(self.model.parameters()).sum() * float("inf") if n + 1 in steps else 0)
 
-    monkeypatch.setattr(train.Trainer, "forward", poisoned)
+    monkeypatch.setattr(trainer.Trainer, "forward", poisoned)
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(data, tmp_path, monkeypatch):
@@ -410,7 +413,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_at_the_next_line(data, tmp
 
 def test_a_step_does_not_wait_for_the_device(data, tmp_path, monkeypatch):
     """No operation that brings a value to the host, or has a shape that depends on one."""
-    found, steps, train_step = [], [], train.Trainer.train_step
+    found, steps, train_step = [], [], trainer.Trainer.train_step
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -423,7 +426,7 @@ def test_a_step_does_not_wait_for_the_device(data, tmp_path, monkeypatch):
             train_step(self, batches)
             steps.append(self.step)
 
-    monkeypatch.setattr(train.Trainer, "train_step", watched)
+    monkeypatch.setattr(trainer.Trainer, "train_step", watched)
     train.main(arguments(data, tmp_path, "--gradient-accumulation-steps", 2, "--mixed-precision", "bf16"))
     assert steps == [1, 2, 3, 4] and found == []
     with Record():
@@ -443,8 +446,8 @@ WAITING = (
 
 def test_compiled_training_is_the_same_with_at_most_two_graphs(data, undisturbed, tmp_path, monkeypatch):
     counter = CompileCounterWithBackend("eager")
-    compile_model = train.models.compile_model
-    monkeypatch.setattr(train.models, "compile_model", lambda model: compile_model(model, backend=counter))
+    compile_model = setup.models.compile_model
+    monkeypatch.setattr(setup.models, "compile_model", lambda model: compile_model(model, backend=counter))
     torch._dynamo.reset()
     train.main(arguments(data, tmp_path, "--compile", "--gradient-checkpointing", "--max-train-steps", 4))
     assert 1 <= counter.frame_count <= 2
@@ -481,7 +484,7 @@ def test_accumulation_averages_its_micro_steps(data, tmp_path):
 
 
 def test_pictures_held_out_loss_and_tracker(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "PICTURE_STEPS", 2)
+    monkeypatch.setattr(trainer, "PICTURE_STEPS", 2)
     options = ("--val-data-dir", data, "--sampling-steps", 2, "--max-train-steps", 2, "--report-to", "tensorboard")
     train.main(arguments(data, tmp_path, *options))
     run = tmp_path / "run"
@@ -544,7 +547,7 @@ def test_every_sample_of_an_epoch_is_used_once_whatever_the_process_count(world)
 def test_1024_processes_use_every_sample_once_and_512_or_2048_go_on(monkeypatch):
     num_samples, batch, per_epoch = 50_000, 4096, 12  # the last 848 of an epoch's order are dropped
     orders = {epoch: epoch_order(7, epoch, num_samples) for epoch in range(2)}
-    monkeypatch.setattr(train, "epoch_order", lambda seed, epoch, n: orders[epoch])  # each would make its own
+    monkeypatch.setattr(data_order, "epoch_order", lambda seed, epoch, n: orders[epoch])  # each would make its own
 
     def used(world, start, stop):
         """(forward, place) → sample, over all ranks."""

@@ -11,13 +11,13 @@ from conftest import inputs, randomize
 from runs import make_checkpoint, make_latents, make_vae
 from test_train import arguments, assert_same_tensors, final_state, fresh_accelerate  # noqa: F401
 
-import checkpoint
 import models
 import train
-from checkpoint import Weights
-from config import TrainConfig
-from errors import UserError
-from transfer import transfer
+from checkpoint import reading
+from checkpoint.init_from import init_from
+from checkpoint.weights import MODEL_OPTIONS, Weights
+from common.errors import UserError
+from config.options import TrainConfig
 
 SIZES = {"hidden_size": 32, "num_heads": 4, "depth": 5}
 
@@ -26,14 +26,14 @@ def tiny(name, resolution=64, num_classes=5, seed=0, **options):
     """(model with random weights, its recorded options): 8-px VAE positions, patches of 2."""
     size = {"input_size": resolution // 8, "num_classes": num_classes}
     model = randomize(models.create_model(name, **SIZES, **size, **options), seed)
-    known = {k: v for k, v in options.items() if k in checkpoint.MODEL_OPTIONS}
+    known = {k: v for k, v in options.items() if k in MODEL_OPTIONS}
     return model, vars(TrainConfig(model=name, resolution=resolution, num_classes=num_classes, exp_name="a", **known))
 
 
 def started(source, target):
     """`target`'s model with what `source` gives it, and the account of it."""
     (model, config), (new, new_config) = source, target
-    made = transfer(Weights(model.state_dict(), config, step=7), new, new_config, "a.pt")
+    made = init_from(Weights(model.state_dict(), config, step=7), new, new_config, "a.pt")
     result = new.load_state_dict(made.state_dict, strict=False)
     assert not result.unexpected_keys
     return new, made
@@ -142,18 +142,18 @@ def test_models_of_other_blocks_are_refused():
     for change in ({"hidden_size": 64}, {"depth": 4}, {"mlp_ratio": 2.0}):
         other = models.create_model("SiT-Ti/2", input_size=8, num_classes=5, **(SIZES | change))
         with pytest.raises(UserError, match="has 5 blocks of width 32"):
-            transfer(Weights(a[0].state_dict(), a[1]), other, a[1], "a.pt")
+            init_from(Weights(a[0].state_dict(), a[1]), other, a[1], "a.pt")
 
 
 def test_published_checkpoints_are_taken(golden_checkpoint):
     for tag in ("sit", "elit"):
-        found = checkpoint.read_weights(golden_checkpoint(tag))
+        found = reading.read_weights(golden_checkpoint(tag))
         config = found.config | {"resolution": 2 * found.config["resolution"], "num_classes": 3, "elit_group_size": 2}
         name = "ELIT-SiT-S/" + found.config["model"][-1]
         side = config["resolution"] // 8
         model = models.create_model(name, input_size=side, num_classes=3, elit_group_size=2)
         config = dataclasses.asdict(TrainConfig(exp_name="a")) | config | {"model": name}
-        made = transfer(found, model, config, "published.pt")
+        made = init_from(found, model, config, "published.pt")
         assert not [k for k in made.new if not k.startswith("interface.")]
         assert bool(made.new) == (tag == "sit")
         model.load_state_dict(made.state_dict, strict=False)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import vae as vae_module
-from errors import UserError
-from vae import SD_VAE, VAERecord, decode, encode_moments, load_vae, sample_latents, to_uint8
-from vision import import_torchvision
+from common.errors import UserError
+from common.torchvision_shim import import_torchvision
+from models.vae import SD_VAE, VAERecord, decode, encode_moments, load_vae, sample_latents, to_uint8
+from preprocessing import demo
 
 QUICKSTART = Path(__file__).parent.parent / "experiments_updated" / "quickstart_vae"
 RECORD = {
@@ -182,7 +181,7 @@ def test_a_vae_that_does_not_fit_the_latents(folder):
     load_vae(str(folder), expected=record)
     with pytest.raises(UserError, match="downsample_factor is 2"):
         load_vae(str(folder), expected=SD_VAE)
-    changed = vae_module.VAERecord(**{**record.to_dict(), "sha256": "0"})
+    changed = VAERecord(**{**record.to_dict(), "sha256": "0"})
     with pytest.raises(UserError, match="not those that made the latents"):
         load_vae(str(folder), expected=changed)
 
@@ -192,7 +191,7 @@ def test_quickstart_vae():
     assert (QUICKSTART / "diffusion_pytorch_model.safetensors").stat().st_size < 3e6
     vae, record = load_vae(str(QUICKSTART))
     assert (record.downsample_factor, record.latent_channels) == (4, 4)
-    canvases = np.stack([canvas for *_, canvas in data.demo_canvases(held_out=True, per_class=4)])
+    canvases = np.stack([canvas for *_, canvas in demo.demo_canvases(held_out=True, per_class=4)])
     images = torch.from_numpy(canvases)[:, None].expand(-1, 3, -1, -1)
     moments = encode_moments(vae, images)
     assert moments.shape == (40, 8, 16, 16)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import vision
+from common import torchvision_shim
 
 FAKE = """
 import torch
@@ -49,7 +49,8 @@ def test_our_import_works_where_the_plain_one_fails(broken):
     failed = run(first + "import torchvision")
     assert failed.returncode and "operator torchvision::nms does not exist" in failed.stderr
     ours = run(
-        first + f"sys.path.append({str(vision.Path(vision.__file__).parent)!r}); import vision; vision.import_torchvision()"
+        first
+        + f"sys.path.append({str(torchvision_shim.Path(torchvision_shim.__file__).parent)!r}); import vision; vision.import_torchvision()"
     )
     assert ours.returncode == 0, ours.stderr
 
@@ -58,7 +59,7 @@ def test_a_repaired_environment_needs_no_help(broken, tmp_path):
     first = FIRST.format(str(broken))
     site = tmp_path / "site"
     site.mkdir()
-    ours = f"sys.path.append({str(vision.Path(vision.__file__).parent)!r}); import vision; from pathlib import Path;"
+    ours = f"sys.path.append({str(torchvision_shim.Path(torchvision_shim.__file__).parent)!r}); import vision; from pathlib import Path;"
     repaired = run(first + ours + f"print(vision.repair(Path({str(site)!r})))")
     assert repaired.stdout.strip() == "True", repaired.stderr
     plain = run(f"sys.path.insert(0, {str(broken)!r}); import torch; torch.version.cuda = None; import torchvision", site)
@@ -66,5 +67,5 @@ def test_a_repaired_environment_needs_no_help(broken, tmp_path):
 
 
 def test_an_environment_that_works_is_left_alone(tmp_path):
-    vision.import_torchvision()
-    assert vision.repair(tmp_path) is False and not list(tmp_path.iterdir())
+    torchvision_shim.import_torchvision()
+    assert torchvision_shim.repair(tmp_path) is False and not list(tmp_path.iterdir())

@@ -12,13 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from errors import UserError, command
+from common.errors import UserError, cli_main
 
 SETTINGS = ("run", "weights", "step", "budget", "guidance", "interval", "sampler", "seed", "samples", "reference")
 FIGURES = ("fid", "sfid", "is", "precision", "recall", "fdd")
 
 
-@command
+@cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("metrics", type=Path, help="JSON file of evaluate.py")

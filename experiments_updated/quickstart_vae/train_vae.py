@@ -21,9 +21,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import data  # noqa: E402
-from vae import to_uint8  # noqa: E402
-from vision import import_torchvision  # noqa: E402
+from common.torchvision_shim import import_torchvision  # noqa: E402
+from models.vae import to_uint8  # noqa: E402
+from preprocessing import demo  # noqa: E402
 
 KL_WEIGHT = 1e-6  # per latent dimension, against the mean squared error of a pixel value in [−1, 1]
 
@@ -72,7 +72,7 @@ def latent_moments(vae, canvases: np.ndarray, seed: int, batch_size: int = 50) -
 
 def finish(vae, held_out: np.ndarray, dest: Path, seed: int) -> None:
     """Measure the latents' scale and shift on training canvases, and write the VAE aside, then in place."""
-    train = np.stack([canvas for *_, canvas in data.demo_canvases(held_out=False, per_class=100)])
+    train = np.stack([canvas for *_, canvas in demo.demo_canvases(held_out=False, per_class=100)])
     mean, std = latent_moments(vae, train, seed)
     vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)
     dest.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    digits, _ = data.demo_digits(held_out=False)
-    held_out = np.stack([canvas for *_, canvas in data.demo_canvases(held_out=True, per_class=20)])
+    digits, _ = demo.demo_digits(held_out=False)
+    held_out = np.stack([canvas for *_, canvas in demo.demo_canvases(held_out=True, per_class=20)])
 
     vae = build_vae().to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     optimizer = torch.optim.Adam(vae.parameters(), lr=options.learning_rate)
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     bar = tqdm(range(1, options.steps + 1), unit="step", mininterval=5)
     for step in bar:
         chosen = rng.integers(len(digits), size=(options.batch_size, 4))
-        pixels = to_pixels(data.demo_canvas(digits[chosen]))
+        pixels = to_pixels(demo.demo_canvas(digits[chosen]))
         posterior = vae.encode(pixels).latent_dist
         error = F.mse_loss(vae.decode(posterior.sample(generator)).sample, pixels)
         kl = posterior.kl().mean() / posterior.mean[0].numel()

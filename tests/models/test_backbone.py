@@ -6,7 +6,7 @@ from conftest import inputs, randomize
 from torch import nn
 
 import models
-from errors import UserError
+from common.errors import UserError
 from models.backbone import Backbone, Stream
 from models.costs import mean_forward_flops, projector_flops
 from models.elit import Elastic

@@ -8,7 +8,7 @@ from conftest import randomize
 from golden_cases import arrays, case, weights
 from torch._dynamo.testing import CompileCounter
 
-from errors import UserError
+from common.errors import UserError
 from models import checkpoint_blocks, compile_model, hdit, mmdit
 from models.conditioning import Text
 from models.costs import count_flops

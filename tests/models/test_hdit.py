@@ -9,7 +9,7 @@ from golden_cases import arrays, case, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
-from errors import UserError
+from common.errors import UserError
 from models import local_attention
 from models.conditioning import Text
 from models.costs import count_flops

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import randomize
 
-from errors import UserError
+from common.errors import UserError
 from models.elit import LatentInterface
 
 

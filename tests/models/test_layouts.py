@@ -6,7 +6,7 @@ import torch
 from conftest import inputs, numpy_weights, randomize
 from layout_reference import LayoutReference
 
-from errors import UserError
+from common.errors import UserError
 from models.costs import count_flops
 from models.elit import ELITSiT
 from models.sit import SiT

@@ -7,7 +7,7 @@ import torch
 from conftest import randomize
 from golden_cases import arrays, case, weights
 
-from errors import UserError
+from common.errors import UserError
 from models.conditioning import Text, map_condition, select
 from models.costs import count_flops
 from models.mmdit import MMDiT, from_published

@@ -9,7 +9,7 @@ from conftest import randomize
 from golden_cases import arrays, case, weights
 from torch import nn
 
-from errors import UserError
+from common.errors import UserError
 from models.conditioning import Text
 from models.costs import count_flops
 from models.elit import ELITUViT

@@ -1,0 +1,71 @@
+"""Saving checkpoints in the background."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.training_state import prune, save, step_path
+from common.errors import UserError
+
+
+class Writer:
+    """Saves a run's checkpoints in the background: `save` returns once the state is copied to memory of the host.
+
+    One thread, one write at a time; the memory (pinned where the state is on a GPU) is kept from one checkpoint to the next.
+    A failing write is told to `tell`, harms no file and is kept in `error` until another succeeds.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int, keep_every: int, tell: Callable[[str], None]):
+        self.folder, self.keep_last, self.keep_every, self.tell = Path(folder), keep_last, keep_every, tell
+        self.error: Exception | None = None
+        self._memory: dict[tuple, Tensor] = {}  # by the tensor's place in the state
+        self._thread: threading.Thread | None = None
+
+    def save(self, step: int, state: dict[str, Any], good: int | None = None) -> None:
+        """Copy `state` and begin to write it; waits for the write before, whose memory it needs. good: see `prune`."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(step, self.copy(state), good), name="checkpoint writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the write under way has ended."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` in the kept memory, made the first time."""
+        copied = self._copy(state, ())
+        if torch.accelerator.is_available():
+            torch.accelerator.current_stream().synchronize()
+        return copied
+
+    def _copy(self, value: Any, place: tuple) -> Any:
+        if isinstance(value, Tensor):
+            memory = self._memory.get(place)
+            if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
+                memory = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type != "cpu")
+                self._memory[place] = memory
+            return memory.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {k: self._copy(v, (*place, k)) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(v, (*place, i)) for i, v in enumerate(value))
+        return value
+
+    def _write(self, step: int, state: dict[str, Any], good: int | None) -> None:
+        try:
+            save(step_path(self.folder, step), state)
+            self.error = None
+        except Exception as error:  # whatever a file system may come up with
+            self.error = error
+            self.tell(f"{step_path(self.folder, step)}: could not be written: {error}; the checkpoints before it are whole")
+            return
+        try:
+            prune(self.folder, step, self.keep_last, self.keep_every, good)
+        except (OSError, UserError) as error:
+            self.tell(f"{self.folder}: old checkpoints could not be deleted: {error}")

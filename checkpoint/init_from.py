@@ -1,0 +1,148 @@
+"""Starting a model from another one's weights: SiT → ELIT, another resolution, group size or number of classes.
+
+What both have is taken over, tables of positions are resampled, and what the other has not stays as initialised.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+from checkpoint.weights import Weights
+from common.errors import UserError
+
+# The options whose change a user should see.
+DESCRIBING = ("model", "resolution", "num_classes", "path_type", "qk_norm", "enc_type", "elit_group_size", "elit_tail")
+
+
+@dataclass
+class Transfer:
+    """The tensors to load into a model, and what became of each of its own and of the other's, by name."""
+
+    title: str
+    state_dict: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)  # those of `state_dict` that are not just taken over, and how
+    new: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)  # of the other model
+
+    def summary(self) -> str:
+        """What was taken over, changed, new and left aside, tensors gathered by the part they are in."""
+        groups = {
+            "taken over": [k for k in self.state_dict if k not in self.changed],
+            "changed": [f"{name} ({how})" for name, how in self.changed.items()],
+            "new": self.new,
+            "left aside": self.left,
+        }
+        lines = [f"  {kind}: {_by_part(names)}" for kind, names in groups.items() if names]
+        return "\n".join([self.title, *lines])
+
+
+def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: str) -> Transfer:
+    """What of `found` goes into `model`, whose options are `config`; nothing is loaded yet.
+
+    - Blocks are matched by their place, so that SiT's become head, core and tail of an ELIT model.
+    - The fixed sine–cosine table is the model's own.
+    - Of another number of classes the null label's row is kept; the classes are others.
+    - `read_pos` and `write_pos` lie on the tokens of a group, and are resized as images (bicubic).
+    - `latent_pos` lies on the grid of groups, and is resized likewise, latent by latent. Latents are in the order of their
+      importance, of which a budget keeps the first: for more or fewer of them, `query` and `latent_pos` are interpolated
+      along that order.
+
+    Raises:
+        UserError: the models' blocks differ, in width or number.
+    """
+    fixed = {name for name, _ in model.named_buffers()}
+    own = {k: v for k, v in model.state_dict().items() if k not in fixed}
+    other = {k: v for k, v in found.state_dict.items() if k not in fixed}
+    # Projectors are of use for the same encoders alone.
+    same_encoders = found.config.get("enc_type") == config["enc_type"]
+    aside = [k for k in other if k.startswith("projectors.") and not same_encoders]
+    other = {k: v for k, v in other.items() if k not in aside}
+    _check_blocks(own, other, where)
+    differing = [k for k in DESCRIBING if found.config.get(k) not in (None, config[k])]
+    if not all(models.model_spec(c["model"]).elastic for c in (config, found.config)):
+        differing = [k for k in differing if not k.startswith("elit_")]
+    options = "".join(f", {k} {found.config[k]} → {config[k]}" for k in differing)
+    made = Transfer(f"started from {where}: step {found.step}{options}", left=[*aside, *(k for k in other if k not in own)])
+    for name, mine in own.items():
+        theirs = other.get(name)
+        if theirs is not None and theirs.shape == mine.shape:
+            made.state_dict[name] = theirs
+        elif theirs is not None and name in _ADAPT:
+            made.state_dict[name], made.changed[name] = _ADAPT[name](theirs, mine, model)
+        else:
+            made.new.append(name)
+    return made
+
+
+def _check_blocks(own: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
+    def size(state: dict[str, Tensor]) -> tuple[int, int, int]:
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        return depth, *reversed(state["blocks.0.mlp.fc1.weight"].shape)
+
+    if size(own) != size(other):
+        said = ["{} blocks of width {} (MLP {})".format(*size(state)) for state in (other, own)]
+        raise UserError(f"--init-from {where}: has {said[0]}, but the model {said[1]}; they must be the same")
+
+
+def _labels(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    table = mine.clone()
+    table[-1] = theirs[-1]
+    return table, f"null label's row kept, {len(mine) - 1} class rows new"
+
+
+def _query(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    return _along_order(theirs, len(mine)), f"{len(theirs)} → {len(mine)} latents"
+
+
+def _token_positions(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    before, after = math.isqrt(len(theirs)), math.isqrt(len(mine))
+    return _as_image(theirs, (before, before), (after, after)), f"{before} × {before} → {after} × {after} tokens"
+
+
+def _latent_positions(theirs: Tensor, mine: Tensor, model: nn.Module) -> tuple[Tensor, str]:
+    (rows, columns), g = model.interface.grid_size, model.interface.group_size
+    before, after = math.isqrt(len(theirs)), (rows // g, columns // g)
+    table = _as_image(theirs.flatten(1), (before, before), after).unflatten(1, theirs.shape[1:])  # (G, J, D)
+    table = _along_order(table.transpose(0, 1), mine.shape[1]).transpose(0, 1).contiguous()
+    how = f"{before} × {before} → {after[0]} × {after[1]} groups, {theirs.shape[1]} → {mine.shape[1]} latents"
+    return table, how
+
+
+_ADAPT = {
+    "y_embedder.embedding_table.weight": _labels,
+    "interface.query": _query,
+    "interface.read_pos": _token_positions,
+    "interface.write_pos": _token_positions,
+    "interface.latent_pos": _latent_positions,
+}
+
+
+def _as_image(table: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """A row-major table (rows · columns, D) on another grid."""
+    if before == after:
+        return table
+    image = table.float().unflatten(0, before).permute(2, 0, 1)[None]  # (1, D, rows, columns)
+    image = F.interpolate(image, after, mode="bicubic", align_corners=False, antialias=True)
+    return image[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+
+
+def _along_order(table: Tensor, count: int) -> Tensor:
+    """(J, …) → (count, …), linear between the neighbours; first and last stay, so that no two rows are the same."""
+    if len(table) == count:
+        return table
+    lines = table.float().flatten(1).T[None]  # (1, …, J)
+    lines = F.interpolate(lines, count, mode="linear", align_corners=True)
+    return lines[0].T.unflatten(1, table.shape[1:]).to(table.dtype)
+
+
+def _by_part(names: list[str]) -> str:
+    """`blocks.* (144), interface.reader.* (12), …`, single ones by their name."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        head = name.split(".")
+        parts.setdefault(".".join(head[: 2 if head[0] == "interface" else 1]), []).append(name)
+    return ", ".join(same[0] if len(same) == 1 else f"{part}.* ({len(same)})" for part, same in parts.items())

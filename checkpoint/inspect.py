@@ -1,0 +1,89 @@
+"""What is in a checkpoint file."""
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from checkpoint import reading
+from common import tensor_files
+from common.errors import UserError
+from config.options import Architecture, ConvertCheckpointConfig
+from sampling import session
+
+
+@dataclass
+class Held:
+    """What is in a file, under its own names."""
+
+    format: str
+    sets: dict[str, dict[str, Tensor]]  # by what --weights calls them
+    others: list[str]  # entries beside the weights
+
+
+def look(path: Path) -> Held:
+    """The sets of weights in a checkpoint file. Raises UserError for what is no checkpoint or carries code."""
+    if path.suffix == ".safetensors":
+        tensors, metadata = tensor_files.load_safetensors(path)
+        kind = "with its configuration" if "config" in metadata else "a bare state dict"
+        return Held(f"safetensors, {kind}", {"ema": tensors}, sorted(metadata))
+    state = tensor_files.load(path)
+    if "format" in state:
+        sets = {"model": state.get("model") or {}} | {f"ema:{d}": v for d, v in (state.get("ema") or {}).items()}
+        others = [k for k, v in state.items() if k not in ("model", "ema", "format") and v]
+        return Held(f"this code's, version {state['format']}", sets, others)
+    if isinstance(state.get("args"), argparse.Namespace):
+        sets = {k: state[k] for k in ("model", "ema") if isinstance(state.get(k), dict)}
+        return Held("the published ELIT code's", sets, [k for k in state if k not in sets])
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    return Held("a bare state dict", {"ema": tensors}, [k for k in state if k not in tensors])
+
+
+def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
+    """Print the format, model, options and tensors of a file."""
+    held = look(source)
+    chosen = config.weights or ("ema" if "ema" in held.sets else list(held.sets)[-1])
+    tensors = held.sets.get(chosen, {})
+    lines = [f"{config.source}", f"format      {held.format}"]
+    lines.append(f"weights     {', '.join(held.sets) if len(held.sets) > 1 else 'one set'}")
+    lines.append(f"beside them {', '.join(held.others) or 'nothing'}")
+    checksum = tensor_files.Checksum(source)
+    try:
+        checksum.check()
+    except UserError as error:
+        lines.append(f"warning     {error}")
+    try:
+        found = reading.read_weights(source, config.weights or "ema", given, checksum=checksum)
+        session.resolve_architecture(Architecture(), given, found, config.source)
+        vae = found.record
+        lines.append(f"model       {found.config['model']}")
+        lines.append(f"step        {found.step}")
+        lines.append(f"vae         {vae.vae}: factor {vae.downsample_factor}, {vae.latent_channels} channels")
+        lines.append("options     " + " ".join(f"{k}={v}" for k, v in found.config.items() if v is not None and k != "model"))
+    except UserError as error:
+        lines.append(f"model       not known: {error}")
+    count = sum(v.numel() for k, v in tensors.items() if k != "pos_embed")
+    lines.append(f"parameters  {count:,} in {len(tensors)} tensors")
+    print("\n  ".join(["\n".join(lines), *summary(tensors)]))
+
+
+def summary(tensors: dict[str, Tensor]) -> list[str]:
+    """A line for each tensor, those of numbered layers that look the same in one: name, shape, type."""
+    alike: dict[tuple, list[tuple[int, ...]]] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            pattern = re.sub(r"\d+", "#", name)
+            key = (pattern, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            alike.setdefault(key, []).append(tuple(int(n) for n in re.findall(r"\d+", name)))
+    lines = []
+    for (pattern, shape, dtype), numbers in alike.items():
+        name = pattern
+        for values in zip(*numbers, strict=True):
+            found = sorted(set(values))
+            row = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
+            text = f"{found[0]}…{found[-1]}" if row else ",".join(map(str, found))
+            name = name.replace("#", text if len(found) == 1 else f"{{{text}}}", 1)
+        lines.append(f"{name}  {'×'.join(map(str, shape)) or 'scalar'}  {dtype}")
+    return lines

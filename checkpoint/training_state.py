@@ -1,0 +1,167 @@
+"""Checkpoints of training: saving whole or not at all, which steps are there, pruning."""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from common.tensor_files import Unreadable, load, sidecar
+
+FORMAT = 1
+
+
+class HashingFile:
+    """A file that hashes what is written to it.
+
+    `torch.save` cannot take an error in the middle of a file: the first one is kept, what follows is dropped, `close` raises it.
+    """
+
+    def __init__(self, path: Path):
+        self.file, self.sha256, self.error = path.open("wb"), hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        self._try(self.file.write, data)
+        self.sha256.update(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        self._try(self.file.flush)
+
+    def close(self) -> None:
+        """On the disk, or the error that kept it from getting there."""
+        with self.file:
+            self.flush()
+            self._try(os.fsync, self.file.fileno())
+            if self.error is not None:
+                raise self.error
+
+    def _try(self, action: Callable, *arguments) -> None:
+        if self.error is None:
+            try:
+                action(*arguments)
+            except OSError as error:
+                self.error = error
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` (interfaces: model, ema, optimizer, …) and its checksum: aside, synced to the disk, then renamed.
+
+    Raises:
+        OSError: the disk is full, or not writable; nothing that was there has changed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        out = HashingFile(aside)
+        with contextlib.closing(out):
+            torch.save({"format": FORMAT} | state, out)
+        out_sum = HashingFile(sidecar(aside))
+        with contextlib.closing(out_sum):
+            out_sum.write(f"{out.sha256.hexdigest()}  {path.name}\n".encode())
+        sidecar(aside).replace(sidecar(path))  # the checksum first: a checkpoint under its own name always has one
+        aside.replace(path)
+    except BaseException:
+        delete_checkpoint(aside)  # its room on the disk is needed
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Renames outlive a power cut once the folder is synced. Some file systems know no such thing."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """A file and its checksum, in this order: a checkpoint without one would be taken on trust."""
+    path.unlink(missing_ok=True)
+    sidecar(path).unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Delete what killed writes left aside."""
+    for path in Path(folder).glob("*.pt.tmp"):
+        delete_checkpoint(path)
+
+
+def set_aside(folder: str | Path, step: int) -> Path | None:
+    """Move the checkpoints after `step`, which a run goes back to, to a new subfolder; returns that, `None` if there are none.
+
+    The newest goes last: until then it is the one to resume from, as if nothing had been moved.
+    """
+    later = [s for s in saved_steps(folder) if s > step]
+    if not later:
+        return None
+    names = (f"abandoned-from-{step}{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
+    aside = next(path for path in (Path(folder) / name for name in names) if not path.exists())
+    aside.mkdir()
+    for path in (step_path(folder, s) for s in later):
+        path.replace(aside / path.name)
+        if sidecar(path).exists():
+            sidecar(path).replace(aside / sidecar(path).name)
+    _sync_folder(Path(folder))
+    return aside
+
+
+def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int, good: int | None = None) -> None:
+    """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`.
+
+    The newest one up to step `good` is kept too: after that step the run has not been sound.
+    """
+    steps = [step for step in saved_steps(folder) if step <= newest]
+    last_good = max((step for step in steps if good is not None and step <= good), default=None)
+    for step in steps[:-keep_last] if keep_last else []:
+        if step != last_good and (not keep_every or step % keep_every):
+            delete_checkpoint(step_path(folder, step))
+
+
+def step_path(folder: str | Path, step: int) -> Path:
+    """The checkpoint of a step, in a run's `checkpoints` folder."""
+    return Path(folder) / f"{step:07d}.pt"
+
+
+def saved_steps(folder: str | Path) -> list[int]:
+    """The steps of the checkpoints in a run's `checkpoints` folder, ascending; none where there is no such folder."""
+    try:
+        names = [path.name for path in Path(folder).iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:  # not to be taken for an empty folder
+        raise Unreadable(Path(folder), error) from None
+    return sorted(int(name[:-3]) for name in names if re.fullmatch(r"[0-9]{7}\.pt|[1-9][0-9]{7,}\.pt", name))
+
+
+def load_newest(folder: str | Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, `None` where the folder has none; `warn(message)` tells of each one passed over.
+
+    Raises:
+        Unreadable: one that may be whole could not be read; an older one is not taken for it.
+        UserError: there are checkpoints, but none is whole.
+    """
+    passed: list[str] = []
+    for step in reversed(saved_steps(folder)):
+        try:
+            state = load(step_path(folder, step), verify=True)
+        except Unreadable:
+            raise
+        except UserError as error:
+            passed.append(str(error))
+            continue
+        for message in passed:
+            warn(f"{message}; passed over for step {step}")
+        return state
+    if passed:
+        raise UserError(f"none of the checkpoints can be resumed; move them away to start anew: {'; '.join(passed)}")
+    return None

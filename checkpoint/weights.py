@@ -1,0 +1,78 @@
+"""One set of weights with its recorded configuration, and the model built from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from common.errors import UserError
+from common.tensor_files import Checksum
+from models.vae import SD_VAE, VAERecord
+
+# The architecture options that the state dict's shapes depend on, or that change what a forward computes.
+ELIT_OPTIONS = ("head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail")
+
+
+MODEL_OPTIONS = ("qk_norm", *ELIT_OPTIONS, "stages_count")
+
+
+@dataclass
+class Weights:
+    """What a checkpoint says of its model."""
+
+    state_dict: dict[str, Tensor]
+    config: dict[str, Any]  # the recorded options; empty where the file records none
+    record: VAERecord = SD_VAE
+    step: int = 0
+    checksum: Checksum | None = None  # of the file that they are from; rank 0 alone has it
+
+    def check(self) -> None:
+        """Raises UserError where the file does not match its sidecar: to be called before the weights are used."""
+        if self.checksum is not None:
+            self.checksum.check()
+
+
+def build_model(found: Weights, where: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> nn.Module:
+    """The model that `found` records, in eval mode with its weights loaded and checked; `overrides` are constructor arguments."""
+    config = found.config
+    if not config.get("model"):
+        raise UserError(f"{where}: the checkpoint records no model; give --model")
+    if config["resolution"] % found.record.downsample_factor:
+        raise UserError(
+            f"{where}: resolution {config['resolution']} is not divisible by the VAE's factor {found.record.downsample_factor}"
+        )
+    with torch.device("meta"):  # no time spent on initial weights: all of them are replaced
+        model = models.create_model(
+            config["model"],
+            input_size=config["resolution"] // found.record.downsample_factor,
+            in_channels=found.record.latent_channels,
+            num_classes=config["num_classes"],
+            **(model_options(config) | {"fused_attn": config.get("fused_attn", True)} | overrides),
+        )
+    load_state_dict(model, found.state_dict, where, assign=True)
+    found.check()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def model_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The constructor arguments among recorded options that this model family knows."""
+    spec = models.model_spec(config["model"])
+    known = ["qk_norm", *(ELIT_OPTIONS if spec.elastic else []), *(["stages_count"] if spec.staged else [])]
+    return {k: config[k] for k in known if k in config}
+
+
+def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:
+    """Load all or nothing. Raises UserError that names the first few missing or unknown keys and wrong shapes."""
+    own = model.state_dict()
+    wrong = [f"{k} is missing" for k in own if k not in state_dict]
+    wrong += [f"{k} is unknown" for k in state_dict if k not in own]
+    for k in own:
+        if k in state_dict and own[k].shape != state_dict[k].shape:
+            wrong.append(f"{k} has shape {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{where}: not a checkpoint of this model: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(state_dict, assign=assign)

@@ -1,0 +1,93 @@
+"""Processes that belong together: data workers and the ranks of a launcher. None of them outlives the one it works for."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from common.errors import UserError
+
+PR_SET_PDEATHSIG = 1
+
+
+PATIENCE = 3  # seconds in which workers may finish what they do
+
+
+# What accelerate sets for the one process that it starts without torchrun; nobody sets all of them by hand.
+ACCELERATE = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"}
+
+
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Linux sends this process the signal `number` once its parent has ended, however it ended. Elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def end_with_launcher() -> None:
+    """Under torchrun or `accelerate launch`: the end of the launcher is a SIGTERM to this process.
+
+    `accelerate launch` passes no signal on to a single process. A process that the user started goes on without its parent.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.keys() >= ACCELERATE:
+        end_with_parent(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def data_workers(loader: DataLoader, hint: str) -> Iterator[Iterator[Any]]:
+    """An iterator over `loader`, whose worker processes end with this context, however it is left.
+
+    Otherwise a failure would never end: its traceback keeps the iterator, and at exit Python waits for workers that wait for
+    it. A worker that the system killed raises `UserError`, which closes with `hint`.
+    """
+    others = set(multiprocessing.active_children())
+    batches: Any = None
+    try:
+        batches = iter(loader)
+        yield batches
+    except Exception as error:
+        if isinstance(error, UserError) or not (killed := _killed(getattr(batches, "_workers", []))):
+            raise
+        # Whatever it was: a batch that the worker had not handed over is met before the worker's end is reported.
+        raise UserError(f"a data worker was ended by {killed}; {hint}", local=True) from None
+    finally:
+        workers = set(multiprocessing.active_children()) - others
+        try:
+            _end(workers, batches)
+        except RuntimeError:  # PyTorch reports a killed worker once, wherever this process then is
+            _end(workers, batches)
+
+
+def _killed(workers: list[Any]) -> str:
+    """The signal that ended one of them, and what that may mean; an empty text where none was."""
+    number, deadline = None, time.monotonic() + 0.5  # its connections close a moment before its end is known
+    while workers and number is None and time.monotonic() < deadline:
+        with contextlib.suppress(RuntimeError):  # PyTorch's report of it
+            number = next((-w.exitcode for w in workers if (w.exitcode or 0) < 0), None)
+            time.sleep(0.01)
+    hints = {signal.SIGKILL: " (out of memory?)", signal.SIGBUS: " (out of shared memory?)"}
+    return "" if number is None else f"{signal.Signals(number).name}{hints.get(number, '')}"
+
+
+def _end(workers: set[Any], batches: Any) -> None:
+    def kill() -> None:
+        for worker in workers:
+            worker.kill()
+
+    late = threading.Timer(PATIENCE, kill)
+    late.start()
+    try:
+        if workers and batches is not None:
+            batches._shutdown_workers()  # its queues and pinning thread too
+    finally:
+        late.cancel()
+        kill()
+        for worker in workers:
+            worker.join()

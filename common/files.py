@@ -1,0 +1,264 @@
+"""Files: folders and zips to read from, writes that are whole or not at all, and the record of what is being made."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, first_line
+
+
+class DataError(UserError):
+    """A broken data file, met by one process alone.
+
+    A DataLoader worker passes an exception on as type(traceback text): only the line of the message itself is kept.
+    """
+
+    def __init__(self, message: str, *, local: bool = True):
+        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip(), local=local)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+MAX_PART, MAX_PATH = 255, 4095  # bytes of a file name and of a path, on Linux
+
+
+def check_name(name: Any, source: str | Path, *, plain: bool = False) -> str:
+    """`name`, a relative path that comes from outside (an index, an archive, an option …), unless it could lead out of a folder.
+
+    Args:
+        source: what holds the name (a file, an option), for the message.
+        plain: the name of one file or folder; no separator is allowed.
+    Raises:
+        UserError: not text, empty, too long, absolute, with a drive letter, a backslash, a NUL or a part `..`.
+    """
+    wanted = "the name of one file or folder" if plain else "a path inside the folder, with forward slashes"
+    if not isinstance(name, str):
+        raise UserError(f"{source}: {str(name)[:80]!r} is no file name; wanted: {wanted}")
+    parts = name.split("/")
+    try:
+        # Nearly all are short and ASCII; there are millions of them.
+        sizes = [len(name)] if len(name) <= MAX_PART and name.isascii() else [len(os.fsencode(part)) for part in parts]
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        sizes = []
+    if not set(parts) - {"", "."}:
+        wrong = "names nothing"
+    elif name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name) or "\\" in name or (plain and "/" in name):
+        wrong = "leads outside"
+    elif "\0" in name or not sizes:
+        wrong = "holds a character that no file name has"
+    elif max(sizes) > MAX_PART or sum(sizes) + len(sizes) > MAX_PATH:
+        wrong = "is too long"
+    else:
+        return name
+    raise UserError(f"{source}: refused: {name[:80]!r} {wrong}; wanted: {wanted}")
+
+
+def join_inside(folder: str | Path, name: Any, source: str | Path, *, plain: bool = False) -> Path:
+    """`folder / name` for a name that comes from outside; `UserError` unless it lies below the folder (see `check_name`)."""
+    return Path(folder) / check_name(name, source, plain=plain)
+
+
+def parse_json(content: bytes, source: str | Path) -> Any:
+    """The value that a JSON file holds; `UserError` that names `source` if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise UserError(f"{source}: not valid JSON: {first_line(error)}") from None
+
+
+class FileTree:
+    """The files of a folder or of a zip, by their path inside it with forward slashes.
+
+    Works in DataLoader workers, forked or spawned: a zip is opened by each process for itself, when it first reads.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._zip: tuple[int, zipfile.ZipFile] | None = None
+        if not self.path.exists():
+            raise UserError(f"{self.path}: no such folder or zip file")
+        if not self.path.is_dir():
+            names = self._archive().namelist()
+            for name in names:
+                # Nothing is ever extracted here, but such names come from no honest data set, and others may extract.
+                if name != "./":  # the folder itself, which some archivers store
+                    check_name(name, self.path)
+            if len(set(names)) < len(names):
+                seen: set[str] = set()
+                twice = next(name for name in names if name in seen or seen.add(name))
+                raise UserError(f"{self.path}: refused, since it holds two files of one name: {twice!r}")
+
+    def names(self) -> list[str]:
+        """Every file, sorted by path as text."""
+        if not self.path.is_dir():
+            return sorted(name for name in self._archive().namelist() if not name.endswith("/"))
+        found = []
+        for folder, _, files in os.walk(self.path, followlinks=True):  # class folders are often links
+            inside = Path(folder).relative_to(self.path).as_posix()
+            found += files if inside == "." else [f"{inside}/{file}" for file in files]
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        """The content of one file. `DataError` if it cannot be read."""
+        try:
+            return (self.path / name).read_bytes() if self.path.is_dir() else self._archive().read(name)
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
+            raise DataError(f"{self.where(name)}: cannot be read: {error}") from None
+
+    def where(self, name: str) -> str:
+        """How messages name a file."""
+        return str(self.path / name)
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._zip is None or self._zip[0] != os.getpid():
+            try:
+                self._zip = (os.getpid(), zipfile.ZipFile(self.path))
+            except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # e.g. names that are no UTF-8
+                raise UserError(f"{self.path}: neither a folder nor a readable zip file: {error}") from None
+        return self._zip[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_zip": None}
+
+
+def read_json(files: FileTree, name: str) -> Any:
+    """The content of a JSON file; `UserError` that names it if it is none."""
+    return parse_json(files.read(name), files.where(name))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file aside and rename it: under its own name it is whole. `UserError` if that fails."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a worker of a killed run may still write the same file
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dest {path}: cannot be made: {error.strerror}") from None
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """One line for a full disk, a read-only folder and the like. Only the process that meets it knows."""
+    return UserError(f"--dest {path}: cannot be written: {error.strerror}", local=True)
+
+
+def lock(path: Path) -> Any:
+    """Open a file (made where there is none) and lock it for this process; None where another one has it. OSError: no locks.
+
+    The lock is POSIX's: it ends with the process, and no forked worker inherits it.
+    """
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return None
+            raise
+        try:
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # its owner removed it meanwhile
+
+
+class Busy(UserError):
+    """Another process writes there."""
+
+
+class FolderLock:
+    """A file that this process has locked for as long as it writes in a folder; it says who has it.
+
+    Raises `Busy` where another process has it, and OSError. A file system without locks is a warning.
+    """
+
+    def __init__(self, path: Path, folder: Path, warn: Callable[[str], None]):
+        self._path = path
+        self._made = [parent for parent in path.parents if not parent.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = lock(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            warn(f"{path}: this file system has no locks ({error.strerror}): nothing keeps a second run out of {folder}")
+            self._file = path.open("a")
+        if self._file is None:
+            owner = path.read_text().strip() if path.is_file() else ""
+            raise Busy(f"{folder}: another run is writing there{owner and f' ({owner})'}; wait for its end")
+        with contextlib.suppress(OSError):  # a full disk
+            os.truncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def release(self) -> None:
+        """Give it up, and leave nothing of it: a folder that was made for it goes where it is empty."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+            for folder in self._made:
+                folder.rmdir()
+
+
+class Unfinished:
+    """The record of what is being made in a place: the file `path`, locked by the process that makes it, until that is done."""
+
+    def __init__(self, path: Path, making: dict[str, Any], dest: Path, *, is_begun: bool):
+        """Lock and write the record. `UserError` if another run has it, or if what `is_begun` in `dest` is something else."""
+        self.path = path
+        try:
+            self._file = lock(path)
+        except OSError as error:
+            raise cannot_write(dest, error) from None
+        if self._file is None:
+            raise UserError(f"--dest {dest}: another run is writing there (it holds {path.name}); wait for its end")
+        self._file.seek(0)
+        try:
+            before = json.load(self._file)
+        except (ValueError, RecursionError):  # new, or killed before anything was made
+            before = None
+        before = before if isinstance(before, dict) else {}
+        for key, value in making.items() if is_begun else ():
+            if key in before and before[key] != value:
+                self.release(remove=False)
+                raise UserError(
+                    f"--dest {dest}: holds a stopped run of another {key} ({before[key]}, not {value}); give a new name"
+                )
+        if before != making:
+            self._file.truncate(0)
+            self._file.write(json.dumps(making, indent=2))  # mode a: at the end, which is the start
+            self._file.flush()
+
+    def release(self, *, remove: bool) -> None:
+        if remove:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def write_json(values: object, path: str | Path) -> None:
+    """A JSON file, written aside and then renamed."""
+    aside = Path(path).with_suffix(".json.tmp")
+    aside.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    aside.replace(path)

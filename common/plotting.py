@@ -1,0 +1,162 @@
+"""Figures and grids of images, with labels where they help."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+
+def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
+    """uint8 images (n, H, W, 3), row by row, `columns` to a row, `gap` white pixels apart."""
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[y : y + height, x : x + width] = image
+    return Image.fromarray(canvas)
+
+
+def labelled_grid(
+    images: np.ndarray,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    path: str | Path,
+    *,
+    inches: float = 0.9,
+    fontsize: float = 9,
+) -> None:
+    """PNG of uint8 images (rows, columns, H, W, 3) with a label at each row and column; `inches`: width of an image."""
+
+    rows, columns, height, width, _ = images.shape
+    head = 0.3 + 0.022 * fontsize * max(label.count("\n") + 1 for label in column_labels)
+    figure = Figure(figsize=(columns * inches + 1.4, rows * inches * height / width + head), dpi=160, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
+    for r in range(rows):
+        for c in range(columns):
+            axis = axes[r, c]
+            axis.imshow(images[r, c], interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if r == 0:
+                axis.set_title(column_labels[c], fontsize=fontsize)
+            if c == 0:
+                axis.set_ylabel(row_labels[r], fontsize=fontsize, rotation=0, ha="right", va="center")
+    save_figure(figure, path)
+
+
+def line_plot(
+    path: str | Path,
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    spread: tuple[Sequence[float], Sequence[float]] | None = None,
+    spread_label: str = "",
+    points: dict[str, tuple[float, float]] | None = None,
+    level: tuple[str, float] | None = None,
+    from_zero: bool = True,
+) -> None:
+    """PNG of one line through the points (x, y).
+
+    `spread`: lower and upper bound of a band around it. `points`: single points of their own, by label. `level`: a
+    named horizontal line. `from_zero`: the y axis starts at 0. An axis of integers gets no ticks between them.
+    """
+
+    figure = Figure(figsize=(6, 4), dpi=160, layout="constrained")
+    axis = _plain_axis(figure.subplots(), xlabel, ylabel, title)
+    axis.plot(x, y, color=BLUE, marker="o", markersize=4, linewidth=1.6)
+    if spread is not None:
+        axis.fill_between(x, *spread, color=BLUE, alpha=0.2, linewidth=0, label=spread_label)
+    for (label, point), color in zip((points or {}).items(), (ORANGE, GREEN, GREY), strict=False):
+        axis.plot(*point, color=color, marker="*", markersize=12, linestyle="none", label=label)
+    if level is not None:
+        axis.axhline(level[1], color=GREY, linestyle="--", linewidth=1, label=level[0])
+    if all(isinstance(v, int) for v in x):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if spread is not None or points or level:
+        axis.legend(frameon=False, fontsize=9)
+    if from_zero:
+        axis.set_ylim(bottom=0)
+    save_figure(figure, path)
+
+
+def bar_plot(path: str | Path, bars: dict[str, float], *, ylabel: str, title: str = "") -> None:
+    """PNG of one bar for each name, with its value and, from the second on, its difference from the first in percent."""
+
+    figure = Figure(figsize=(5, 4), dpi=160, layout="constrained")
+    axis = _plain_axis(figure.subplots(), "", ylabel, title)
+    drawn = axis.bar(list(bars), list(bars.values()), color=[BLUE, ORANGE, GREEN][: len(bars)], width=0.6)
+    first, *others = bars.values()
+    labels = [f"{first:.4g}"] + [f"{v:.4g}\n({100 * (v / first - 1):+.0f}%)" for v in others]
+    axis.bar_label(drawn, labels, padding=2, fontsize=9)
+    axis.margins(y=0.15)
+    axis.grid(False, axis="x")
+    save_figure(figure, path)
+
+
+def attention_maps(
+    images: np.ndarray, maps: np.ndarray, windows: np.ndarray, row_labels: Sequence[str], names: Sequence[str], path: str | Path
+) -> None:
+    """PNG of attention over images: a row for each image, and a last one of the mean over all groups.
+
+    Args:
+        images: uint8 (rows, H, W, 3).
+        maps: (rows, columns, h, w) in units of uniform attention, laid over the images.
+        windows: (columns, g, g), the same, of a single group.
+        names: what each column is.
+    """
+
+    rows, columns = maps.shape[:2]
+    height, width = images.shape[1:3]
+    inches = 1.25
+    size = ((columns + 1) * inches + 1.6, (rows + 1) * inches * height / width + 0.6)
+    figure = Figure(figsize=size, dpi=160, layout="constrained")
+    axes = figure.subplots(rows + 1, columns + 1, squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
+    top = max(2.0, float(np.quantile(maps, 0.995)))
+    options = {"cmap": "inferno", "vmin": 0.0, "vmax": top, "interpolation": "nearest"}
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for r in range(rows):
+        grey = images[r].astype(float) @ [0.299, 0.587, 0.114]
+        axes[r, 0].imshow(images[r], interpolation="nearest")
+        axes[r, 0].set_ylabel(row_labels[r], fontsize=9, rotation=0, ha="right", va="center")
+        for c in range(columns):
+            axes[r, c + 1].imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes[r, c + 1].imshow(maps[r, c], alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
+    for c in range(columns):
+        shown = axes[rows, c + 1].imshow(windows[c], **options)
+    axes[rows, 0].set_ylabel("mean over\nall groups", fontsize=9, rotation=0, ha="right", va="center")
+    for axis, name in zip(axes[0], ["image", *names], strict=True):
+        axis.set_title(name, fontsize=9)
+    bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.01, extend="max")
+    bar.set_label("attention (1: uniform)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    save_figure(figure, path)
+
+
+BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9772b", "#3f9a5f", "#777777"
+
+
+def _plain_axis(axis, xlabel: str, ylabel: str, title: str):
+    """A matplotlib axis with labels, a light grid and no box."""
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.set_title(title, fontsize=11)
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return axis
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Write a matplotlib figure as PNG, aside and then renamed."""
+    aside = Path(path).with_suffix(".tmp")
+    figure.savefig(aside, format="png")
+    aside.replace(path)

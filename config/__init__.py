@@ -1,0 +1,1 @@
+"""Options, each once, and how they are parsed."""

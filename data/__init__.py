@@ -1,0 +1,5 @@
+"""What training reads."""
+
+from data.dataset import LatentDataset
+
+__all__ = ["LatentDataset"]

@@ -1,0 +1,156 @@
+"""The data set that training reads: VAE latents with labels, and images where they are asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.errors import UserError
+from common.files import DataError, FileTree, parse_json
+from common.image_files import image_names, read_image
+from data import remote
+from data.latent_files import LatentFiles, format_shape, pair_key, pair_keys
+from data.packed import INDEX_FILE, PackedLatents
+from models.vae import VAERecord
+
+STATS_FILE = "latent_stats.json"
+
+
+def open_latents(data_dir: str | Path, cache_dir: str | None = None) -> LatentFiles | PackedLatents:
+    """The latents in a data folder: `packed/` (or the folder itself), `vae-sd/` or `vae-sd.zip`, the first that is there.
+
+    `data_dir` may be remote, e.g. `s3://bucket/folder`: packed latents are then copied to `cache_dir` first.
+    """
+    if remote.is_remote(data_dir):
+        return PackedLatents(remote.local_copy(str(data_dir), cache_dir))
+    data_dir = Path(data_dir)
+    if (data_dir / INDEX_FILE).is_file():
+        return PackedLatents(data_dir)
+    if (data_dir / "packed").is_dir():
+        return PackedLatents(data_dir / "packed")
+    return LatentFiles(_part(data_dir, "vae-sd", "`dataset_tools.py encode` makes it"))
+
+
+class LatentDataset(Dataset):
+    """VAE latents with their labels (`open_latents`), and with `images=True` the images they were made of.
+
+    [i] -> {"moments": float32 (2C, h, w), mean and std of the posterior; "label": int, 0 where unlabelled;
+            "image": uint8 (3, H, W), if asked for}
+
+    `labels`: int64 (n,), or None where unlabelled. `record`: the VAE. `shape`: (2C, h, w) of every item.
+    Raises `UserError` for a folder that holds no such data set, and `DataError` for a broken file met on reading.
+    """
+
+    def __init__(self, data_dir: str | Path, *, images: bool = False, cache_dir: str | None = None):
+        self.data_dir = data_dir
+        self.latents = open_latents(data_dir, cache_dir)
+        self.record, self.shape = self.latents.record, self.latents.shape
+        channels = 2 * self.record.latent_channels
+        if len(self.shape) != 3 or self.shape[0] != channels:
+            raise UserError(
+                f"{self.latents.where(0)}: has shape {format_shape(self.shape)}; {self.record.vae} makes {channels} × height × width"
+            )
+        self._images: FileTree | None = None
+        if images and remote.is_remote(data_dir):
+            raise UserError(f"{data_dir}: images are read from local folders and zips only (REPA needs them)")
+        if images:
+            self._images = FileTree(
+                _part(Path(data_dir), "images", "REPA needs the images too; `dataset_tools.py convert` makes them")
+            )
+            self._image_names = paired_images(self._images, self.latents)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.latents.labels
+
+    def check(self, *, num_classes: int | None = None, resolution: int | None = None) -> None:
+        """Raise `UserError` if the labels do not fit `num_classes`, or the latents an image side of `resolution` pixels."""
+        if num_classes is not None and self.labels is None and num_classes != 1:
+            raise UserError(f"{self.latents.label_file}: unlabelled, which trains with --num-classes 1 only, not {num_classes}")
+        if num_classes is not None and self.labels is not None and self.labels.max() >= num_classes:
+            first = int(np.argmax(self.labels >= num_classes))
+            raise UserError(
+                f"{self.latents.label_file}: label {self.labels[first]} of {self.latents.name(first)} is out of range; "
+                f"--num-classes {num_classes} allows 0 to {num_classes - 1}"
+            )
+        if resolution is not None:
+            factor = self.record.downsample_factor
+            if resolution % factor:
+                raise UserError(f"--resolution {resolution}: not divisible by the VAE's factor {factor}")
+            side = resolution // factor
+            if self.shape[1:] != (side, side):
+                height, width = (factor * n for n in self.shape[1:])
+                raise UserError(
+                    f"{self.latents.where(0)}: has latents of {format_shape(self.shape[1:])}, made of images of {height} × {width} pixels; "
+                    f"--resolution {resolution} needs {side} × {side}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A whole batch, its latents in one read."""
+        moments = self.latents.read(indices)
+        labels = [0] * len(indices) if self.labels is None else self.labels[indices].tolist()
+        items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
+        if self._images is not None:
+            for item, index in zip(items, indices, strict=True):
+                item["image"] = self._read_image(index)
+        return items
+
+    def _read_image(self, index: int) -> Tensor:
+        name = self._image_names[index].decode()
+        image = read_image(self._images, name)
+        wanted = tuple(self.record.downsample_factor * n for n in self.shape[1:])
+        if image.shape[:2] != wanted:
+            where = self._images.where(name)
+            raise DataError(
+                f"{where}: has {format_shape(image.shape[:2])} pixels; its latents were made of {format_shape(wanted)}"
+            )
+        return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def paired_images(images: FileTree, latents: LatentFiles | PackedLatents) -> np.ndarray:
+    """The image's name (bytes) for each latent: that of the same sub-folder and number. `UserError` where there is none."""
+    pairs = pair_keys(images, image_names(images.names()))
+    found = []
+    for index in range(len(latents)):
+        name = pairs.get(pair_key(latents.name(index)))
+        if name is None:
+            raise UserError(f"{images.path}: holds no image for {latents.where(index)}")
+        found.append(name.encode())
+    return np.array(found)
+
+
+def channel_record(data_dir: str | Path, latents: LatentFiles | PackedLatents) -> VAERecord:
+    """The record of the latents, with the mean and deviation of each channel that `dataset_tools.py stats` wrote beside them."""
+    where = f"{data_dir}/{STATS_FILE}"
+    try:
+        content = remote.read(str(data_dir), STATS_FILE) if remote.is_remote(data_dir) else Path(where).read_bytes()
+        stats = parse_json(content, where)
+        count, values = stats["count"], {"channel_mean": stats["mean"], "channel_std": stats["std"]}
+    except FileNotFoundError:
+        raise UserError(f"{where}: missing; --latent-norm channel needs it: `dataset_tools.py stats {data_dir}`") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: not what `dataset_tools.py stats` writes; run it again") from None
+    if count != len(latents):
+        raise UserError(
+            f"{where}: was made of {count} latents, but there are {len(latents)}; run `dataset_tools.py stats` again"
+        )
+    return VAERecord.from_dict(latents.record.to_dict() | values, where)
+
+
+def _part(data_dir: Path, name: str, hint: str) -> Path:
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such data folder")
+    for path in (data_dir / name, data_dir / f"{name}.zip"):
+        if path.exists():
+            return path
+    raise UserError(f"{data_dir}: holds neither {name}/ nor {name}.zip; {hint}")

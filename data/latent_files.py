@@ -1,0 +1,146 @@
+"""Latents as `encode` writes them, one npy file each, and the label file."""
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError, first_line
+from common.files import DataError, FileTree, check_name, read_json
+from models.vae import SD_VAE, VAERecord
+
+LABEL_FILE = "dataset.json"
+
+
+VAE_FILE = "vae.json"
+
+
+def read_labels(files: FileTree) -> dict[str, int] | None:
+    """`dataset.json`: file name → label, or None where it says null (unlabelled). `UserError` if it is malformed."""
+    where = files.where(LABEL_FILE)
+    content = read_json(files, LABEL_FILE)
+    if not isinstance(content, dict) or "labels" not in content:
+        raise UserError(f'{where}: must hold {{"labels": [[file name, class], …]}} or {{"labels": null}}')
+    if content["labels"] is None:
+        return None
+    if not isinstance(content["labels"], list):
+        raise UserError(f"{where}: labels must be a list of [file name, class], or null")
+    labels: dict[str, int] = {}
+    for entry in content["labels"]:
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)) or type(entry[1]) is not int:
+            raise UserError(f"{where}: {json.dumps(entry)} is not [file name, class], with the class a whole number")
+        if entry[1] < 0:
+            raise UserError(f"{where}: label {entry[1]} of {entry[0]} is negative")
+        name = check_name(entry[0].replace("\\", "/"), where)
+        if name in labels:
+            raise UserError(f"{where}: labels {name} twice")
+        labels[name] = entry[1]
+    return labels
+
+
+class LatentFiles:
+    """Latents as encode writes them: `vae-sd/` or `vae-sd.zip`, one npy file (2C, h, w) each, dataset.json and vae.json.
+
+    The names are kept as bytes in one array: a million Python objects would be copied by every worker that counts references.
+    """
+
+    def __init__(self, path: Path):
+        self.files = FileTree(path)
+        self.path = path
+        listed = self.files.names()
+        names = [name for name in listed if name.endswith(".npy")]
+        if not names:
+            raise UserError(f"{path}: empty, it holds no .npy file (`dataset_tools.py encode` writes them)")
+        if LABEL_FILE not in listed:
+            raise UserError(
+                f"{self.files.where(LABEL_FILE)}: missing; encode writes it last, so continue it by the same command"
+            )
+        self.labels = self._read_labels(names)
+        self._names = np.array([name.encode() for name in names])
+        self.record = SD_VAE
+        if VAE_FILE in listed:
+            self.record = VAERecord.from_dict(read_json(self.files, VAE_FILE), self.files.where(VAE_FILE))
+        first = self.array(0)
+        self.shape, self.dtype = first.shape, first.dtype
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return self._names[index].decode()
+
+    def where(self, index: int) -> str:
+        return self.files.where(self.name(index))
+
+    @property
+    def label_file(self) -> str:
+        return self.files.where(LABEL_FILE)
+
+    def array(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """File `index` (2C, h, w) as it is stored, checked to hold finite numbers, and those of `shape`."""
+        content = self.files.read(self.name(index))
+        try:
+            moments = np.load(io.BytesIO(content), allow_pickle=False)
+        except Exception as error:  # NumPy evaluates the header, so that a damaged one raises whatever Python's parser does
+            raise DataError(f"{self.where(index)}: not a readable npy file: {first_line(error)}") from None
+        if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
+            raise DataError(f"{self.where(index)}: holds no floating-point array")
+        if moments.ndim == 4 and moments.shape[0] == 1:
+            moments = moments[0]
+        if shape is not None and moments.shape != shape:
+            raise DataError(
+                f"{self.where(index)}: has shape {format_shape(moments.shape)}, but {self.where(0)} {format_shape(shape)}; one size only"
+            )
+        if not np.isfinite(moments).all():
+            raise DataError(f"{self.where(index)}: holds values that are not finite")
+        return moments
+
+    def read(self, indices: Sequence[int]) -> list[Tensor]:
+        """float32 (2C, h, w) of each index, one file after the other."""
+        return [torch.from_numpy(np.ascontiguousarray(self.array(i, self.shape), dtype=np.float32)) for i in indices]
+
+    def _read_labels(self, names: list[str]) -> np.ndarray | None:
+        labels = read_labels(self.files)
+        if labels is None:
+            return None
+        if list(labels) == names:  # as encode writes them
+            return np.fromiter(labels.values(), dtype=np.int64, count=len(labels))
+        keys = pair_keys(self.files, names)
+        where = self.files.where(LABEL_FILE)
+        of_key = {}
+        for name, label in labels.items():
+            if (key := pair_key(name)) not in keys:
+                raise UserError(f"{where}: labels {name}, but there is no such file")
+            of_key[key] = label
+        for key, name in keys.items():
+            if key not in of_key:
+                raise UserError(f"{where}: has no label for {name}")
+        return np.array([of_key[key] for key in keys], dtype=np.int64)
+
+
+def pair_key(name: str) -> tuple[str, int] | None:
+    """What pairs images and latents: sub-folder, and the number at the end of the file name."""
+    folder, _, file = name.rpartition("/")
+    number = re.search(r"(\d+)$", file.rpartition(".")[0])
+    return (folder, int(number[1])) if number else None
+
+
+def pair_keys(files: FileTree, names: list[str]) -> dict[tuple[str, int], str]:
+    keys: dict[tuple[str, int], str] = {}
+    for name in names:
+        key = pair_key(name)
+        if key is None:
+            raise UserError(f"{files.where(name)}: its name does not end in a number, as img00000000.png does")
+        if key in keys:
+            raise UserError(f"{files.where(name)}: has the same number as {keys[key]}")
+        keys[key] = name
+    return keys
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))

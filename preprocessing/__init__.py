@@ -1,0 +1,1 @@
+"""What dataset_tools.py runs."""

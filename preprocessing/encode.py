@@ -1,0 +1,75 @@
+"""Images to VAE latents, on any number of processes, and loose latents to packed ones.
+
+The VAE sees fixed blocks of images by index, so that its latents are the same bits whatever the number of processes, and after
+any stop.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from common import image_files
+from common.errors import UserError
+from common.files import DataError
+from config.options import EncodeConfig
+from models.vae import encode_moments, load_vae
+from preprocessing.latent_output import Plan, fill, open_dest
+from preprocessing.source import image_numbers, list_images, open_source
+
+
+def encode(config: EncodeConfig) -> None:
+    """Images → `00000/img-mean-std-00000000.npy` … (or packed files): (2C, h, w), mean and std of the VAE's posterior."""
+    source = open_source(config.source, config.dest)
+    names, labels = list_images(source, config.max_images)
+    targets = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in image_numbers(names)]
+    first = image_files.read_image(source, names[0]).shape  # (H, W, 3)
+    making = {"command": "encode", "source": str(source.path.resolve()), "vae": config.vae, "dtype": config.dtype}
+    state = _processes()
+    with open_dest(Path(config.dest), making, targets, config.shard_size if config.packed else None, state) as dest:
+        torch.backends.cudnn.allow_tf32 = False  # the latents are promised in float32
+        vae, record = load_vae(config.vae, state.device)
+        factor = record.downsample_factor
+        if first[0] % factor or first[1] % factor:
+            raise UserError(
+                f"{source.where(names[0])}: has {first[1]}x{first[0]} pixels, not divisible by the VAE's factor {factor}"
+            )
+        shape = (2 * record.latent_channels, first[0] // factor, first[1] // factor)
+        plan = Plan(targets, labels, record, shape, np.dtype(config.dtype), config.batch_size)
+
+        def read(block: range) -> np.ndarray:
+            images = [image_files.read_image(source, names[i]) for i in block]
+            for i, image in zip(block, images, strict=True):
+                if image.shape != first:
+                    raise DataError(
+                        f"{source.where(names[i])}: has {image.shape[1]}x{image.shape[0]} pixels, but {names[0]} {first[1]}x{first[0]}; "
+                        "`dataset_tools.py convert` makes them one size"
+                    )
+            return np.stack(images)
+
+        def moments(images: np.ndarray) -> np.ndarray:
+            return encode_moments(vae, torch.from_numpy(images).permute(0, 3, 1, 2)).cpu().numpy()  # (B, 2C, h, w)
+
+        fill(dest, plan, state, read, moments, config.workers, "encode")
+        state.wait_for_everyone()
+        if state.is_main_process:
+            dest.finish(plan)
+            print(f"{config.dest}: {len(names)} latents of {'x'.join(map(str, shape))} by {record.vae}")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def _processes() -> "PartialState":
+    """This process among those of torchrun or accelerate launch."""
+    from accelerate import PartialState
+
+    # They meet again at the end alone, and that of the slowest may be hours after that of the quickest.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} process(es) run; start with torchrun"
+        )
+    return state

@@ -1,0 +1,85 @@
+"""The published transforms, to the pixel."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+from common.errors import UserError
+
+Transform = Callable[[np.ndarray], np.ndarray | None]  # uint8 (h, w, 3) → uint8 (H, W, 3), or None: left out
+
+
+def parse_resolution(text: str | None) -> tuple[int, int] | None:
+    """`256x256` → (width, height)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
+    if not match or 0 in (size := (int(match[1]), int(match[2]))):
+        raise UserError(f"--resolution {text}: must be WIDTHxHEIGHT in pixels, e.g. 256x256")
+    return size
+
+
+def make_transform(name: str, size: tuple[int, int] | None) -> Transform:
+    """The transform `name` to `size` = (width, height); `UserError` for a size that it cannot make square, of a power of two."""
+    if size is None:
+        if name != "none":
+            raise UserError(f"--transform {name}: needs --resolution, e.g. 256x256")
+        return unchanged
+    width, height = size
+    if width & (width - 1):
+        raise UserError(f"--resolution {width}x{height}: the width must be a power of two")
+    if name == "center-crop-wide":
+        if height > width:
+            raise UserError(f"--resolution {width}x{height}: center-crop-wide needs a height of at most the width")
+        return partial(center_crop_wide, width=width, height=height)
+    if width != height:
+        raise UserError(f"--resolution {width}x{height}: must be square (only center-crop-wide pads to a square)")
+    if name == "center-crop-dhariwal":
+        return partial(center_crop_dhariwal, side=width)
+    if name == "center-crop":
+        return partial(center_crop, width=width, height=height)
+    return partial(resize, width=width, height=height)
+
+
+def unchanged(image: np.ndarray) -> np.ndarray:
+    return image
+
+
+def resize(image: np.ndarray, width: int, height: int, filter: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+    """uint8 (h, w, 3) → (height, width, 3); an image of that size already stays as it is."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), filter))
+
+
+def center_crop(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The largest central square, Lanczos to width × height."""
+    h, w = image.shape[:2]
+    c = min(h, w)
+    return resize(image[(h - c) // 2 : (h + c) // 2, (w - c) // 2 : (w + c) // 2], width, height)
+
+
+def center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
+    """Cropped above and below to width : height, Lanczos, on a black square of side `width`; None where it is too small."""
+    h, w = image.shape[:2]
+    crop = round(width * h / w)
+    if w < width or crop < height:
+        return None
+    canvas = np.zeros((width, width, 3), dtype=np.uint8)
+    top = (width - height) // 2
+    canvas[top : top + height] = resize(image[(h - crop) // 2 : (h + crop) // 2], width, height)
+    return canvas
+
+
+def center_crop_dhariwal(image: np.ndarray, side: int) -> np.ndarray:
+    """ADM's crop: halved by a box filter while at least twice too large, bicubic to a short side of `side`, central square."""
+    while min(image.shape[:2]) >= 2 * side:
+        image = resize(image, image.shape[1] // 2, image.shape[0] // 2, Image.Resampling.BOX)
+    h, w = image.shape[:2]
+    short = min(h, w)
+    image = resize(image, round(w * side / short), round(h * side / short), Image.Resampling.BICUBIC)
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    return image[top : top + side, left : left + side]

@@ -1,0 +1,65 @@
+"""Checks of sampling options; they change nothing and raise `UserError`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import models
+from common.errors import UserError
+from models.elit import budget_to_k
+from samplers import BudgetSchedule, check_schedule, parse_budget
+from sampling.session import Options
+
+
+def check_sampler(config: Options) -> None:
+    """Refuse a sampler that does not exist."""
+    if config.heun and config.mode == "sde":
+        raise UserError("--heun: Heun's correction belongs to --mode ode")
+    if models.model_spec(config.model).staged:
+        if config.heun or config.mode == "sde":
+            option = "--heun" if config.heun else "--mode sde"
+            raise UserError(f"{option}: {config.model} is sampled stage by stage with Euler steps; it has neither Heun nor SDE")
+        check_schedule(config.num_steps_per_scale, config.stage_sampling_thresholds, config.stages_count)
+
+
+def check_elit(config: Options) -> None:
+    """Refuse a model without budgets."""
+    if not models.model_spec(config.model).elastic:
+        raise UserError(f"--ckpt {config.ckpt}: holds a {config.model}, which has no budget; only ELIT models do")
+
+
+def check_labels(config: Options, option: str, labels: Sequence[int]) -> None:
+    """Refuse class ids that the model does not know."""
+    for label in labels:
+        if label >= config.num_classes:
+            raise UserError(f"{option} {label}: class ids of this model lie below {config.num_classes}")
+
+
+def check_budget(config: Options, option: str, value: str | float | None) -> None:
+    """Refuse a budget, or a schedule of budgets, that the model cannot run at."""
+    if value is None:
+        return
+    if not models.model_spec(config.model).elastic:
+        raise UserError(f"{option} {value}: {config.model} has no budget; only ELIT models do")
+    J = config.elit_group_size**2
+    try:
+        budget = parse_budget(value)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
+    for piece in [b for b, *_ in budget.pieces] if isinstance(budget, BudgetSchedule) else [budget]:
+        try:
+            budget_to_k(piece, J)
+        except UserError as error:
+            raise UserError(f"{option}: {error}; valid values: {', '.join(f'{b:g}' for b in all_budgets(J))}") from None
+
+
+def check_folder(option: str, folder: str | Path) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{option} {folder}: cannot write there: {there} is no folder that can be written to")
+
+
+def all_budgets(J: int) -> list[float]:
+    """Every budget of a model with J latents per group: k/J, k = 1 … J."""
+    return [k / J for k in range(1, J + 1)]

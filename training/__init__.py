@@ -1,0 +1,1 @@
+"""The training run and its parts."""

@@ -1,0 +1,238 @@
+"""`train.py --plan`: prints and checks what a run would do, cost and need.
+
+Nothing here needs an accelerator or the memory of the model: costs are counted on the meta device and on fake tensors.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoint import reading
+from checkpoint.init_from import init_from
+from common.errors import UserError
+from config.options import TrainConfig
+from models.costs import mean_forward_flops, projector_flops
+from models.encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
+from models.vae import SD_VAE, load_vae
+from training.memory import activation_bytes, format_gib, state_bytes
+from training.setup import RunData, build_model, check_run_folder, open_data, token_grid, trained_budgets
+
+SAMPLES_READ = 64  # by --plan, evenly spread
+
+
+def encoder_flops(encoder: TargetEncoder) -> int:
+    """FLOPs of one image's features; the encoder is on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        encoder.features(torch.empty(1, 3, encoder.side, encoder.side, device="meta"))
+    return counter.get_total_flops()
+
+
+class Plan:
+    """`train.py --plan`: the account of a run and every mistake in it, found without training or writing anything."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.processes = config.plan_processes or int(os.environ.get("WORLD_SIZE", 1))
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self.data: RunData | None = None
+        self.record = SD_VAE  # where the data do not tell
+        self.encoders: list[TargetEncoder] = []
+        with self.checked():
+            self.data = open_data(config, self.processes)
+            self.record = self.data.record
+        with self.checked():
+            names = encoder_names(config.enc_type, config.proj_coeff)
+            self.encoders = describe_encoders(names, config.resolution, token_grid(config, self.record))
+        self.budgets = trained_budgets(config)
+        with torch.device("meta"):
+            self.model = build_model(config, self.record, [e.z_dim for e in self.encoders])
+
+    @contextlib.contextmanager
+    def checked(self) -> Iterator[None]:
+        """A mistake met inside is kept, and the plan goes on."""
+        try:
+            yield
+        except UserError as error:
+            self.errors.append(str(error))
+
+    def say(self, title: str, text: str) -> None:
+        self.lines.append(f"{title:<12}{text}")
+
+    def run(self) -> str:
+        """The whole account, as text. Raises UserError, after printing it, if the run could not be carried out."""
+        self.describe_model()
+        self.describe_data()
+        self.describe_memory()
+        self.describe_outputs()
+        self.describe_parts()
+        print("\n".join(self.lines), flush=True)
+        if self.errors:
+            raise UserError("; also: ".join(self.errors))
+        return "\n".join(self.lines)
+
+    def describe_model(self) -> None:
+        config, model = self.config, self.model
+        parameters = sum(p.numel() for p in model.parameters())
+        budgets = ""
+        if self.budgets != [None]:
+            few = [f"{b:g}" for b in self.budgets]
+            budgets = f", trained at budget{'s' * (len(few) > 1)} {' … '.join(dict.fromkeys([few[0], few[-1]]))}"
+        self.say("model", f"{config.model}: {parameters:,} parameters, {math.prod(model.grid_size)} tokens{budgets}")
+        images = config.batch_size * config.gradient_accumulation_steps
+        forward = mean_forward_flops(model, self.budgets) + projector_flops(model)
+        self.flops = 3 * forward * images  # the backward pass is two forwards
+        text = f"{_tera(self.flops)} TFLOPs per iteration, forward and backward of {images} images"
+        if self.encoders:
+            targets = images * sum(encoder_flops(e) for e in self.encoders)
+            self.flops += targets
+            text += f", {_tera(targets)} of them in the encoders"
+        self.say("compute", text)
+
+    def describe_data(self) -> None:
+        config, data = self.config, self.data
+        if config.batch_size % self.processes == 0:
+            images, local = config.batch_size * config.gradient_accumulation_steps, config.batch_size // self.processes
+            self.say("batch", f"{images} = {self.processes} processes × {local} × {config.gradient_accumulation_steps}")
+        if data is None:
+            return
+        C, h, w = self.record.latent_channels, *data.dataset.shape[1:]
+        with self.checked():
+            count = len(data.dataset)
+            for i in np.linspace(0, count - 1, min(count, SAMPLES_READ)).astype(int).tolist():
+                data.dataset[i]
+        classes = "unlabelled" if data.dataset.labels is None else f"{len(np.unique(data.dataset.labels))} classes"
+        images = " and images" if self.encoders else ""
+        self.say(
+            "data", f"{config.data_dir}: {count:,} samples, {classes}; latents {C} × {h} × {w} of {self.record.vae}{images}"
+        )
+        if data.held_out is not None:
+            self.say("held out", f"{config.val_data_dir}: {len(data.held_out):,} samples")
+        per_epoch = data.steps_per_epoch / config.gradient_accumulation_steps
+        epochs = data.total_steps / per_epoch
+        self.say("steps", f"{data.total_steps:,} at {per_epoch:,.6g} per epoch: {epochs:,.4g} epochs")
+        if config.plan_tflops:
+            seconds = self.flops * data.total_steps / (config.plan_tflops * 1e12 * self.processes)
+            each = self.flops / (config.plan_tflops * 1e12 * self.processes)
+            rate = config.batch_size * config.gradient_accumulation_steps / each
+            self.say(
+                "time",
+                f"{_duration(seconds)} at {config.plan_tflops:g} TFLOP/s per process: {each:.3g} s per step, {rate:,.0f} images/s",
+            )
+        else:
+            self.say("time", "--plan-tflops N tells it for N TFLOP/s per process")
+
+    def describe_memory(self) -> None:
+        config = self.config
+        state = state_bytes(self.model, len(config.ema_decay))
+        local = max(1, config.batch_size // self.processes)
+        ends = sorted(set(self.budgets[:1] + self.budgets[-1:]), key=lambda b: -(b or 1))
+        activations = [activation_bytes(config, self.record, self.encoders, local, b) for b in ends]
+        encoders = sum(p.numel() * p.element_size() for e in self.encoders for p in e.parameters())
+        total = state.weights + state.gradients + state.optimizer + state.ema + activations[0] + encoders
+        self.say(
+            "memory",
+            f"{format_gib(total)} per process and {local} images, {config.mixed_precision}; kernels' workspace not counted",
+        )
+        names = {"weights": state.weights, "gradients": state.gradients, "AdamW": state.optimizer, "EMA": state.ema}
+        if encoders:
+            names["encoders"] = encoders
+        for name, size in names.items():
+            self.say("", f"{name:<12}{format_gib(size)}")
+        at = [
+            f"{format_gib(size)}{'' if b is None else f' at budget {b:g}'}" for b, size in zip(ends, activations, strict=True)
+        ]
+        self.say("", f"{'activations':<12}{', '.join(at)}")
+        if torch.cuda.is_available():
+            available = torch.cuda.get_device_properties(0).total_memory
+            if total > available:
+                self.errors.append(
+                    f"--batch-size {config.batch_size}: {format_gib(total)} per process, but {torch.cuda.get_device_name(0)} has {format_gib(available)}"
+                )
+        self.checkpoint_bytes = state.weights + state.optimizer + state.ema
+
+    def describe_outputs(self) -> None:
+        config = self.config
+        run_dir = Path(config.output_dir) / config.exp_name
+        steps: list[int] = []
+        with self.checked():
+            steps = check_run_folder(config)
+        begin = ""
+        if steps and config.resume_step:
+            begin = f", goes on from step {steps[-1] if config.resume_step == -1 else config.resume_step}"
+        existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                free = shutil.disk_usage(existing).free
+        except OSError as error:
+            self.errors.append(f"--output-dir {config.output_dir}: cannot write {existing}: {error.strerror}")
+            return
+        text = f"{run_dir}{begin}"
+        if self.data is not None:
+            count = self.checkpoints_kept(self.data.total_steps)
+            need = count * self.checkpoint_bytes
+            text += (
+                f": {count} checkpoints of {format_gib(self.checkpoint_bytes)} = {format_gib(need)}; {format_gib(free)} free"
+            )
+            if need > free:
+                self.errors.append(
+                    f"--output-dir {config.output_dir}: {count} checkpoints of {format_gib(self.checkpoint_bytes)} need {format_gib(need)}, but {format_gib(free)} are free (--checkpointing-steps, --keep-last)"
+                )
+        self.say("outputs", text)
+
+    def checkpoints_kept(self, total_steps: int) -> int:
+        """The most that lie in the folder at one time: by --keep-last and --keep-every, and the one being written."""
+        config = self.config
+        steps = [*range(config.checkpointing_steps, total_steps, config.checkpointing_steps), total_steps]
+        if not config.keep_last:
+            return len(steps)
+        old = steps[: -config.keep_last]
+        return min(len(steps), config.keep_last + 1 + sum(config.keep_every > 0 and s % config.keep_every == 0 for s in old))
+
+    def describe_parts(self) -> None:
+        """What a run uses beside the data: the VAE of its pictures, REPA's encoders, the checkpoint that it starts from."""
+        config = self.config
+        if config.sampling_steps:
+            name = config.vae or self.record.vae
+            try:
+                load_vae(name, expected=self.record)
+                self.say("pictures", f"every {config.sampling_steps:,} steps, by the VAE {name}")
+            except UserError as error:
+                if config.vae:
+                    self.errors.append(str(error))
+                else:
+                    self.say("pictures", f"none: {error}")
+        if self.encoders:
+            with self.checked():
+                names = [e.name for e in self.encoders]
+                load_encoders(names, config.resolution, self.model.grid_size, config.encoder_weights)
+                sides = ", ".join(f"{e.name} at {e.side} px" for e in self.encoders)
+                self.say("REPA", f"{sides}; weight {config.proj_coeff:g}")
+        if config.init_from:
+            with self.checked():
+                found = reading.read_weights(
+                    config.init_from, given={"resolution": config.resolution}, projectors=bool(self.encoders)
+                )
+                found.check()
+                made = init_from(found, self.model, dataclasses.asdict(config), config.init_from)
+                self.lines.append(made.summary())
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:.1f}" if flops >= 1e13 else f"{flops / 1e12:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

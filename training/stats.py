@@ -1,0 +1,112 @@
+"""What training measures: losses and gradients, summed on the device until a line is logged, and speed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TENTHS = 10  # intervals of t whose losses are told apart
+
+
+# TFLOP/s that matrix products can reach, without sparsity: 16 bits, float32 as TF32. By a part of the device's name.
+PEAKS = {
+    "B200": (2250, 1100),
+    "H200": (989, 494),
+    "H100 PCIe": (756, 378),
+    "H100 NVL": (835, 417),
+    "H100": (989, 494),
+    "A100": (312, 156),
+    "A10G": (70, 35),
+    "A40": (150, 75),
+    "L40S": (362, 183),
+    "L4": (121, 60),
+    "V100": (125, None),
+    "A6000": (155, 77),
+    "RTX 4090": (165, 83),
+    "RTX 3090": (71, 36),
+}
+
+
+def peak_tflops(device: torch.device, mixed_precision: str, allow_tf32: bool) -> float | None:
+    """TFLOP/s that one such device could reach in this precision; `None` where it is not known."""
+    if device.type != "cuda" or (mixed_precision == "no" and not allow_tf32):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((half if mixed_precision != "no" else tf32 for part, (half, tf32) in PEAKS.items() if part in name), None)
+
+
+class TrainingStats:
+    """Sums on the device since the last line: losses of all images, by tenth of t, and by kind of forward; gradient norms.
+
+    Values that are not finite are left out of all means. A step whose gradient is not finite counts as skipped.
+
+    Args:
+        names: of the loss of all images and of each kind of forward, e.g. ["loss", "loss_budget_0.5", "loss_budget_1"].
+    """
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names = [*(f"loss_t{i}" for i in range(TENTHS)), *names]
+        self.tenths = torch.arange(TENTHS, device=device)
+        self.losses = torch.zeros(len(self.names), 2, device=device)  # (sum, count) of the process's own images
+        self.norms = torch.zeros(2, device=device)  # (sum, count)
+        self.skipped = torch.zeros((), device=device)  # in the whole run
+        self.streak = torch.zeros((), device=device)  # skipped in a row, up to now
+        self.longest = torch.zeros((), device=device)  # in a row, since the last line
+        self.since = torch.zeros((), device=device)  # steps since the one before the longest row
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, t: Tensor, kind: str = "loss") -> None:
+        """Losses (B,) at times t (B,) of one forward, of the kind with this name."""
+        finite = losses.isfinite()
+        sums = torch.stack([torch.where(finite, losses, 0), finite.to(losses.dtype)], dim=1)  # (B, 2)
+        inside = (t[:, None] * TENTHS).floor().clamp(max=TENTHS - 1) == self.tenths  # (B, TENTHS)
+        self.losses[:TENTHS] += (inside[:, :, None] * sums[:, None]).sum(dim=0)
+        for name in {"loss", kind}:
+            self.losses[self.names.index(name)] += sums.sum(dim=0)
+
+    @torch.no_grad()
+    def add_mean(self, name: str, value: Tensor) -> None:
+        """A scalar of one forward that is a mean over its images already."""
+        finite = value.isfinite()
+        self.losses[self.names.index(name)] += torch.stack([torch.where(finite, value, 0), finite.to(value.dtype)])
+
+    @torch.no_grad()
+    def step(self, norm: Tensor) -> Tensor:
+        """Take note of an optimizer step's gradient norm; 1.0 where it is not finite and the step is to be skipped, else 0.0."""
+        skip = (~norm.isfinite()).float()
+        self.norms += torch.stack([torch.where(skip > 0, 0, norm), 1 - skip])
+        self.skipped += skip
+        self.streak = (self.streak + 1) * skip
+        self.since = torch.where(self.streak > self.longest, self.streak, self.since + 1)
+        self.longest = torch.maximum(self.longest, self.streak)
+        return skip
+
+    def gather(self, accelerator) -> None:
+        """Bring the sums of all processes to the main one."""
+        self.losses = accelerator.reduce(self.losses, reduction="sum")
+        if not accelerator.is_main_process:
+            self.losses.zero_()
+
+    def read(self, accelerator) -> dict[str, float | None]:
+        """The means since the last line, of all processes, and start anew; waits for the device."""
+        self.losses = accelerator.reduce(self.losses, reduction="sum")
+        read = torch.cat([self.losses.flatten(), self.norms, self.skipped[None], self.longest[None], self.since[None]])
+        values = read.tolist()
+        sums, counts = values[: 2 * len(self.names) : 2], values[1 : 2 * len(self.names) : 2]
+        means = {name: s / n for name, s, n in zip(self.names, sums, counts, strict=True) if n}
+        norm, steps, skipped, longest, since = values[2 * len(self.names) :]
+        for sum_ in (self.losses, self.norms, self.longest):
+            sum_.zero_()
+        skips = {"skipped": skipped, "longest": longest, "since": since}
+        return {"loss": None, **means, "grad_norm": norm / steps if steps else None, **skips}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint, after `gather`."""
+        names = ("losses", "norms", "skipped", "streak", "longest", "since")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any], main: bool) -> None:
+        """Go on from `state_dict`; the processes' common sums go to the main one."""
+        for name, value in state.items():
+            if name != "losses" or (main and value.shape == self.losses.shape):
+                getattr(self, name).copy_(value)
