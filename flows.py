@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 Shape = Sequence[int]
-State = Tensor | list[Tensor]
+State = TypeVar("State", Tensor, list[Tensor])
 OnStage = Callable[[int, Tensor], None]  # (stage, the latents (B, C, h_s, w_s) of the image up to that stage)
 
 
@@ -72,7 +72,7 @@ class FlowLoss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Flow(ABC):
+class Flow(ABC, Generic[State]):
     """A flow and its options, which have the names of the command line's.
 
     Attributes:
@@ -234,7 +234,7 @@ class Flow(ABC):
         """Latents x (B, C, h, w) on their way to `noise`, all of a state at times t (B,): the state, and its times for the model."""
 
 
-class FlowMatching(Flow):
+class FlowMatching(Flow[Tensor]):
     """Plain flow matching: one state of the latents' shape, one time."""
 
     @override
@@ -278,8 +278,7 @@ class FlowMatching(Flow):
         return euler_sampler(model, noise, y, heun=self.heun, **options)
 
     @override
-    def latents(self, state: State) -> Tensor:
-        assert isinstance(state, Tensor)
+    def latents(self, state: Tensor) -> Tensor:
         return state
 
     @override
@@ -287,20 +286,20 @@ class FlowMatching(Flow):
         return [(t,) for t in evaluation_times(self.num_steps, self.mode, self.heun, self.time_shift)]
 
     @override
-    def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
+    def forward(self, model: nn.Module, noise: Tensor, y: Condition, budget: float | None) -> None:
         model(noise, torch.full((len(noise),), 0.5, device=noise[0].device), y, inference_budget=budget)
 
     @override
-    def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
-        guided_velocity(model, self.latents(noise).double(), *times, y, guidance)
+    def evaluate(self, model: nn.Module, noise: Tensor, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
+        guided_velocity(model, noise.double(), times[0], y, guidance)
 
     @override
-    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[Tensor, Tensor]:
-        return interpolate(x, self.latents(noise), t, self.path_type)[0], t
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return interpolate(x, noise, t, self.path_type)[0], t
 
 
 @dataclass(frozen=True)
-class DFM(Flow):
+class DFM(Flow[list[Tensor]]):
     """Decomposable flow matching: a state of S stages of a Laplacian pyramid, each with a time of its own.
 
     Attributes:
@@ -398,16 +397,16 @@ class DFM(Flow):
         )
 
     @override
-    def latents(self, state: State) -> Tensor:
+    def latents(self, state: list[Tensor]) -> Tensor:
         return recompose(state)
 
-    @override
     @property
+    @override
     def num_views(self) -> int:
         return self.stages_count + 1
 
     @override
-    def views(self, vae: "AutoencoderKL", state: State) -> Tensor:
+    def views(self, vae: "AutoencoderKL", state: list[Tensor]) -> Tensor:
         return decode_stages(vae, state)
 
     @override
@@ -415,8 +414,8 @@ class DFM(Flow):
         last = self.stages_count - 1
         return {s: resolution // 2 ** (last - s) for s in range(last)}
 
-    @override
     @property
+    @override
     def total_steps(self) -> int:
         return sum(self.num_steps_per_scale)
 
@@ -426,17 +425,19 @@ class DFM(Flow):
         return [times[: phase.active_stage + 1] for phase in phases for times in phase.times[:-1]]
 
     @override
-    def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
+    def forward(self, model: nn.Module, noise: list[Tensor], y: Condition, budget: float | None) -> None:
         t = torch.full((len(noise[0]), len(noise)), 0.5, device=noise[0].device)
         model(noise, t, y, inference_budget=budget)
 
     @override
-    def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
+    def evaluate(
+        self, model: nn.Module, noise: list[Tensor], times: tuple[float, ...], y: Condition, guidance: Guidance
+    ) -> None:
         waiting = (1.0,) * (len(noise) - len(times))
         guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, guidance)
 
     @override
-    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[list[Tensor], Tensor]:
+    def noised(self, x: Tensor, noise: list[Tensor], t: Tensor) -> tuple[list[Tensor], Tensor]:
         pairs = zip(decompose(x, len(noise)), noise, strict=True)
         return [interpolate(*pair, t, self.path_type)[0] for pair in pairs], t[:, None].expand(-1, len(noise))
 
