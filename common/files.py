@@ -284,8 +284,7 @@ class FolderLock:
             warn(f"{path}: this file system has no locks ({error.strerror}): nothing keeps a second run out of {folder}")
             self._file = path.open("a")
         if self._file is None:
-            owner = path.read_text().strip() if path.is_file() else ""
-            raise Busy(f"{folder}: another run is writing there{owner and f' ({owner})'}; wait for its end")
+            raise Busy(f"{folder}: another run is writing there{_owner(path)}; wait for its end")
         with contextlib.suppress(OSError):  # a full disk
             os.truncate(self._file.fileno(), 0)
             os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -294,9 +293,18 @@ class FolderLock:
         """Give it up, and leave nothing of it: a folder that was made for it goes where it is empty."""
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
-            self._file.close()
+        self._file.close()
+        with contextlib.suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
+
+
+def _owner(path: Path) -> str:
+    """` (process … on …)` as a lock file says it; an empty text where it does not."""
+    with contextlib.suppress(OSError, ValueError):
+        if text := path.read_text()[:200].strip():
+            return f" ({text})"
+    return ""
 
 
 class Unfinished:
