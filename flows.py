@@ -38,7 +38,7 @@ from samplers import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 Shape = Sequence[int]
 State = TypeVar("State", Tensor, list[Tensor])
@@ -102,8 +102,7 @@ class Flow(ABC, Generic[State]):
 
     def check_sampling(self) -> None:
         """Raise UserError for options that the flow cannot be sampled with."""
-        if self.heun and self.mode == "sde":
-            raise UserError("--heun: Heun's correction belongs to --mode ode")
+        check_sampler(self.mode, self.heun)
 
     # ----------------------------------------------------------------------------------------------- training
 
@@ -230,8 +229,8 @@ class Flow(ABC, Generic[State]):
         """One velocity evaluation, to be timed, guidance included; times: an entry of `evaluations`."""
 
     @abstractmethod
-    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
-        """Latents x (B, C, h, w) on their way to `noise`, all of a state at times t (B,): the state, and its times for the model."""
+    def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
+        """Latents x (B, C, h, w) on the way to `noise`, every part at times t (B,): the state in the model's dtype, and its times."""
 
 
 class FlowMatching(Flow[Tensor]):
@@ -294,8 +293,8 @@ class FlowMatching(Flow[Tensor]):
         guided_velocity(model, noise.double(), times[0], y, guidance)
 
     @override
-    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return interpolate(x, noise, t, self.path_type)[0], t
+    def noised(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return interpolate(x, noise, t, self.path_type)[0].to(next(model.parameters()).dtype), t
 
 
 @dataclass(frozen=True)
@@ -437,9 +436,11 @@ class DFM(Flow[list[Tensor]]):
         guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, guidance)
 
     @override
-    def noised(self, x: Tensor, noise: list[Tensor], t: Tensor) -> tuple[list[Tensor], Tensor]:
+    def noised(self, model: nn.Module, x: Tensor, noise: list[Tensor], t: Tensor) -> tuple[list[Tensor], Tensor]:
+        dtype = next(model.parameters()).dtype
         pairs = zip(decompose(x, len(noise)), noise, strict=True)
-        return [interpolate(*pair, t, self.path_type)[0] for pair in pairs], t[:, None].expand(-1, len(noise))
+        state = [interpolate(*pair, t, self.path_type)[0].to(dtype) for pair in pairs]
+        return state, t[:, None].expand(-1, len(noise))
 
 
 FLOWS: dict[str, type[Flow]] = {"flow matching": FlowMatching, "DFM": DFM}  # by the attribute `flow` of a model's class
@@ -454,6 +455,12 @@ def flow_of(options: Any, **changes: Any) -> Flow:
     flow = FLOWS[models.model_spec(options.model).constructor.flow]
     names = [f.name for f in dataclasses.fields(flow)]
     return flow(**{name: getattr(options, name) for name in names if hasattr(options, name)} | changes)
+
+
+def check_sampler(mode: str, heun: bool) -> None:
+    """Raise UserError for a sampler that no flow has."""
+    if heun and mode == "sde":
+        raise UserError("--heun: Heun's correction belongs to --mode ode")
 
 
 def _to_device(y: Condition, device: torch.device) -> Condition:

@@ -56,12 +56,12 @@ class BudgetSchedule(NamedTuple):
         return ",".join(f"{budget}@{start}-{end}" for budget, start, end in self.pieces)
 
 
-def parse_budget(text: str | None) -> "float | BudgetSchedule | None":
+def parse_budget(text: str | float | None) -> "float | BudgetSchedule | None":
     """`None`, a number, or a schedule as text → what samplers take. Raises UserError for anything else."""
     if text is None:
         return None
     if "@" in str(text):
-        return BudgetSchedule.parse(text)
+        return BudgetSchedule.parse(str(text))
     try:
         return float(text)
     except ValueError:
