@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 
@@ -30,6 +28,7 @@ def labelled_grid(
     fontsize: float = 9,
 ) -> None:
     """PNG of uint8 images (rows, columns, H, W, 3) with a label at each row and column; `inches`: width of an image."""
+    from matplotlib.figure import Figure
 
     rows, columns, height, width, _ = images.shape
     head = 0.3 + 0.022 * fontsize * max(label.count("\n") + 1 for label in column_labels)
@@ -67,6 +66,8 @@ def line_plot(
     `spread`: lower and upper bound of a band around it. `points`: single points of their own, by label. `level`: a
     named horizontal line. `from_zero`: the y axis starts at 0. An axis of integers gets no ticks between them.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 4), dpi=160, layout="constrained")
     axis = _plain_axis(figure.subplots(), xlabel, ylabel, title)
@@ -88,6 +89,7 @@ def line_plot(
 
 def bar_plot(path: str | Path, bars: dict[str, float], *, ylabel: str, title: str = "") -> None:
     """PNG of one bar for each name, with its value and, from the second on, its difference from the first in percent."""
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4), dpi=160, layout="constrained")
     axis = _plain_axis(figure.subplots(), "", ylabel, title)
@@ -111,6 +113,7 @@ def attention_maps(
         windows: (columns, g, g), the same, of a single group.
         names: what each column is.
     """
+    from matplotlib.figure import Figure
 
     rows, columns = maps.shape[:2]
     height, width = images.shape[1:3]
