@@ -11,6 +11,7 @@ given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The o
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -59,6 +60,8 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
         names = [config.weights or "ema"]
     else:
         names = [config.weights] if config.weights else list(look(source).sets)
+    if not names:
+        raise UserError(f"{config.source}: holds no weights")
     sets: dict[str, weights.Weights] = {}
     checksum = None
     for name in names:
@@ -104,6 +107,12 @@ def _compact(tensor: Tensor) -> Tensor:
     """The tensor, contiguous, in a storage of its own size: a view would carry all of its storage into the file."""
     fits = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if fits else tensor.clone().contiguous()
+
+
+def _tensors(values: Any) -> dict[str, Tensor]:
+    """Those among the entries of a state dict."""
+    entries = values.items() if isinstance(values, dict) else ()
+    return {k: v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 if __name__ == "__main__":
