@@ -76,10 +76,10 @@ class Trainer:
         self._load_data()
         local = config.batch_size // accelerator.num_processes
         self.places = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-        self._build_model()
         setup.check_run_folder(config)
         self.lock = self._lock_folder(preemption)
         try:
+            self._build_model()
             state, started = self._open_run()
             self._optimize(state)
             self._prepare_pictures()
@@ -122,7 +122,7 @@ class Trainer:
     def _lock_folder(self, preemption: Preemption | None) -> FolderLock | None:
         """Keep other runs out of the run folder, or wait for the end of the one in it. Rank 0 has the lock and tells the others.
 
-        Nothing was read from the folder before, nor written or deleted.
+        Nothing was loaded from the folder before, nor written or deleted there.
         """
         config, lock, is_waiting = self.config, None, False
         deadline = time.monotonic() + 60 * config.wait_for_lock

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from numerics import randomize
 from runs import refused
 from torch.distributed.run import get_args_parser
 
@@ -21,7 +21,7 @@ from experiments_updated import digit_classifier, quickstart_guidance
 from models.elit import budget_to_k, mask_levels, mask_to_budget
 from sampling import cost as cost_module
 
-ROOT = Path(__file__).parent.parent / "experiments_updated"
+ROOT = Path(__file__).resolve().parents[2] / "experiments_updated"
 TRAIN = sorted(p for p in (ROOT / "train").glob("*.yaml") if not p.stem.startswith("quickstart"))
 GENERATION = sorted(p for p in (ROOT / "generation").glob("*.yaml") if not p.stem.startswith("quickstart"))
 

@@ -10,9 +10,9 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from runs import CLASSES, RESOLUTION, make_latents, make_vae
-from test_train import arguments, assert_same_tensors, final_state, fresh_accelerate, metrics  # noqa: F401
+from encoder_runs import TINY, make_images, random_vit, repa, uint8_images
+from runs import CLASSES, make_latents, make_vae
+from training_runs import arguments, assert_same_tensors, final_state, metrics
 
 import train
 from checkpoint import reading
@@ -23,31 +23,9 @@ from models.encoders import ENCODERS, Target, describe_encoders, encoder_names, 
 from randomness import epoch_order, training_draws
 
 COUNT = 16
-TINY = "timm/vit_tiny_patch16_224"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-def random_vit(name, **options):
-    """A ViT of timm with random weights of a size at which every part shows."""
-    import_torchvision()
-    import timm
-
-    vit = timm.create_model(name, num_classes=0, **options)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in vit.named_parameters():
-            small = 0.5 if parameter.dim() < 2 or "embed" in key or "token" in key else parameter.shape[-1] ** -0.5
-            parameter.copy_(small * torch.randn_like(parameter) + (parameter.dim() == 1 and key.endswith(("weight", "gamma"))))
-    return vit
-
-
-@pytest.fixture(scope="module")
-def tiny_weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("encoder") / "tiny.pt"
-    torch.save(random_vit("vit_tiny_patch16_224").state_dict(), path)
-    return path
 
 
 def reference(state, images, side, *, patch, heads, stats, last_norm, eps=1e-6, quick_gelu=False, no_embed_class=False):
@@ -88,10 +66,6 @@ def reference(state, images, side, *, patch, heads, stats, last_norm, eps=1e-6, 
         h = h * torch.sigmoid(1.702 * h) if quick_gelu else F.gelu(h)
         x = x + linear(h, b + "mlp.fc2") * w.get(b + "ls2.gamma", 1)
     return (norm(x, "norm") if last_norm else x)[:, sum(len(p) for p in prefix) :]
-
-
-def uint8_images(count, side, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, side, side), dtype=np.uint8))
 
 
 FAMILIES = [  # sides of a 4 × 4 grid for 64-px images
@@ -233,24 +207,11 @@ def test_encoders_that_do_not_fit_are_refused(name, words):
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def make_images(data_dir, count=COUNT):
-    folder = data_dir / "images" / "00000"
-    folder.mkdir(parents=True)
-    images = uint8_images(count, RESOLUTION, seed=7)
-    for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"img{i:08d}.png")
-    return images
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     path = make_latents(folder / "set", COUNT, make_vae(folder / "vae"))
     return SimpleNamespace(path=path, images=make_images(path))
-
-
-def repa(*weights, enc_type=TINY):
-    return "--enc-type", enc_type, "--proj-coeff", 0.5, "--encoder-weights", *weights
 
 
 def test_training_with_repa(data, tiny_weights, tmp_path):

@@ -14,7 +14,7 @@ from common.torchvision_shim import import_torchvision
 from models.vae import SD_VAE, VAERecord, decode, encode_moments, load_vae, sample_latents, to_uint8
 from preprocessing import demo
 
-QUICKSTART = Path(__file__).parent.parent / "experiments_updated" / "quickstart_vae"
+QUICKSTART = Path(__file__).resolve().parents[2] / "experiments_updated" / "quickstart_vae"
 RECORD = {
     "vae": "a/b",
     "sha256": "0f",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent.parent / "golden_backbones"
+FOLDER = Path(__file__).resolve().parents[1] / "golden_backbones"
 
 
 @functools.cache

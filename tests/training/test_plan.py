@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import runs
 import torch
+from encoder_runs import TINY, make_images, repa
 from runs import CLASSES, RESOLUTION, make_checkpoint, make_latents, make_vae
-from test_encoders import TINY, make_images, repa, tiny_weights  # noqa: F401
-from test_train import arguments, fresh_accelerate  # noqa: F401
 from torch.autograd.graph import saved_tensors_hooks
+from training_runs import arguments
 
 import models
 import train
@@ -135,7 +135,7 @@ def kept_by_autograd(config, encoders, batch_size, budget):
         (("--model", "ELIT-SiT-Ti/2", "--enc-type", TINY, "--proj-coeff", 0.5), 0.5),
     ],
 )
-def test_activations_are_those_that_autograd_keeps(options, budget, tiny_weights):  # noqa: F811
+def test_activations_are_those_that_autograd_keeps(options, budget, tiny_weights):
     config = config_of(
         "--resolution", RESOLUTION, "--num-classes", CLASSES, "--elit-group-size", 2, "--mixed-precision", "no", *options
     )
@@ -231,7 +231,7 @@ def test_a_missing_vae_of_the_data_is_said_and_a_broken_sample_found(data, tmp_p
     assert "00000011.npy" in runs.refused(train.main, capsys, arguments(gone, tmp_path / "out", "--plan"))
 
 
-def test_repa_and_init_from_are_in_the_plan(data, tmp_path, capsys, tiny_weights):  # noqa: F811
+def test_repa_and_init_from_are_in_the_plan(data, tmp_path, capsys, tiny_weights):
     sit = make_checkpoint(tmp_path / "sit.pt", RECORD, model="SiT-Ti/2")
     out = account_of(capsys, *arguments(data, tmp_path / "out", "--plan", *repa(tiny_weights), "--init-from", sit))
     assert f"REPA        {TINY} at 64 px; weight 0.5" in out and "in the encoders" in out

@@ -10,20 +10,20 @@ import signal
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from reference import pyramid
-from runs import CLASSES, RESOLUTION, command_line, environment, launch, make_latents, make_vae
+from runs import RESOLUTION, command_line, environment, launch, make_latents, make_vae, reset_accelerate
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import arguments, assert_same_tensors, final_state, metrics
 
 import train
 from checkpoint import training_state
-from common import tensor_files
 from config.options import TrainConfig
 from data.dataset import LatentDataset
 from loss import active_stage
@@ -35,55 +35,10 @@ from training.optim import learning_rate_factor
 COUNT = 24
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps process-wide state; each run in this process starts anew."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     return make_latents(folder / "set", COUNT, make_vae(folder / "vae"))
-
-
-def arguments(data, output_dir, *more, model="ELIT-SiT-Ti/2"):
-    options = {
-        "model": model,
-        "exp-name": "run",
-        "output-dir": output_dir,
-        "data-dir": data,
-        "resolution": RESOLUTION,
-        "num-classes": CLASSES,
-        "batch-size": 8,
-        "max-train-steps": 4,
-        "checkpointing-steps": 2,
-        "learning-rate": 1e-3,
-        "sampling-steps": 0,
-        "num-workers": 0,
-        "mixed-precision": "no",
-        "report-to": "none",
-        "log-every": 1,
-    }
-    elit = {"elit-group-size": 2, "elit-min-mask-prob": 0, "elit-max-mask-prob": 0.75} if "ELIT" in model else {}
-    return [str(part) for name, value in (options | elit).items() for part in ("--" + name, value)] + [str(m) for m in more]
-
-
-def metrics(output_dir, name="loss"):
-    lines = (output_dir / "run" / "metrics.jsonl").read_text().splitlines()
-    return {entry["step"]: entry[name] for entry in map(json.loads, lines) if name in entry}
-
-
-def final_state(output_dir, step=4):
-    return tensor_files.load(output_dir / "run" / "checkpoints" / f"{step:07d}.pt", verify=True)
-
-
-def assert_same_tensors(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +81,7 @@ def test_first_loss_is_the_velocity_error_of_the_draws(data, undisturbed):
 def test_killed_and_resumed_equals_undisturbed(data, undisturbed, tmp_path):
     """SIGKILL after the first checkpoint, then the same command: weights, EMA, optimizer and losses are the same bits."""
     command = command_line("train.py", *arguments(data, tmp_path, "--resume-step", -1))
-    process = subprocess.Popen(command, env=environment(), cwd=trainer.Path(train.__file__).parent, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment(), cwd=Path(train.__file__).parent, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoints" / "0000002.pt").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -146,8 +101,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, tmp_path,
     train.main(arguments(data, tmp_path))
     newest = tmp_path / "run" / "checkpoints" / "0000004.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     train.main(arguments(data, tmp_path, "--resume-step", -1))
     assert "0000004.pt: damaged" in capsys.readouterr().err
     assert_same_tensors(final_state(tmp_path)["model"], final_state(undisturbed)["model"])
@@ -160,14 +114,12 @@ def test_dfm_trains_resumes_and_shows_its_stages(data, tmp_path, monkeypatch, mo
     monkeypatch.setattr(trainer, "PICTURE_CFG", 1.0)
     more = ("--stage-weights", 0.5, 0.5, "--num-steps-per-scale", 2, 1)
     train.main(arguments(data, tmp_path / "whole", *more, model=model))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     pictures = ("--val-data-dir", data, "--sampling-steps", 2)
     train.main(arguments(data, tmp_path, *more, *pictures, model=model))
     for name in ("0000004.pt", "0000004.pt.sha256"):
         (tmp_path / "run" / "checkpoints" / name).unlink()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     train.main(arguments(data, tmp_path, *more, *pictures, "--resume-step", -1, model=model))
     whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path)
     assert_same_tensors(resumed["model"], whole["model"])
@@ -300,7 +252,7 @@ def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_lines(data, t
     read = []
     with monkeypatch.context() as patch:
         interrupt(patch, lambda: os.kill(os.getpid(), number), at=4)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         with pytest.raises(SystemExit) as stop:
             train.main(arguments(data, tmp_path / "cut", *options))
     assert stop.value.code == 128 + number and status(tmp_path / "cut") == {"state": "preempted", "step": 4}
@@ -308,7 +260,7 @@ def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_lines(data, t
     assert signal.getsignal(number) == signal.SIG_DFL
     batch = LatentDataset.__getitems__
     monkeypatch.setattr(LatentDataset, "__getitems__", lambda self, i: read.append(i) or batch(self, i))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     train.main(arguments(data, tmp_path / "cut", *options, "--resume-step", -1))
     assert read == [
         epoch_order(0, n // 3, COUNT)[n % 3 * 8 : n % 3 * 8 + 8].tolist() for n in (4, 5, 6)
@@ -675,7 +627,7 @@ def test_data_of_another_size_is_refused_or_allowed(data, undisturbed, capsys, t
     more = make_latents(tmp_path / "more", COUNT + 8, record)
     line = refused(capsys, arguments(more, tmp_path, "--resume-step", -1))
     assert "--data-dir" in line and "32 samples" in line and "with 24" in line and "--allow-change data_size" in line
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     train.main(arguments(more, tmp_path, "--resume-step", -1, "--allow-change", "data-size", "--max-train-steps", 5))
     assert status(tmp_path) == {"state": "finished", "step": 5}
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import inputs, randomize
+from numerics import inputs, randomize
 from runs import make_checkpoint, make_latents, make_vae
-from test_train import arguments, assert_same_tensors, final_state, fresh_accelerate  # noqa: F401
+from training_runs import arguments, assert_same_tensors, final_state
 
 import models
 import train

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_weights, randomize
+from numerics import numpy_weights, randomize
 from reference import StagedReference, pyramid
 from torch import nn
 

@@ -16,7 +16,7 @@ import runs
 import torch
 from accelerate.state import PartialState
 from adm import adm_frechet, gaussian, half_distances, inception_score, neighbour_shares
-from conftest import randomize
+from numerics import randomize
 from PIL import Image
 from runs import ROOT, make_checkpoint, make_vae
 
@@ -29,12 +29,6 @@ from metrics.images import open_images
 FEATURES = ("--features", "runs:colour_features")
 SIDE = 32
 EVALUATION = ROOT / "experiments_updated" / "evaluation"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    PartialState._reset_state()
 
 
 def pictures(count, seed):
@@ -122,7 +116,7 @@ def test_the_number_of_processes_changes_nothing(pair, found, tmp_path):
     command = runs.command_line("torchrun", "--nproc_per_node=2", "--master_port=29632")
     done = subprocess.run(
         [*command, str(ROOT / "evaluate.py"), *map(str, pair), *FEATURES, "--split-size", "50", "--output", str(tmp_path / "m.json")],
-        env=runs.environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        env=runs.environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])},
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -404,7 +398,7 @@ def test_the_runner_generates_evaluates_and_sums_up(tmp_path):
     ref = as_folder(pictures(9, 2), tmp_path / "ref")
     environment = runs.environment() | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
         "EVALUATE": "--features runs:colour_features",
         "NPROC": "1",
     }

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from conftest import inputs, randomize
+from numerics import inputs, randomize
 
 import models
 from checkpoint import async_writer, reading, training_state

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import randomize
+from numerics import randomize
 from runs import CLASSES, RESOLUTION, SIDE, make_vae
 
 import models

@@ -15,8 +15,18 @@ from pathlib import Path
 
 import pytest
 import runs
-from accelerate.state import AcceleratorState, GradientState
-from runs import CLASSES, RESOLUTION, command_line, environment, free_port, launch, make_checkpoint, make_latents, make_vae
+from runs import (
+    CLASSES,
+    RESOLUTION,
+    command_line,
+    environment,
+    free_port,
+    launch,
+    make_checkpoint,
+    make_latents,
+    make_vae,
+    reset_accelerate,
+)
 from torch.utils.data import DataLoader, Dataset
 
 import generate
@@ -25,13 +35,6 @@ from common import errors, files
 from training import trainer
 
 BOUND = 40  # seconds for a whole run that fails in its first steps; what hangs never ends
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +381,7 @@ def try_lock(path) -> bool:
 def run_of_two_steps(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     train.main(arguments(data, out, "--max-train-steps", 2))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     return out
 
 
@@ -439,7 +442,7 @@ def test_waiting_ends_in_time_and_at_a_signal(data, tmp_path, capsys):
     with held_by_another(tmp_path / "run" / "run.lock"):
         line = refused(train.main, capsys, arguments(data, tmp_path, "--wait-for-lock", 0.02))
         assert "another run is writing there" in line
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with pytest.raises(SystemExit) as stop:
             train.main(arguments(data, tmp_path, "--wait-for-lock", 5))
@@ -465,12 +468,12 @@ def test_two_generations_in_one_folder(tmp_path, capsys):
     generate.main(argv)
     (folder,) = [p for p in (tmp_path / "out" / "made").iterdir() if p.is_dir()]
     (folder / "000001.png").rename(folder / "000001.png.tmp")  # as the other one writes it
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     with held_by_another(folder.with_name(folder.name + ".lock")):
         before = content(tmp_path)
         line = refused(generate.main, capsys, argv)
         assert content(tmp_path) == before
     assert str(folder) in line and "another run is writing there" in line
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     generate.main(argv)
     assert len(list(folder.iterdir())) == 2 and not list(tmp_path.rglob("*.lock"))

@@ -17,7 +17,7 @@ from common.torchvision_shim import import_torchvision
 from config.options import TrainConfig
 from models.vae import VAERecord
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIDE, CHANNELS, RESOLUTION, CLASSES = 8, 4, 32, 5
 
 
@@ -117,6 +117,14 @@ def train_on(*several: tuple[int, list[str], str]) -> list[str]:
     done = launch("-c", FORK, json.dumps(told))
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def reset_accelerate() -> None:
+    """Forget accelerate's process-wide state, so that the next run in this process starts anew."""
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 def free_port() -> int:

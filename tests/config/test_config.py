@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from conftest import ROOT
+from numerics import ROOT
 
 from common.errors import UserError
 from config.options import ARCHITECTURE_KEYS, GenerateConfig, TrainConfig

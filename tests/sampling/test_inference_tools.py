@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from numerics import randomize
 from PIL import Image
 from runs import CLASSES, RESOLUTION, SIDE, make_checkpoint, make_vae
 

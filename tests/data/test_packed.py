@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import PartialState
 from runs import launch
 from sets import content, picture, refused, save, zip_of
 from torch.utils.data import DataLoader
@@ -24,12 +23,6 @@ from preprocessing.output import UNFINISHED_FILE
 from preprocessing.packed_writer import ShardWriter
 
 COUNT = 11
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    PartialState._reset_state()
 
 
 @pytest.fixture(scope="module")

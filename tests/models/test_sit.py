@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import inputs, numpy_weights, randomize
+from numerics import inputs, numpy_weights, randomize
 from reference import Reference, silu
 
 import models

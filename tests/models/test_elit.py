@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import inputs, numpy_weights, randomize
+from numerics import inputs, numpy_weights, randomize
 from reference import Reference, rms_norm, window_members
 from torch import nn
 

@@ -12,7 +12,6 @@ import pytest
 import runs
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from runs import CLASSES, RESOLUTION, make_checkpoint, make_latents, make_vae
 
 import convert_checkpoint
@@ -27,16 +26,8 @@ from training import trainer
 from training.stats import TrainingStats
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps process-wide state; each run in this process starts anew."""
-    yield
-    reset_accelerate()
-
-
 def reset_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

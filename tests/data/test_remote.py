@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from runs import make_latents, make_vae
+from runs import make_latents, make_vae, reset_accelerate
 from sets import content
 
 import train
@@ -88,8 +87,7 @@ def test_training_on_remote_data_is_that_on_local_ones(url, folder, tmp_path):
             "--resolution 32 --num-classes 5 --batch-size 5 --max-train-steps 2 --sampling-steps 0 --num-workers 1 "
             "--mixed-precision no --report-to none --latent-norm channel".split()
         )
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
     one, other = (tensor_files.load(tmp_path / name / "checkpoints/0000002.pt") for name in ("remote", "local"))
     assert one["vae"] == other["vae"] and "channel_std" in one["vae"]
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
