@@ -62,10 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}; commands are {', '.join(COMMANDS)}")
     cls, run = COMMANDS[argv[0]]
-    options = list(argv[1:])
-    if cls in (CheckConfig, StatsConfig) and options and not options[0].startswith("-"):  # check DIR, stats DIR
-        options.insert(0, "--source")
-    config, _ = parse(cls, options, prog=f"dataset_tools.py {argv[0]}")
+    config, _ = parse(cls, argv[1:], prog=f"dataset_tools.py {argv[0]}")
     require_options(config)
     end_with_launcher()
     run(config)

@@ -25,12 +25,6 @@ GROUPS = {
     "system": "speed, memory and precision",
     "plan": "plan",
 }
-Group = Literal[
-    "files", "checkpoint", "architecture", "run", "data", "sample", "guidance", "images", "metrics", "train", "optimizer",
-    "path", "repa", "elit", "dfm", "output", "system", "plan",
-]  # fmt: skip
-
-
 # Options of the published code that are accepted and change nothing: name → type.
 IGNORED: dict[str, type] = {"legacy": bool, "enable_repa": bool, "projector_embed_dims": str}
 
@@ -46,6 +40,10 @@ class Rules(TypedDict, total=False):
     folder: place and label in the name of generate.py's folder, where the value is not the default.
     model: an argument of the model's constructor.
     hidden: accepted, but not shown by `-h`.
+    positional: it may be given by its place on the command line, under this name in the usage line.
+    whole: items of a list are not taken apart at spaces and commas (paths).
+    distinct: no value may stand in a list twice.
+    long: text that is no path and may have any length.
     aliases: other names.
     ge, gt, le, lt: the range of valid numbers.
     """
@@ -56,6 +54,10 @@ class Rules(TypedDict, total=False):
     folder: tuple[int, str]
     model: bool
     hidden: bool
+    positional: str
+    whole: bool
+    distinct: bool
+    long: bool
     aliases: tuple[str, ...]
     ge: float
     gt: float
@@ -63,9 +65,20 @@ class Rules(TypedDict, total=False):
     lt: float
 
 
-def option(group: Group, default: Any, help: str, **rules: Unpack[Rules]) -> Any:
-    """A dataclass field for an option. A default of `...`: it must be given."""
-    metadata = {"resume": None, "images": None, "folder": None, "model": False, "hidden": False, "aliases": ()} | rules
+def option(group: str, default: Any, help: str, **rules: Unpack[Rules]) -> Any:
+    """A dataclass field for an option.
+
+    Args:
+        group: the heading of `-h` under which it stands, one of `GROUPS`.
+        default: `...` for an option that must be given.
+        help: what it means, in a few words.
+        **rules: see `Rules`.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"unknown group {group!r}; choose from {', '.join(GROUPS)}")
+    metadata: dict[str, Any] = {"resume": None, "images": None, "folder": None, "positional": None, "aliases": ()}
+    metadata |= dict.fromkeys(("model", "hidden", "whole", "distinct", "long"), False)
+    metadata |= rules
     metadata |= {"group": group, "help": help, "required": default is ...}
     metadata["when"] = rules.get("when", group if group in ("elit", "dfm") else None)
     metadata["range"] = {sign: rules.get(name) for sign, name in {"≥": "ge", ">": "gt", "≤": "le", "<": "lt"}.items()}
