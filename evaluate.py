@@ -13,8 +13,8 @@ from accelerate import PartialState
 from common import files
 from common.distributed import end_with_launcher
 from common.errors import UserError, cli_main
-from config.options import EvaluateConfig
-from config.parsing import parse, with_names
+from config.parsing import parse
+from config.tool_options import EvaluateConfig
 from metrics.evaluation import METRICS, evaluate, start_processes
 from sampling import checks
 
@@ -23,8 +23,7 @@ NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "re
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    argv = with_names(EvaluateConfig, sys.argv[1:] if argv is None else argv, ("ref", "samples"))
-    config, _ = parse(EvaluateConfig, argv, prog="evaluate.py REF SAMPLES")
+    config, _ = parse(EvaluateConfig, argv, prog="evaluate.py")
     if config.ref is None or config.samples is None:
         raise UserError("give the reference and the samples: evaluate.py REF SAMPLES, before --metrics")
     output = Path(config.output)

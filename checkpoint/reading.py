@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import check_name
 from common.tensor_files import PRETRAINED, Checksum, load, load_safetensors
 from config.options import TrainConfig
-from config.parsing import coerce
+from config.values import coerce
 from models.vae import VAERecord
 
 

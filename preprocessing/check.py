@@ -10,7 +10,7 @@ from tqdm import tqdm
 from common import image_files
 from common.errors import UserError
 from common.files import FileTree, file_sha256
-from config.options import CheckConfig
+from config.tool_options import CheckConfig
 from data import latent_files, remote
 from data.dataset import LatentDataset, paired_images
 from data.packed import PackedLatents, checksums, read_index

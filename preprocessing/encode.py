@@ -15,7 +15,7 @@ import torch
 from common import image_files
 from common.errors import UserError
 from common.files import DataError
-from config.options import EncodeConfig
+from config.tool_options import EncodeConfig
 from models.vae import encode_moments, load_vae
 from preprocessing.latent_output import Plan, fill, open_dest
 from preprocessing.source import image_numbers, list_images, open_source

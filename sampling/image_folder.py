@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import check_name, join_inside, parse_json
 from common.image_files import save_png
 from config.options import GenerateConfig
+from config.rules import folder_labels, names
 from samplers import parse_budget
 from sampling import cost
 
@@ -51,24 +52,19 @@ def folder_name(config: GenerateConfig) -> str:
     if len(labels) > 40:
         labels = hashlib.sha256(labels.encode()).hexdigest()[:12]
     defaults = GenerateConfig()
-    for option, label, value in (
-        ("weights", "weights", config.weights.replace(":", "_")),
-        ("inference_budget", "budget", parse_budget(config.inference_budget)),
-        ("unconditional_inference_budget", "uncond", config.unconditional_inference_budget),
-        ("autoguidance", "autoguidance", None),
-        ("guidance_low", "low", config.guidance_low),
-        ("guidance_high", "high", config.guidance_high),
-        ("heun", "heun", None),
-        ("class_labels", "labels", labels),
-        ("mixed_precision", config.mixed_precision, None),
-        *(
-            (option, label, "_".join(map(str, getattr(config, option))))
-            for option, label in (("num_steps_per_scale", "scales"), ("stage_sampling_thresholds", "thresholds"))
-            if models.model_spec(config.model).staged
-        ),
-    ):
-        if getattr(config, option) != getattr(defaults, option):
-            name += f"-{label}" + ("" if value is None else f"-{value}")
+    special = {
+        "weights": config.weights.replace(":", "_"),
+        "inference_budget": parse_budget(config.inference_budget),
+        "class_labels": labels,
+    }
+    for option, label in folder_labels(GenerateConfig).items():
+        value = getattr(config, option)
+        if value == getattr(defaults, option) or (option in STAGE_SETTINGS and not models.model_spec(config.model).staged):
+            continue
+        if isinstance(value, list):
+            value = "_".join(map(str, value))
+        name += f"-{label}" if label else ""
+        name += "" if value is True else f"-{special.get(option, value)}"
     return name
 
 
@@ -102,13 +98,10 @@ def open_folder(folder: Path, config: GenerateConfig, found: weights.Weights) ->
 
 
 # What an image depends on, beside the checkpoint.
-SETTINGS = {
-    *("weights", "vae", "mode", "num_steps", "heun", "path_type", "cfg_scale", "guidance_low", "guidance_high", "autoguidance"),
-    *("inference_budget", "unconditional_inference_budget", "global_seed", "class_labels", "mixed_precision", "time_shift"),
-}
+SETTINGS = set(names(GenerateConfig, images=True, group=("checkpoint", "path", "sample", "guidance", "system")))
 
 
-STAGE_SETTINGS = {"num_steps_per_scale", "stage_sampling_thresholds"}
+STAGE_SETTINGS = set(names(GenerateConfig, images=True, model=False, group="dfm"))
 
 
 def missing_images(folder: Path, indices: Iterable[int], resolution: int) -> Iterable[int]:

@@ -15,6 +15,7 @@ from checkpoint import reading, weights
 from common.errors import UserError
 from config.options import Architecture, CCFGConfig, GenerateConfig, InferenceTool, MultibudgetConfig
 from config.parsing import parse, require_options
+from config.rules import names
 from models.dfm import recompose
 from models.vae import decode, load_vae
 from randomness import image_noise, pyramid_noise, sde_noise, to_device
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 
 Options = GenerateConfig | InferenceTool
+
+# What the checkpoint decides, and what only says how it was made to be sampled.
+RECORDED = names(Architecture, resume="same", when=(None, "elit", "dfm"), images=True)
+MADE_FOR = names(Architecture, group="dfm", resume="free", images=True)
 
 
 def from_command_line(cls: type, argv: list[str] | None, prog: str) -> tuple[Any, dict[str, Any], weights.Weights]:
@@ -43,16 +48,13 @@ def resolve_architecture(config: Architecture, given: dict, found: weights.Weigh
         recorded = {k: v for k, v in models.model_spec(recorded["model"]).sizes.items() if k.endswith("_depth")} | {
             k: v for k, v in recorded.items() if v is not None
         }
-    for name in ("model", "resolution", "num_classes", "path_type", "time_shift", *weights.MODEL_OPTIONS):
+    for name in RECORDED:
         if name in given and recorded.get(name) is not None and given[name] not in (None, recorded[name]):
             raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts {where}, which records {recorded[name]}")
         value = recorded.get(name, getattr(config, name))
         setattr(config, name, value)
         found.config[name] = value
-    for name in (
-        "num_steps_per_scale",
-        "stage_sampling_thresholds",
-    ):  # how the model was made to be sampled, if nothing else is asked
+    for name in MADE_FOR:  # how the model was made to be sampled, if nothing else is asked
         if name not in given and recorded.get(name):
             setattr(config, name, recorded[name])
     found.config["fused_attn"] = config.fused_attn

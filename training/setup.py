@@ -130,8 +130,6 @@ def check(config: TrainConfig, given: dict) -> None:
             raise UserError(
                 f"--allow-change {name}: cannot be changed{did_you_mean(name, known)}; choose from {', '.join(known)}"
             )
-    if config.legacy:
-        warn("--legacy has no effect")
     if spec.elastic and "encoder_depth" in given and config.head_depth is None:
         head = spec.sizes["head_depth"]
         warn(
