@@ -1,7 +1,6 @@
 """Weights from any checkpoint file: ours, safetensors, the published code's, bare state dicts."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -9,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from checkpoint.published import read_bare, read_published
 from checkpoint.training_state import FORMAT
 from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
 from common.errors import UserError
-from common.files import check_name
-from common.tensor_files import PRETRAINED, Checksum, load, load_safetensors
+from common.hub import local_file
+from common.tensor_files import Checksum, load, load_safetensors
 from config.options import TrainConfig
 from config.parsing import coerce
 from models.vae import VAERecord
@@ -131,28 +128,3 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
 def _check_single(path: Path, weights: str) -> None:
     if weights not in ("ema", "model"):
         raise UserError(f"--weights {weights}: {path} holds one set of weights")
-
-
-def local_file(path: str | Path) -> Path:
-    """A file as it is; of a folder of `save_pretrained` its weights; `hf://owner/repo/file` as the local copy of that file."""
-    text = str(path)
-    if not text.startswith("hf://"):
-        pretrained = Path(path) / PRETRAINED
-        return pretrained if pretrained.is_file() else Path(path)
-    owner, _, rest = text.removeprefix("hf://").partition("/")
-    repository, _, file = rest.partition("/")
-    if not (owner and repository and file):
-        raise UserError(f"{text}: must be hf://owner/repo/file")
-    for part, plain in ((owner, True), (repository, True), (file, False)):
-        check_name(part, text, plain=plain)
-
-    folder, _, name = file.rpartition("/")
-    try:
-        local = Path(hf_hub_download(f"{owner}/{repository}", file))
-        if name == PRETRAINED:  # pushed by `push_to_hub`, it has its configuration beside it
-            with contextlib.suppress(EntryNotFoundError):
-                hf_hub_download(f"{owner}/{repository}", f"{folder}/config.json".lstrip("/"))
-        return local
-    except Exception as error:  # network, authentication, no such repository or file, no space …
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{text}: could not be downloaded ({type(error).__name__}: {reason}); give a local file") from None

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from common.logging import set_script
 
@@ -27,7 +28,7 @@ def cli_main(main: Callable) -> Callable:
     """Decorator for a script's `main(argv=None)`: a `UserError` becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
-    def wrapper(argv: list[str] | None = None):
+    def wrapper(argv: list[str] | None = None) -> Any:
         script = Path(main.__code__.co_filename).name
         set_script(script)
         try:
@@ -52,6 +53,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {folded[found[0]]}?)" if found else ""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception of a library says first, for a message of one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
