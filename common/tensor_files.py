@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError, first_line
@@ -144,6 +142,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises UserError where it is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
@@ -156,6 +155,9 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically. Raises WriteError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with written_aside(path) as aside:
         try:
             save_file(tensors, aside, metadata | {"format": "pt"})

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
@@ -72,6 +71,8 @@ class _Source:
     """A remote folder of packed latents."""
 
     def __init__(self, url: str, option: str = "--data-dir"):
+        import fsspec
+
         self.url, self.option = url.rstrip("/"), option
         try:
             self.files, self.given = fsspec.core.url_to_fs(self.url)

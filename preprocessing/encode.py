@@ -6,6 +6,7 @@ any stop.
 
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from config.options import EncodeConfig
 from models.vae import encode_moments, load_vae
 from preprocessing.latent_output import Plan, fill, open_dest
 from preprocessing.source import image_numbers, list_images, open_source
+
+if TYPE_CHECKING:
+    pass
 
 
 def encode(config: EncodeConfig) -> None:
