@@ -12,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import reading, training_state, weights
@@ -86,6 +85,7 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
 
 def save_safetensors(path: Path, found: weights.Weights) -> None:
     """One set of weights with its configuration, VAE record and step as JSON in the metadata; written aside, then renamed."""
+    from safetensors.torch import save_file
 
     metadata = {"config": json.dumps(found.config), "vae": json.dumps(found.record.to_dict()), "step": str(found.step)}
     path.parent.mkdir(parents=True, exist_ok=True)

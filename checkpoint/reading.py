@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from checkpoint.published import read_bare, read_published
@@ -145,6 +143,8 @@ def local_file(path: str | Path) -> Path:
         raise UserError(f"{text}: must be hf://owner/repo/file")
     for part, plain in ((owner, True), (repository, True), (file, False)):
         check_name(part, text, plain=plain)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     folder, _, name = file.rpartition("/")
     try:

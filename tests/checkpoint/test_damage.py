@@ -12,7 +12,7 @@ import pytest
 import runs
 import torch
 from accelerate import Accelerator
-from runs import CLASSES, RESOLUTION, make_checkpoint, make_latents, make_vae
+from runs import CLASSES, RESOLUTION, make_checkpoint, make_latents, make_vae, reset_accelerate
 
 import convert_checkpoint
 import elit_ccfg_inference
@@ -24,10 +24,6 @@ from common import files, tensor_files
 from common.errors import UserError
 from training import trainer
 from training.stats import TrainingStats
-
-
-def reset_accelerate():
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -363,8 +359,8 @@ def test_generate_hashes_the_file_once_and_records_its_own_digest(whole, tmp_pat
     if has_sidecar:
         tensor_files.sidecar(path).write_bytes(tensor_files.sidecar(whole).read_bytes())
     hashed = []
-    for module in (reading, files):
-        original = files.file_sha256 if module is files else tensor_files.file_sha256
+    for module in (tensor_files, files):
+        original = files.file_sha256
         monkeypatch.setattr(module, "file_sha256", lambda p, original=original: hashed.append(Path(p)) or original(p))
     generate.main([str(a) for a in doors("", path, tmp_path / "out")["generate"][1]])
     assert hashed.count(path) == 1
