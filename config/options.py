@@ -99,6 +99,7 @@ class TrainConfig(Architecture):
     gradient_checkpointing: bool = option(False, "compute the blocks twice, to keep less in memory")
     max_skipped_steps: int = option(50, "stop once so many steps in a row had a gradient that is not finite", ge=1)
     log_every: int = option(50, "steps between lines in metrics.jsonl and the tracker", ge=1)
+    profile_steps: str | None = option(None, "write a torch.profiler trace of the steps A-B to the run's folder profile/")
     cache_dir: str | None = option(
         None, "where remote data is cached (default: ~/.cache/elastic-dit)", aliases=("s3_cache_dir",)
     )
