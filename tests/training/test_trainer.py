@@ -28,7 +28,7 @@ from config.options import TrainConfig
 from data.dataset import LatentDataset
 from loss import active_stage
 from randomness import epoch_order, training_draws
-from training import data_order, run_dir, setup, trainer
+from training import data_order, run_dir, setup, trainer, validation
 from training.data_order import StepBatches
 from training.optim import learning_rate_factor
 
@@ -64,6 +64,7 @@ def test_a_run_leaves_its_folder(undisturbed):
     assert "step 4" in (run / "log.txt").read_text()
     state = final_state(undisturbed)
     parts = {"format", "model", "ema", "optimizer", "scheduler", "scaler", "step", "config", "vae", "data_size", "meters"}
+    parts |= {"data_labels", "data_position", "validation_due"}
     assert set(state) == parts
     assert state["step"] == 4 and list(state["ema"]) == ["0.9999"] and state["vae"]["downsample_factor"] == 4
 
@@ -111,7 +112,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, tmp_path,
 def test_dfm_trains_resumes_and_shows_its_stages(data, tmp_path, monkeypatch, model):
     from PIL import Image
 
-    monkeypatch.setattr(trainer, "PICTURE_CFG", 1.0)
+    monkeypatch.setattr(validation, "SAMPLE_CFG", 1.0)
     more = ("--stage-weights", 0.5, 0.5, "--num-steps-per-scale", 2, 1)
     train.main(arguments(data, tmp_path / "whole", *more, model=model))
     reset_accelerate()
@@ -435,8 +436,8 @@ def test_accumulation_averages_its_micro_steps(data, tmp_path):
     assert metrics(tmp_path)[1] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_pictures_held_out_loss_and_tracker(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "PICTURE_STEPS", 2)
+def test_sample_images_validation_loss_and_tracker(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "SAMPLE_STEPS", 2)
     options = ("--val-data-dir", data, "--sampling-steps", 2, "--max-train-steps", 2, "--report-to", "tensorboard")
     train.main(arguments(data, tmp_path, *options))
     run = tmp_path / "run"
@@ -485,8 +486,8 @@ def test_every_sample_of_an_epoch_is_used_once_whatever_the_process_count(world)
     local = batch // world
     seen = []
     for rank in range(world):
-        places = range(rank * local, (rank + 1) * local)
-        seen.append(list(StepBatches(num_samples, batch, places, seed=3, start=0, stop=12)))
+        batch_slice = range(rank * local, (rank + 1) * local)
+        seen.append(list(StepBatches(num_samples, batch, batch_slice, seed=3, start=0, stop=12)))
     steps = [[i for rank in seen for i in rank[n]] for n in range(12)]
     for epoch in (steps[:6], steps[6:]):
         used = [i for step in epoch for i in step]
@@ -505,8 +506,8 @@ def test_1024_processes_use_every_sample_once_and_512_or_2048_go_on(monkeypatch)
         """(forward, place) → sample, over all ranks."""
         found = np.empty((stop - start, batch), dtype=int)
         for rank in range(world):
-            places = range(rank * batch // world, (rank + 1) * batch // world)
-            found[:, places.start : places.stop] = list(StepBatches(num_samples, batch, places, 7, start, stop))
+            batch_slice = range(rank * batch // world, (rank + 1) * batch // world)
+            found[:, batch_slice.start : batch_slice.stop] = list(StepBatches(num_samples, batch, batch_slice, 7, start, stop))
         return found
 
     whole = used(1024, 0, 2 * per_epoch)
