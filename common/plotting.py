@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from common.files import write_atomically
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
@@ -144,7 +147,7 @@ def attention_maps(
 BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9772b", "#3f9a5f", "#777777"
 
 
-def _plain_axis(axis, xlabel: str, ylabel: str, title: str):
+def _plain_axis(axis: Axes, xlabel: str, ylabel: str, title: str) -> Axes:
     """A matplotlib axis with labels, a light grid and no box."""
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
@@ -155,8 +158,6 @@ def _plain_axis(axis, xlabel: str, ylabel: str, title: str):
     return axis
 
 
-def save_figure(figure, path: str | Path) -> None:
-    """Write a matplotlib figure as PNG, aside and then renamed."""
-    aside = Path(path).with_suffix(".tmp")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a matplotlib figure as PNG, atomically. Raises WriteError where it cannot be written."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from common.files import file_sha256
+from common.files import file_sha256, written_aside
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -148,3 +149,13 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise Unreadable(path, error) from None
     except SafetensorError as error:
         raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
+
+
+def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically. Raises WriteError."""
+    with written_aside(path) as aside:
+        try:
+            save_file(tensors, aside, metadata | {"format": "pt"})
+        except SafetensorError as error:  # which it makes of an OSError, too
+            raise OSError(first_line(error)) from None
+        aside.chmod(0o644)  # safetensors leaves it readable by its owner alone
