@@ -12,11 +12,11 @@ import os
 
 from common.distributed import end_with_launcher
 from common.errors import cli_main
+from common.logging import warn
 from config.options import TrainConfig
 from config.parsing import parse, require_options
 from training import plan
 from training.preemption import Preemption
-from training.run_dir import warn
 from training.setup import check, resolve
 from training.trainer import Trainer
 

@@ -1,8 +1,5 @@
 """What a training run holds in memory, counted on fake tensors."""
 
-import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 import models
+from common.precision import AMP_TYPES, autocast
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss
+from models.backbone import Backbone
 from models.encoders import TargetEncoder
 from models.vae import VAERecord
 from training.setup import build_model
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 GIB = 2**30
 
@@ -52,8 +48,6 @@ def activation_bytes(
     the blocks' inputs among it, and one block computed again.
     """
     saved: dict[int, torch.UntypedStorage] = {}
-    dtype = DTYPES[config.mixed_precision]
-    autocast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
     with FakeTensorMode():
         model = build_model(config, record, [e.z_dim for e in encoders])
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
@@ -66,17 +60,17 @@ def activation_bytes(
 
         inputs = _record_block_inputs(model) if config.gradient_checkpointing else []
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            _fake_losses(config, record, model, batch_size, budget, autocast)
+            _fake_losses(config, record, model, batch_size, budget)
             for tensor in (t for _, tensors in inputs for t in tensors):
                 keep(tensor)
             if inputs:
                 block, tensors = max(inputs, key=lambda pair: pair[1][0].numel())
-                with autocast():
+                with autocast(config.mixed_precision, torch.device("cpu")):
                     _ = type(block).forward(block, *tensors)
         return sum(storage.nbytes() for storage in saved.values())
 
 
-def _record_block_inputs(model: nn.Module) -> list[tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+def _record_block_inputs(model: Backbone) -> list[tuple[nn.Module, tuple[torch.Tensor, ...]]]:
     """Checkpoint the blocks; the list is filled with each of them and its inputs by a forward."""
     inputs: list[tuple[nn.Module, tuple[torch.Tensor, ...]]] = []
     models.checkpoint_blocks(model)
@@ -91,17 +85,16 @@ def _fake_losses(
     model: nn.Module,
     batch_size: int,
     budget: float | None,
-    autocast: Callable[[], AbstractContextManager],
 ) -> torch.Tensor:
     """The losses (B,) of a step at this budget, under the condition that keeps most."""
     flow, side = flow_of(config), config.resolution // record.downsample_factor
     draws = flow.empty_draws(batch_size, (record.latent_channels, side, side))
     x, y = torch.empty_like(draws.noise), torch.empty(batch_size, dtype=torch.long)
     call = Projecting(model) if hasattr(model, "projectors") else model
-    with autocast():
+    with autocast(config.mixed_precision, torch.device("cpu")):
         losses = flow.loss_under(flow.conditions([budget])[-1], call, x, draws, y).losses
     if isinstance(call, Projecting):
-        features = [torch.empty(p.shape, dtype=DTYPES[config.mixed_precision]) for p in call.projections]
+        features = [torch.empty(p.shape, dtype=AMP_TYPES[config.mixed_precision]) for p in call.projections]
         losses = losses + alignment_loss(call.projections, features)
     return losses
 

@@ -23,6 +23,8 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Store
 
 from common import early_signals
 from common.early_signals import SIGNALS
@@ -56,7 +58,7 @@ class Preemption:
         self._changed = threading.Condition()
         self._ended = threading.Event()
         self._lost = ""  # why this run cannot go on
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._thread: threading.Thread | None = None
         self._is_set_up = threading.Event()
         self._wakeup: tuple[socket.socket, socket.socket, int] | None = None  # both ends, and the descriptor before
@@ -93,7 +95,8 @@ class Preemption:
         self._step = step
         if dist.is_initialized() and dist.get_world_size() > 1:
             # With a connection of its own: whoever waits for an answer holds up the others on the same one.
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            store = distributed_c10d._get_default_store()
+            self._store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
             self._thread = threading.Thread(target=self._watch, args=(self._store,), name="preemption", daemon=True)
             self._thread.start()
 
@@ -140,7 +143,7 @@ class Preemption:
             _say(f"{signal.Signals(number).name}: stopped before the first step, while waiting for other processes")
             os._exit(128 + number)
 
-    def _watch(self, store: dist.Store) -> None:
+    def _watch(self, store: Store) -> None:
         try:
             while not store.check([FAILED]):
                 self._agree(store)
@@ -151,7 +154,7 @@ class Preemption:
         except RuntimeError:
             self._lose("ended, since the launcher or the first process has gone")
 
-    def _agree(self, store: dist.Store) -> None:
+    def _agree(self, store: Store) -> None:
         """The next of what is to be done once a signal has come, until `_stop_after` is known."""
         rank, world = dist.get_rank(), dist.get_world_size()
         if self.signal and not store.check(["preemption/signal"]):

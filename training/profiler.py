@@ -9,7 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from common.errors import UserError
-from training.run_dir import log, warn_if_unwritable
+from common.logging import log
+from training.run_dir import warn_if_unwritable
 
 FOLDER = "profile"  # in the run folder
 

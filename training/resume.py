@@ -9,12 +9,13 @@ from checkpoint import training_state
 from checkpoint.weights import MODEL_OPTIONS, model_options
 from common import tensor_files
 from common.errors import UserError
+from common.logging import warn
 from config.options import TrainConfig
 from models.encoders import encoder_names
 from training.data_order import Progress, total_steps
 from training.optim import depends_on_length
 from training.run_data import RunData
-from training.run_dir import RunDir, warn
+from training.run_dir import RunDir
 
 # What a resumed run must share with the run that it resumes, or it would silently be another one: …
 SAME = (

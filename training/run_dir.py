@@ -7,11 +7,9 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +18,15 @@ from accelerate.utils import broadcast_object_list
 
 from checkpoint import training_state
 from common.errors import UserError
-from common.files import Busy, FolderLock
+from common.files import Busy, FolderLock, remove_leftovers, write_atomically
+from common.logging import log, warn
 from config.options import TrainConfig
 from training.preemption import Preemption
 
 LOCK = "run.lock"  # in the run folder while a run writes there
 
 
-log = logging.getLogger("train")  # to log.txt alone; what a user must see is printed too
-
-
-log.addHandler(logging.NullHandler())
-
-
-log.propagate = False
+FILES = {"config.yaml", "metrics.jsonl", "status.json"}  # written aside, then renamed
 
 
 class RunDir:
@@ -113,10 +106,11 @@ class RunDir:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.samples.mkdir(exist_ok=True)
             training_state.remove_unfinished(self.checkpoints)
+            remove_leftovers(self.path, FILES.__contains__)
             self._start_log()
             if message:
                 log.info(message)
-            write_aside(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+            write_atomically(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
             if aside := training_state.set_aside(self.checkpoints, step):
                 warn(f"resuming from step {step}; the checkpoints after it are now in {aside}")
             self._trim_metrics(step)
@@ -141,7 +135,7 @@ class RunDir:
         if dropped:
             append_line(path.with_name("metrics.dropped.jsonl"), b"".join(line + b"\n" for line in dropped))
         if dropped or not content.endswith(b"\n"):
-            write_aside(path, b"".join(line + b"\n" for line in kept))
+            write_atomically(path, b"".join(line + b"\n" for line in kept))
 
     # --------------------------------------------------------------------------------------------------- in a run
 
@@ -149,9 +143,9 @@ class RunDir:
         """status.json: running, preempted, finished or failed, and the step."""
         if self.is_main:
             with warn_if_unwritable(self.path / "status.json"):
-                write_aside(self.path / "status.json", json.dumps({"state": state, "step": step}) + "\n")
+                write_atomically(self.path / "status.json", json.dumps({"state": state, "step": step}) + "\n")
 
-    def append_metrics(self, step: int, values: dict[str, float | None]) -> dict[str, float]:
+    def append_metrics(self, step: int, values: Mapping[str, float | None]) -> dict[str, float]:
         """One line of metrics.jsonl: null for what could not be measured or is not finite. Returns the rest."""
         if not self.is_main:
             return {}
@@ -166,20 +160,6 @@ class RunDir:
         """The newest one of the run (up to a step), as messages name it."""
         steps = [step for step in training_state.saved_steps(self.checkpoints) if up_to is None or step <= up_to]
         return str(training_state.step_path(self.checkpoints, steps[-1])) if steps else "none: nothing was saved before"
-
-
-def warn(message: str) -> None:
-    """Print a warning, once for all processes, and log it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train.py: warning: {message}", file=sys.stderr, flush=True)
-        log.warning(message)
-
-
-def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file aside and rename it: under its own name it is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content if isinstance(content, bytes) else content.encode())
-    shutil.move(aside, path)
 
 
 def append_line(path: Path, lines: str | bytes) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ import models
 from checkpoint import reading
 from checkpoint.init_from import init_from
 from checkpoint.weights import model_options
+from common.distributed import check_world_size
 from common.errors import UserError, did_you_mean
 from common.files import check_name
+from common.precision import set_tf32, supported_precision
 from config.options import TrainConfig
 from flows import flow_of
+from models.backbone import Backbone
 from models.elit import mask_levels, mask_to_budget
 from models.encoders import encoder_names
 from models.vae import VAERecord
@@ -35,7 +37,7 @@ def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
     return side, side
 
 
-def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> nn.Module:
+def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Backbone:
     """The model that the options describe, on latents of the VAE `record`, freshly initialised."""
     return models.create_model(
         config.model,
@@ -49,13 +51,12 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> nn
     )
 
 
-def init_weights(config: TrainConfig, model: nn.Module, ema: EMA, is_main: bool) -> str:
-    """The averaged weights of --init-from, as far as they fit, for the weights and their averages; returns what was done.
+def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_main: bool) -> str:
+    """The averaged weights of --init-from `path`, as far as they fit, for the weights and their averages; returns what was done.
 
     Raises UserError, in every process, for a checkpoint that does not fit or is damaged.
     """
-    path, has_projectors = config.init_from, hasattr(model, "projectors")
-    weights = reading.read_weights(path, given={"resolution": config.resolution}, projectors=has_projectors)
+    weights = reading.read_weights(path, given={"resolution": config.resolution}, projectors=hasattr(model, "projectors"))
     problem: list[str | None] = [None]
     try:
         weights.check()
@@ -88,7 +89,7 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     check_name(config.exp_name, "--exp-name", plain=True)
     if config.profile_steps:
         parse_steps(config.profile_steps)
-    for name in resolve(config).allow_change:
+    for name in map(_option_name, config.allow_change):
         if name not in ALLOWED:
             known = ", ".join(ALLOWED)
             raise UserError(f"--allow-change {name}: cannot be changed{did_you_mean(name, ALLOWED)}; choose from {known}")
@@ -104,8 +105,6 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
             f"{spec.sizes['head_depth']} blocks (the published code would take {config.encoder_depth}: "
             f"--head-depth {config.encoder_depth})"
         )
-    if resolve(config).mixed_precision != config.mixed_precision:
-        warnings.append("--mixed-precision fp16 needs a GPU; running as no")
     return warnings
 
 
@@ -122,12 +121,14 @@ def check_model(config: TrainConfig) -> None:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """The options as they act: one spelling of names, and the precision that this machine has (a plan is for another one)."""
-    fp16_lacks_gpu = config.mixed_precision == "fp16" and not config.plan and not torch.accelerator.is_available()
-    return dataclasses.replace(
-        config,
-        allow_change=[name.removeprefix("--").replace("-", "_") for name in config.allow_change],
-        mixed_precision="no" if fp16_lacks_gpu else config.mixed_precision,
-    )
+    on_cpu = not torch.accelerator.is_available()
+    precision = config.mixed_precision if config.plan else supported_precision(config.mixed_precision, on_cpu)
+    names = [_option_name(name) for name in config.allow_change]
+    return dataclasses.replace(config, allow_change=names, mixed_precision=precision)
+
+
+def _option_name(given: str) -> str:
+    return given.removeprefix("--").replace("-", "_")
 
 
 @dataclass
@@ -140,8 +141,9 @@ class DDPOptions(DistributedDataParallelKwargs):
 def ddp_options(find_unused_parameters: bool) -> DDPOptions:
     """Buffers are fixed tables here, the same in every process: no forward needs to copy them."""
     is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    sync: dict[str, bool] = {"forward_sync_buffers": False} if is_new else {"broadcast_buffers": False}
-    return DDPOptions(gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters, **sync)
+    options = DDPOptions(gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters)
+    setattr(options, "forward_sync_buffers" if is_new else "broadcast_buffers", False)
+    return options
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -154,21 +156,17 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
     )
-    accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # no subclass is taken as an argument
+    # Accelerate takes no subclass as an argument.
+    accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # pyright: ignore[reportAttributeAccessIssue]
     check_accelerator(accelerator, config)
     if config.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+        set_tf32(True)
     return accelerator
 
 
 def check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:
     """Refuse what accelerate's environment and configuration file would do behind the options' back."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != accelerator.num_processes:
-        raise UserError(
-            f"WORLD_SIZE is {world}, but accelerate runs {accelerator.num_processes} process(es); start with torchrun --nproc_per_node {world}"
-        )
+    check_world_size(accelerator.num_processes)
     for name in ("gradient_accumulation_steps", "mixed_precision"):
         theirs, ours = getattr(accelerator, name), getattr(config, name)
         if theirs != ours:
@@ -176,10 +174,10 @@ def check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:
                 f"ACCELERATE_{name.upper()}: accelerate's configuration says {theirs}, "
                 f"but --{name.replace('_', '-')} {ours}; remove it there, and use the option"
             )
-    backend = accelerator.state.dynamo_plugin.backend
-    if backend != DynamoBackend.NO:
+    plugin = accelerator.state.dynamo_plugin
+    if plugin is not None and plugin.backend != DynamoBackend.NO:
         raise UserError(
-            f"ACCELERATE_DYNAMO_BACKEND: accelerate's configuration says {backend.value.lower()}, which compiles the whole model; "
+            f"ACCELERATE_DYNAMO_BACKEND: accelerate's configuration says {plugin.backend.value.lower()}, which compiles the whole model; "
             "remove it there (--dynamo_backend no), and use --compile"
         )
     kind = accelerator.distributed_type

@@ -5,7 +5,7 @@ import copy
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +50,11 @@ def encoder_flops(encoder: TargetEncoder) -> int:
     with FlopCounterMode(display=False) as counter:
         encoder.features(torch.empty(1, 3, encoder.side, encoder.side, device="meta"))
     return counter.get_total_flops()
+
+
+def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of the processes' tensors, in each of them."""
+    return cast(Tensor, accelerator.reduce(tensor, reduction="sum"))
 
 
 class Speed:
@@ -144,13 +149,13 @@ class TrainingStats:
 
     def gather(self, accelerator: Accelerator) -> None:
         """Bring the sums of all processes to the main one."""
-        self.losses = accelerator.reduce(self.losses, reduction="sum")
+        self.losses = sum_over_processes(accelerator, self.losses)
         if not accelerator.is_main_process:
             self.losses.zero_()
 
     def read(self, accelerator: Accelerator) -> dict[str, float | None]:
         """The means since the last line, of all processes, and start anew; waits for the device."""
-        self.losses = accelerator.reduce(self.losses, reduction="sum")
+        self.losses = sum_over_processes(accelerator, self.losses)
         read = torch.cat([self.losses.flatten(), self.norms, self.skipped[None], self.longest[None], self.since[None]])
         values = read.tolist()
         sums, counts = values[: 2 * len(self.names) : 2], values[1 : 2 * len(self.names) : 2]

@@ -11,8 +11,10 @@ import numpy as np
 import wandb
 from accelerate import Accelerator
 
+from common.files import write_atomically
+from common.logging import warn
 from config.options import TrainConfig
-from training.run_dir import RunDir, warn, write_aside
+from training.run_dir import RunDir
 
 
 def log_tracker_errors(action: Callable[[], None]) -> None:
@@ -65,5 +67,5 @@ def wandb_mode() -> str:
 def read_or_create(path: Path, value: str) -> str:
     """What the file holds; `value` the first time, which is then kept."""
     if not path.exists():
-        write_aside(path, value)
+        write_atomically(path, value)
     return path.read_text()

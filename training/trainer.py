@@ -2,7 +2,7 @@
 
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from checkpoint import async_writer, training_state
 from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
 from common.errors import UserError
+from common.logging import log, warn
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, dropped_labels
@@ -25,7 +26,7 @@ from training.optim import EMA, create_optimizer, create_schedule
 from training.preemption import Preemption
 from training.profiler import StepProfiler
 from training.run_data import open_data
-from training.run_dir import RunDir, log, warn, warn_if_unwritable
+from training.run_dir import RunDir, warn_if_unwritable
 from training.stats import Speed, TrainingStats, peak_tflops
 from training.validation import Interrupted, Validation, save_samples
 
@@ -98,7 +99,9 @@ class Trainer:
             resume.check_same_run(config, state, self.data, self.run_dir)
             self._load(state)
         elif config.init_from:
-            summary = setup.init_weights(config, self.accelerator.unwrap_model(self.model), self.ema, self.run_dir.is_main)
+            summary = setup.init_weights(
+                config.init_from, config, self.accelerator.unwrap_model(self.model), self.ema, self.run_dir.is_main
+            )
         self.schedule = create_schedule(self.optimizer.optimizer, config, self.step, self.total_steps)
         self.validation = self._open_validation()
         accelerator.wait_for_everyone()  # all have read before anything is written
@@ -205,7 +208,7 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 accelerator.backward(self.forward((self.step - 1) * accumulation + micro, next(batches)))
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                    norm = torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
                     skip = self.stats.step(norm)
                     if accelerator.scaler is None:  # which sets this itself
                         self.optimizer.optimizer.found_inf = skip  # fused AdamW then leaves weights and state as they are
@@ -240,22 +243,22 @@ class Trainer:
 
     def log_line(self) -> str:
         """Report the means and the speed since the last line; returns them in short. Waits for the device."""
-        values = self.stats.read(self.accelerator) | {"lr": self.schedule.get_last_lr()[0]}
+        values = self.stats.read(self.accelerator) | {"lr": float(self.schedule.get_last_lr()[0])}
         values |= self.speed.read(self.accelerator.device)
-        in_a_row, since = values.pop("longest"), values.pop("since")
+        in_a_row, since = (int(values.pop(name) or 0) for name in ("longest", "since"))
         self.report(values)
         if in_a_row >= self.config.max_skipped_steps:
             self.writer.wait()
-            good = self.run_dir.newest_checkpoint(self.step - int(since))
+            good = self.run_dir.newest_checkpoint(self.step - since)
             raise UserError(
-                f"step {self.step}: {in_a_row:.0f} steps in a row had a gradient that is not finite, and were skipped; "
+                f"step {self.step}: {in_a_row} steps in a row had a gradient that is not finite, and were skipped; "
                 f"the last good checkpoint is {good}"
             )
         self.speed.start()
         loss = float("nan") if values["loss"] is None else values["loss"]
         return f"loss {loss:.4f}, {values['images_per_second']:.1f} images/s"
 
-    def report(self, values: dict[str, float | None]) -> None:
+    def report(self, values: Mapping[str, float | None]) -> None:
         """One line in metrics.jsonl and in the tracker; `None` for what could not be measured."""
         known = self.run_dir.append_metrics(self.step, values)
         trackers.log_values(self.accelerator, known, self.step)

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.image_files import save_png
+from common.logging import warn
 from common.plotting import image_grid
 from config.options import TrainConfig
 from data.dataset import LatentDataset
@@ -19,7 +21,10 @@ from flows import LossCondition, flow_of
 from models.vae import VAERecord, load_vae
 from randomness import image_labels
 from samplers import Guidance
-from training.run_dir import warn
+from training.stats import sum_over_processes
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
 SAMPLE_IMAGES = 64  # drawn at each budget, over all processes
 
@@ -54,7 +59,7 @@ class Validation:
         self.flow = flow_of(config, num_steps=SAMPLE_STEPS)
         self.vae = self._load_vae() if config.sampling_steps else None
 
-    def _load_vae(self) -> nn.Module | None:
+    def _load_vae(self) -> "AutoencoderKL | None":
         """One that the user named must load; the data set's own may be missing, with a warning."""
         try:
             vae, _ = load_vae(self.config.vae or self.record.vae, self.accelerator.device, expected=self.record)
@@ -81,7 +86,7 @@ class Validation:
         with self._together(model, should_stop):
             for indices in self._batches(count):
                 sums += self._losses(model, indices, conditions).sum(dim=1)
-        means = (accelerator.reduce(sums, reduction="sum") / count).tolist()
+        means = (sum_over_processes(accelerator, sums) / count).tolist()
         return {"val_loss" + c.metric_suffix: mean for c, mean in zip(conditions, means, strict=True)}
 
     def _batches(self, count: int) -> Iterator[range]:
@@ -115,7 +120,9 @@ class Validation:
             with self._together(model, should_stop):
                 if len(indices):
                     images[:, list(indices)] = self._sample(model, shape, indices, budget).cpu()
-            images = accelerator.reduce(images.to(accelerator.device, torch.int32)).cpu()  # each process fills its own
+            images = sum_over_processes(
+                accelerator, images.to(accelerator.device, torch.int32)
+            ).cpu()  # each process fills its own
             grids.extend(images.to(torch.uint8).permute(0, 1, 3, 4, 2).numpy())
         return grids
 
@@ -126,6 +133,7 @@ class Validation:
         guidance = Guidance(cfg_scale=SAMPLE_CFG if config.cfg_prob else 1.0, inference_budget=budget)
         with self.accelerator.autocast():
             state = self.flow.sample_state(model, shape, config.seed, indices, y, guidance)
+            assert self.vae is not None
             return self.flow.views(self.vae, state)
 
     @contextlib.contextmanager
@@ -150,7 +158,7 @@ class Validation:
             for hook in hooks:
                 hook.remove()
         flag = torch.tensor(float(stopped), device=self.accelerator.device)
-        if self.accelerator.reduce(flag, reduction="sum") > 0:
+        if sum_over_processes(self.accelerator, flag) > 0:
             raise Interrupted
 
 

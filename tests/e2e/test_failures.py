@@ -370,9 +370,7 @@ class held_by_another:
 
 def try_lock(path) -> bool:
     """Would another process get the lock?"""
-    code = (
-        "import sys, pathlib; sys.path.insert(0, '.'); from common import files; print(files.lock(pathlib.Path(sys.argv[1])) is not None)"
-    )
+    code = "import sys, pathlib; sys.path.insert(0, '.'); from common import files; print(files.lock(pathlib.Path(sys.argv[1])) is not None)"
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=runs.ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip() == "True"
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import arguments, assert_same_tensors, final_state, metrics
 
+import models
 import train
 from checkpoint import training_state
 from config.options import TrainConfig
+from config.parsing import parse
 from data.dataset import LatentDataset
 from loss import active_stage
 from randomness import epoch_order, training_draws
@@ -185,6 +188,7 @@ def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undistur
     assert stopped["state"] == "preempted" and stopped["step"] == max(two), errors
     assert final_state(tmp_path, stopped["step"])["step"] == stopped["step"]
     assert number.name in errors and "--resume-step -1" in errors
+    assert "FutureWarning" not in errors
 
 
 COUNT_REDUCTIONS = """
@@ -451,6 +455,73 @@ def test_sample_images_validation_loss_and_tracker(data, tmp_path, monkeypatch):
     assert list((run / "logs").rglob("events.out.tfevents*"))
 
 
+def test_a_signal_while_images_are_drawn_leaves_them_to_the_resumed_run(data, tmp_path, monkeypatch):
+    """They would take for ever; the run that resumes draws and measures what an undisturbed one has at that step."""
+    options = ("--val-data-dir", data, "--sampling-steps", 2, "--max-train-steps", 3, "--checkpointing-steps", 100)
+    monkeypatch.setattr(validation, "SAMPLE_STEPS", 2)
+    train.main(arguments(data, tmp_path / "whole", *options, model="SiT-Ti/4"))
+    runs.reset_accelerate()
+
+    evaluations = []
+
+    def forward(self, *args, **kwargs):
+        evaluations.append(self.training)
+        if evaluations.count(False) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    original = models.sit.SiT.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(models.sit.SiT, "forward", forward)
+        patch.setattr(validation, "SAMPLE_STEPS", 10**6)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(data, tmp_path, *options, model="SiT-Ti/4"))
+    assert stop.value.code == 128 + signal.SIGTERM and evaluations.count(False) == 20
+    assert status(tmp_path) == {"state": "preempted", "step": 1} and not list((tmp_path / "run" / "samples").iterdir())
+    assert final_state(tmp_path, 1)["validation_due"] and not metrics(tmp_path, "val_loss")
+    runs.reset_accelerate()
+    train.main(arguments(data, tmp_path, *options, "--resume-step", -1, model="SiT-Ti/4"))
+    for name in ("0000001.png", "0000002.png"):
+        whole, resumed = (folder / "run" / "samples" / name for folder in (tmp_path / "whole", tmp_path))
+        assert whole.read_bytes() == resumed.read_bytes()
+    assert metrics(tmp_path, "val_loss") == metrics(tmp_path / "whole", "val_loss")
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
+    assert not final_state(tmp_path, 3)["validation_due"]
+
+
+def test_another_process_s_interruption_ends_the_drawing_of_all(monkeypatch):
+    """One of two processes was told to stop: in the sum of both, the flag is set."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), reduce=lambda flag, reduction: flag + 1)
+    several = SimpleNamespace(accelerator=accelerator, vae=None)
+    with pytest.raises(validation.Interrupted), validation.Validation._together(several, torch.nn.Identity(), lambda: False):
+        pass
+
+
+def test_building_a_trainer_writes_nothing(data, tmp_path):
+    argv = arguments(data, tmp_path / "out", "--sampling-steps", 2)
+    built = trainer.Trainer(parse(TrainConfig, argv)[0])
+    assert not list(tmp_path.iterdir())
+    assert {p.device.type for p in built.model.parameters()} == {"cpu"} and built.step == 0
+
+
+def test_steps_are_profiled_in_the_run_folder(data, tmp_path, capsys):
+    train.main(arguments(data, tmp_path, "--profile-steps", "2-3", model="SiT-Ti/4"))
+    trace = json.loads((tmp_path / "run" / "profile" / "trace-2-3.json").read_text())
+    names = [event["name"] for event in trace["traceEvents"]]
+    assert sum("AdamW.step" in name for name in names) == 2
+    assert "--profile-steps 3-2" in refused(capsys, arguments(data, tmp_path / "x", "--profile-steps", "3-2"))
+
+
+def test_epochs_go_on_with_another_batch_size(data, tmp_path):
+    """Two epochs of 24 samples: 3 + 1 steps of 8, then those of 4 that are left of the second one."""
+    options = ("--epochs", 2, "--max-train-steps", 100)
+    train.main(arguments(data, tmp_path, *options, "--max-train-steps", 4, model="SiT-Ti/4"))
+    runs.reset_accelerate()
+    more = ("--batch-size", 4, "--allow-change", "batch_size", "--resume-step", -1)
+    train.main(arguments(data, tmp_path, *options, *more, model="SiT-Ti/4"))
+    assert status(tmp_path) == {"state": "finished", "step": 4 + 4}
+
+
 def test_wandb_without_a_login_goes_offline(data, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -473,6 +544,20 @@ def test_fp16_on_a_cpu_runs_as_no_and_says_so(data, tmp_path, capsys):
     train.main(arguments(data, tmp_path, "--mixed-precision", "fp16", "--max-train-steps", 1))
     assert "fp16 needs a GPU" in capsys.readouterr().err
     assert final_state(tmp_path, 1)["config"]["mixed_precision"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", ["says 4", "--gradient-accumulation-steps 1"]),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", ["says eager", "--compile"]),
+    ],
+)
+def test_what_accelerate_would_do_by_itself_is_refused(data, tmp_path, capsys, monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    line = refused(capsys, arguments(data, tmp_path / "out"))
+    assert all(word in line for word in (name, *words)), line
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_ends_after_its_epochs(data, tmp_path):
