@@ -30,9 +30,9 @@ class Progress:
     @classmethod
     def of_state(cls, state: dict[str, Any], num_samples: int) -> "Progress":
         """That of a checkpoint. Older ones record no position, the oldest not even the number of samples: it is `num_samples`."""
-        config, step = state["config"], state["step"]
-        position = state.get(DATA_POSITION, step * config["gradient_accumulation_steps"])
-        return cls(step, position, state.get("data_size", num_samples), config["batch_size"])
+        config, step = TrainConfig(**state["config"]), state["step"]
+        position = state.get(DATA_POSITION, step * config.gradient_accumulation_steps)
+        return cls(step, position, state.get("data_size", num_samples), config.batch_size)
 
     def converted(self, num_samples: int, batch_size: int) -> "Progress":
         """The same place counted in batches of another size: a batch that begins no earlier, so that nothing is read twice."""

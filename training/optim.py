@@ -29,6 +29,20 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     return AdamW(model.parameters(), **optimizer_options(config), fused=True)
 
 
+def load_optimizer(optimizer: AdamW, state: dict[str, Any]) -> None:
+    """The moments in the `state_dict` of an optimizer of the same model; the options stay this run's own.
+
+    Raises:
+        Exception: of any type, where something else stands there.
+    """
+    moments, parameters = state["state"], optimizer.param_groups[0]["params"]
+    for place, entry in moments.items():
+        shapes = [entry[name].shape for name in ("exp_avg", "exp_avg_sq")]
+        if shapes != [parameters[place].shape] * 2 or entry["step"].numel() != 1:
+            raise ValueError(f"moments of another shape for parameter {place}")
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def create_schedule(optimizer: AdamW, config: TrainConfig, step: int, total_steps: int) -> LambdaLR:
     """The learning-rate schedule after optimizer step `step` of `total_steps`.
 

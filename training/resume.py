@@ -1,18 +1,19 @@
 """What a resumed run must share with the run that it resumes, and the checkpoint that it resumes from."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from checkpoint import training_state
+from checkpoint import reading, training_state
 from checkpoint.weights import MODEL_OPTIONS, model_options
 from common import tensor_files
 from common.errors import UserError
 from common.logging import warn
 from config.options import TrainConfig
 from models.encoders import encoder_names
-from training.data_order import Progress, total_steps
+from training.data_order import DATA_POSITION, Progress, total_steps
 from training.optim import depends_on_length
 from training.run_data import RunData
 from training.run_dir import RunDir
@@ -43,7 +44,10 @@ CHANGEABLE = (
 LENGTH = ("max_train_steps", "epochs")  # to be named only where the learning rate depends on the number of steps
 
 
-DATA_SIZE, DATA_LABELS = "data_size", "data_labels"  # no options, but changed by --data-dir
+DATA_SIZE, DATA_LABELS = "data_size", "data_labels"  # no options, but changed by --data-dir; recorded in checkpoints
+
+
+VALIDATION_DUE = "validation_due"  # in checkpoints: a signal came while their step was validated
 
 
 ALLOWED = (*CHANGEABLE, *LENGTH, DATA_SIZE, DATA_LABELS)  # what --allow-change takes
@@ -64,12 +68,10 @@ def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
         return None
     if run_dir.is_main:
         try:
-            if step == -1:
-                state = training_state.load_newest(run_dir.checkpoints, warn)
-            else:
-                state = tensor_files.load(training_state.step_path(run_dir.checkpoints, step), verify=True)
-            if state is not None and type(state.get("step")) is not int:
-                raise UserError(f"{run_dir.checkpoints}: the checkpoint to resume from records no step")
+            folder = run_dir.checkpoints
+            state = training_state.load_newest(folder, warn) if step == -1 else reading.load_step(folder, step)
+            if state is not None:
+                state = _checked(state, training_state.step_path(folder, state["step"]))
         except UserError as error:
             state, problem = None, str(error)
     step, problem = broadcast_object_list([state and state["step"], problem])
@@ -77,19 +79,25 @@ def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
         raise UserError(problem)
     if run_dir.is_main or step is None:
         return state
-    return tensor_files.load(training_state.step_path(run_dir.checkpoints, step))
+    path = training_state.step_path(run_dir.checkpoints, step)
+    return _checked(tensor_files.load(path), path)
+
+
+def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    for name, kind in {DATA_SIZE: int, DATA_POSITION: int, VALIDATION_DUE: bool}.items():
+        if name in state and (type(state[name]) is not kind or state[name] < 0):
+            raise UserError(f"{path}: its {name} must be {'true or false' if kind is bool else 'a whole number'}")
+    return reading.check_training_state(state, path)
 
 
 def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:
     """Raise UserError where continuing from `state` with these options and data would silently be another run."""
-    if "optimizer" not in state:
-        raise UserError(f"{run_dir.path}: its checkpoints hold no training state")
     own, recorded = dataclasses.asdict(config), state["config"]
     compared = [*_applicable(own), *(["encoder_depth"] if encoder_names(config.enc_type, config.proj_coeff) else [])]
     for name in (*compared, *CHANGEABLE):
         if name in recorded and own[name] != recorded[name]:
             _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)
-    if data.record.to_dict() != state["vae"]:
+    if data.record != state["vae"]:
         raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
     _check_data(config, state, data, run_dir)
     _check_length(config, state, len(data.dataset), run_dir)
@@ -120,7 +128,7 @@ def _check_data(config: TrainConfig, state: dict[str, Any], data: RunData, run_d
 
 def _check_length(config: TrainConfig, state: dict[str, Any], num_samples: int, run_dir: RunDir) -> None:
     """A schedule that ends at another step moves the learning rate at once."""
-    before = dataclasses.replace(config, **{k: v for k, v in state["config"].items() if hasattr(config, k)})
+    before = TrainConfig(**state["config"])
     if not (depends_on_length(before) and depends_on_length(config)):
         return
     progress = Progress.of_state(state, num_samples)

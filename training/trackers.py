@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import wandb
 from accelerate import Accelerator
 
 from common.files import write_atomically
@@ -58,6 +57,8 @@ def wandb_mode() -> str:
     """online, or offline with a warning where nobody is logged in."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
+    import wandb
+
     if wandb.api.api_key:
         return "online"
     warn("wandb has no login: writing offline (wandb login, then wandb sync, uploads it)")

@@ -13,7 +13,7 @@ import models
 from checkpoint import async_writer, training_state
 from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.logging import log, warn
 from config.options import TrainConfig
 from flows import flow_of
@@ -22,15 +22,13 @@ from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.vae import sample_latents
 from training import resume, setup, trackers
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
-from training.optim import EMA, create_optimizer, create_schedule
+from training.optim import EMA, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
 from training.profiler import StepProfiler
 from training.run_data import open_data
 from training.run_dir import RunDir, warn_if_unwritable
 from training.stats import Speed, TrainingStats, peak_tflops
 from training.validation import Interrupted, Validation, save_samples
-
-VALIDATION_DUE = "validation_due"  # in checkpoints: a signal came while their step was validated
 
 
 class Trainer:
@@ -145,11 +143,15 @@ class Trainer:
         load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], where)
         for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
             load_state_dict(model, state["ema"].get(decay, state["model"]), where)
-        self.optimizer.optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        self.stats.load_state_dict(state.get("meters", {}), self.accelerator.is_main_process)
-        self.validation_due = state.get(VALIDATION_DUE, False)
+        try:
+            load_optimizer(self.optimizer.optimizer, state["optimizer"])
+            if scaler is not None and state.get("scaler"):
+                scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # whatever stands there instead
+            path = training_state.step_path(self.run_dir.checkpoints, state["step"])
+            raise UserError(f"{path}: its optimizer state is not one of this model: {first_line(error)}") from None
+        self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
+        self.validation_due = state.get(resume.VALIDATION_DUE, False)
         self._go_to(Progress.of_state(state, len(self.data.dataset)))
 
     def _open_validation(self) -> Validation | None:
@@ -298,7 +300,7 @@ class Trainer:
             resume.DATA_SIZE: len(self.data.dataset),
             resume.DATA_LABELS: self.data.labels_sha256,
             DATA_POSITION: self._data_position(self.step),
-            VALIDATION_DUE: self.validation_due,
+            resume.VALIDATION_DUE: self.validation_due,
             "meters": self.stats.state_dict(),
         }
 

@@ -95,14 +95,16 @@ AS_SCRIPTS = """
 import json, multiprocessing, os, signal, sys, time
 import train
 from common.errors import UserError
+from data.dataset import LatentDataset
+from training.trainer import Trainer
 
 def at_step(number, action):
-    original = train.Trainer.train_step
+    original = Trainer.train_step
     def step(self, batches):
         original(self, batches)
         if self.step == number:
             action()
-    train.Trainer.train_step = step
+    Trainer.train_step = step
 
 def fail(error):
     raise error
@@ -139,7 +141,6 @@ print(json.dumps([codes, sorted({name for _, name in left})]))
 """
 KILL_WORKER = "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)"
 STUCK = """
-from data.dataset import LatentDataset
 read = LatentDataset.__getitems__
 def slow(self, indices):
     if multiprocessing.parent_process() is not None and slow.reads == 2:

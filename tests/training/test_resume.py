@@ -47,7 +47,7 @@ def options(**changes):
 
 def state_of(config, step=6, **changes):
     data = run_data()
-    state = {"optimizer": {}, "step": step, "config": dataclasses.asdict(config), "vae": SD_VAE.to_dict()}
+    state = {"optimizer": {}, "step": step, "config": dataclasses.asdict(config), "vae": SD_VAE}
     return state | {resume.DATA_SIZE: 24, resume.DATA_LABELS: data.labels_sha256, DATA_POSITION: step} | changes
 
 
