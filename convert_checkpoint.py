@@ -9,8 +9,8 @@ given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The o
 """
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from checkpoint import reading, training_state, weights
 from checkpoint.inspect import look, show
 from common.errors import UserError, cli_main
 from config.options import ConvertCheckpointConfig
-from config.parsing import parse, with_names
+from config.parsing import parse
 from sampling import checks, session
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
@@ -26,8 +26,7 @@ PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which d
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    argv = with_names(ConvertCheckpointConfig, sys.argv[1:] if argv is None else argv, ("source", "dest"))
-    config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py IN [OUT]")
+    config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py")
     if config.source is None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
     if config.dest is None and not config.show:
@@ -59,6 +58,8 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
         names = [config.weights or "ema"]
     else:
         names = [config.weights] if config.weights else list(look(source).sets)
+    if not names:
+        raise UserError(f"{config.source}: holds no weights")
     sets: dict[str, weights.Weights] = {}
     checksum = None
     for name in names:
@@ -104,6 +105,12 @@ def _compact(tensor: Tensor) -> Tensor:
     """The tensor, contiguous, in a storage of its own size: a view would carry all of its storage into the file."""
     fits = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if fits else tensor.clone().contiguous()
+
+
+def _tensors(values: Any) -> dict[str, Tensor]:
+    """Those among the entries of a state dict."""
+    entries = values.items() if isinstance(values, dict) else ()
+    return {k: v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import generate
 from common.errors import UserError, cli_main
 from common.plotting import labelled_grid
-from config.options import GenerateConfig, option
+from config.options import GenerateConfig
+from config.rules import option
 from experiments_updated import digit_classifier
 from sampling import image_folder, session
 
@@ -23,7 +24,7 @@ from sampling import image_folder, session
 class ReportConfig(GenerateConfig):
     """Options of quickstart_dfm_report.py: those of the samples, and where to write."""
 
-    output_dir: str = option("quickstart", "folder of stages.png and dfm.json; classifier.pt is kept there")
+    output_dir: str = option("output", "quickstart", "folder of stages.png and dfm.json; classifier.pt is kept there")
 
 
 @cli_main

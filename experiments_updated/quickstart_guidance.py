@@ -24,7 +24,8 @@ import generate
 from common import files
 from common.errors import cli_main
 from common.tables import markdown_table
-from config.options import GenerateConfig, option
+from config.options import GenerateConfig
+from config.rules import option
 from experiments_updated import digit_classifier
 from metrics import frechet_distance
 from sampling import checks, cost, session
@@ -37,9 +38,9 @@ SCHEDULES = ("0.0625@1.0-0.5,1.0@0.5-0.0", "1.0@1.0-0.5,0.0625@0.5-0.0", "0.0625
 class GuidanceConfig(GenerateConfig):
     """Options of quickstart_guidance.py: those of the samples, and what to compare."""
 
-    output_dir: str = option("quickstart", "folder of guidance.md and guidance.json; classifier.pt is kept there")
-    budgets: list[float] = option([0.25, 1.0], "budgets to guide at, each above the guiding one", gt=0, le=1)
-    guiding_budget: float = option(0.0625, "budget of the guiding pass of cheap CFG and autoguidance", gt=0, le=1)
+    output_dir: str = option("output", "quickstart", "folder of guidance.md and guidance.json; classifier.pt is kept there")
+    budgets: list[float] = option("sample", [0.25, 1.0], "budgets to guide at, each above the guiding one", gt=0, le=1)
+    guiding_budget: float = option("guidance", 0.0625, "budget of the guiding pass of cheap CFG and autoguidance", gt=0, le=1)
 
 
 @cli_main

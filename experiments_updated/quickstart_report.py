@@ -20,8 +20,9 @@ from checkpoint.weights import Weights
 from common.errors import UserError, cli_main
 from common.plotting import labelled_grid
 from common.tables import markdown_table
-from config.options import GenerateConfig, option
+from config.options import GenerateConfig
 from config.parsing import require_options
+from config.rules import option
 from data.dataset import LatentDataset
 from experiments_updated import digit_classifier
 from flows import flow_of
@@ -37,9 +38,9 @@ VAL_REPEATS = 2  # noise and times drawn for each held-out canvas
 class ReportConfig(GenerateConfig):
     """Options of quickstart_report.py: those of the samples, and where the held-out data are."""
 
-    val_data_dir: str = option(..., "held-out data set")
-    output_dir: str = option("quickstart", "folder of budgets.png, table.md and results.json")
-    budgets: list[float] = option([0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1)
+    val_data_dir: str = option("data", ..., "held-out data set")
+    output_dir: str = option("output", "quickstart", "folder of budgets.png, table.md and results.json")
+    budgets: list[float] = option("sample", [0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1)
 
 
 @cli_main

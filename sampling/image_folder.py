@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.files import WriteError, check_name, join_inside, parse_json, write_json
 from common.image_files import save_png
 from config.options import GenerateConfig
+from config.rules import folder_labels, names
 from flows import flow_of
 from samplers import parse_budget
 from sampling.session import ARCHITECTURE
@@ -26,22 +27,8 @@ from sampling.session import ARCHITECTURE
 WRITERS = 4  # threads that write PNG files
 
 # What an image depends on, beside the checkpoint's and the VAE's weights; and the options that a flow's schedule adds.
-SETTINGS = {
-    *(
-        "weights",
-        "vae",
-        "mode",
-        "num_steps",
-        "heun",
-        "path_type",
-        "time_shift",
-        "cfg_scale",
-        "guidance_low",
-        "guidance_high",
-        "autoguidance",
-    ),
-    *("inference_budget", "unconditional_inference_budget", "global_seed", "class_labels", "mixed_precision"),
-}
+SETTINGS = set(names(GenerateConfig, images=True, group=("checkpoint", "path", "sample", "guidance", "system")))
+STAGE_SETTINGS = set(names(GenerateConfig, images=True, model=False, group="dfm"))
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -79,20 +66,19 @@ def folder_name(config: GenerateConfig) -> str:
     if len(labels) > 40:
         labels = hashlib.sha256(labels.encode()).hexdigest()[:12]
     defaults = GenerateConfig()
-    for option, label, value in (
-        ("weights", "weights", config.weights.replace(":", "_")),
-        ("inference_budget", "budget", parse_budget(config.inference_budget)),
-        ("unconditional_inference_budget", "uncond", config.unconditional_inference_budget),
-        ("autoguidance", "autoguidance", None),
-        ("guidance_low", "low", config.guidance_low),
-        ("guidance_high", "high", config.guidance_high),
-        ("heun", "heun", None),
-        ("class_labels", "labels", labels),
-        ("mixed_precision", config.mixed_precision, None),
-        *((option, label, "_".join(map(str, getattr(config, option)))) for option, label in flow.schedule_options.items()),
-    ):
-        if getattr(config, option) != getattr(defaults, option):
-            name += f"-{label}" + ("" if value is None else f"-{value}")
+    special = {
+        "weights": config.weights.replace(":", "_"),
+        "inference_budget": parse_budget(config.inference_budget),
+        "class_labels": labels,
+    }
+    for option, label in folder_labels(GenerateConfig).items():
+        value = getattr(config, option)
+        if value == getattr(defaults, option) or (option in STAGE_SETTINGS and option not in flow.schedule_options):
+            continue
+        if isinstance(value, list):
+            value = "_".join(map(str, value))
+        name += f"-{label}" if label else ""
+        name += "" if value is True else f"-{special.get(option, value)}"
     return name
 
 
@@ -101,8 +87,8 @@ def folder_name(config: GenerateConfig) -> str:
 
 def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -> dict[str, Any]:
     """All that the images depend on: the record beside their folder."""
-    names = SETTINGS | set(ARCHITECTURE) | flow_of(config).schedule_options.keys()
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
+    recorded = SETTINGS | set(ARCHITECTURE) | flow_of(config).schedule_options.keys()
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k in recorded}
     if config.inference_budget is not None:
         options["inference_budget"] = str(parse_budget(config.inference_budget))  # one spelling
     checksum = None if weights.checksum is None else weights.checksum.value()

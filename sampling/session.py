@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import models
 from checkpoint import reading
-from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
+from checkpoint.weights import Weights, build_model
 from common import precision
 from common.errors import UserError
 from config.options import Architecture, GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
+from config.rules import names
 from flows import Flow, OnStage, flow_of
 from models.conditioning import Condition
 from models.vae import decode, load_vae
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 
 Options = GenerateConfig | InferenceTool
 # What the checkpoint decides, and options by hand may only fill in.
-ARCHITECTURE = ("model", "resolution", "num_classes", "path_type", "time_shift", *MODEL_OPTIONS)
+ARCHITECTURE = names(Architecture, resume="same", when=(None, "elit", "dfm"), images=True)
 # How the model was made to be sampled, where the user says nothing else.
-SCHEDULE = ("num_steps_per_scale", "stage_sampling_thresholds")
+SCHEDULE = names(Architecture, group="dfm", resume="free", images=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the options
