@@ -12,33 +12,21 @@ from common import tensor_files
 from common.errors import UserError
 from common.logging import warn
 from config.options import TrainConfig
+from config.rules import names
 from models.encoders import encoder_names
 from training.data_order import DATA_POSITION, Progress, total_steps
 from training.optim import depends_on_length
 from training.run_data import RunData
 from training.run_dir import RunDir
 
+_ALWAYS = (None, "elit", "dfm")  # compared whatever the run is; `when` names the conditions of others
+
 # What a resumed run must share with the run that it resumes, or it would silently be another one: …
-SAME = (
-    *("model", "resolution", "num_classes", "path_type", "time_shift", "latent_norm", "enc_type"),
-    *MODEL_OPTIONS,
-)
+SAME = names(TrainConfig, resume="same", when=_ALWAYS)
 
 
 # … and what the user may change on purpose, by --allow-change.
-CHANGEABLE = (
-    *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "weighting", "cfg_prob", "ema_decay"),
-    *(
-        "elit_min_mask_prob",
-        "elit_max_mask_prob",
-        "stage_weights",
-        "max_grad_norm",
-        "learning_rate",
-        "adam_beta1",
-        "adam_beta2",
-    ),
-    *("adam_weight_decay", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "lr_cooldown", "proj_coeff"),
-)
+CHANGEABLE = names(TrainConfig, resume="changeable", when=_ALWAYS)
 
 
 LENGTH = ("max_train_steps", "epochs")  # to be named only where the learning rate depends on the number of steps

@@ -96,8 +96,6 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     warnings = []
     if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
         warnings.append(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
-    if config.legacy:
-        warnings.append("--legacy has no effect")
     spec = models.model_spec(config.model)
     if spec.elastic and "encoder_depth" in given and config.head_depth is None:
         warnings.append(

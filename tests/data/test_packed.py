@@ -168,7 +168,7 @@ def test_results_do_not_depend_on_the_number_of_processes(images, vae_folder, tm
     one = encode(images, tmp_path / "one", vae_folder, *options)
     (tmp_path / "three").mkdir()
     for rank in (1, 2, 0):
-        monkeypatch.setattr(encode_room, "_processes", lambda rank=rank: Rank(rank, 3))
+        monkeypatch.setattr(encode_room, "start_processes", lambda _, rank=rank: Rank(rank, 3))
         encode(images, tmp_path / "three", vae_folder, *options)
     assert content(tmp_path / "three") == one
 
@@ -183,7 +183,7 @@ def test_torchrun_makes_the_same_packed_files(images, packed, vae_folder, tmp_pa
 
 
 def test_several_processes_and_a_zip(images, vae_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(encode_room, "_processes", lambda: Rank(0, 2))
+    monkeypatch.setattr(encode_room, "start_processes", lambda _: Rank(0, 2))
     argv = ["encode", f"--source={images}", f"--dest={tmp_path}/d.zip", f"--vae={vae_folder}"]
     refused(capsys, argv, "--dest", "several processes", "--packed")
 
