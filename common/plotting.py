@@ -54,7 +54,7 @@ def labelled_grid(
     save_figure(figure, path)
 
 
-def line_plot(  # noqa: PLR0913, all but the first three by name
+def line_plot(
     path: str | Path,
     x: Sequence[float],
     y: Sequence[float],
