@@ -11,8 +11,8 @@ given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The o
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import reading, training_state, weights
@@ -60,6 +60,8 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
         names = [config.weights or "ema"]
     else:
         names = [config.weights] if config.weights else list(look(source).sets)
+    if not names:
+        raise UserError(f"{config.source}: holds no weights")
     sets: dict[str, weights.Weights] = {}
     checksum = None
     for name in names:
@@ -86,6 +88,7 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
 
 def save_safetensors(path: Path, found: weights.Weights) -> None:
     """One set of weights with its configuration, VAE record and step as JSON in the metadata; written aside, then renamed."""
+    from safetensors.torch import save_file
 
     metadata = {"config": json.dumps(found.config), "vae": json.dumps(found.record.to_dict()), "step": str(found.step)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +107,12 @@ def _compact(tensor: Tensor) -> Tensor:
     """The tensor, contiguous, in a storage of its own size: a view would carry all of its storage into the file."""
     fits = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if fits else tensor.clone().contiguous()
+
+
+def _tensors(values: Any) -> dict[str, Tensor]:
+    """Those among the entries of a state dict."""
+    entries = values.items() if isinstance(values, dict) else ()
+    return {k: v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 if __name__ == "__main__":

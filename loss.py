@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.conditioning import Condition, null_condition, select
 from models.dfm import decompose
 from models.vae import VAERecord, sample_latents
 from randomness import Draws, training_draws
@@ -59,6 +60,13 @@ def training_times(
 def dropped_labels(y: Tensor, draws: Draws, probability: float, num_classes: int) -> Tensor:
     """Labels (B,) with a share of them replaced by the null label, for classifier-free guidance."""
     return torch.where(draws.label_drop < probability, num_classes, y)
+
+
+def drop_conditions(model: nn.Module, y: Condition, draws: Draws, probability: float) -> Condition:
+    """Labels (B,) or text, a share of them replaced by the model's null condition, for classifier-free guidance."""
+    if probability == 0:  # a text model without a null prompt trains, too
+        return y
+    return select(draws.label_drop < probability, null_condition(model, y), y)
 
 
 def flow_matching_loss(

@@ -28,7 +28,6 @@ from data.dataset import LatentDataset
 from data.packed import FORMAT, INDEX_FILE, LABELS_FILE, NAMES_FILE, shard_file
 from models.vae import SD_VAE
 from preprocessing import demo
-from preprocessing.packed_writer import write_array
 
 QUICKSTART_VAE = "experiments_updated/quickstart_vae"
 ENTRIES, SHARD = 1_281_167, 8192  # ImageNet
@@ -167,8 +166,8 @@ def make_index(folder: Path) -> None:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)})
             file.truncate(file.tell() + 4 * count * int(np.prod(shape)))
         shards.append({"file": shard_file(number), "count": count, "sha256": ""})
-    write_array(folder / LABELS_FILE, np.arange(ENTRIES) % 1000)
-    write_array(folder / NAMES_FILE, np.array([f"{i // 1000:05d}/img-mean-std-{i:08d}.npy".encode() for i in range(ENTRIES)]))
+    np.save(folder / LABELS_FILE, np.arange(ENTRIES) % 1000)
+    np.save(folder / NAMES_FILE, np.array([f"{i // 1000:05d}/img-mean-std-{i:08d}.npy".encode() for i in range(ENTRIES)]))
     index = {"format": FORMAT, "shape": shape, "dtype": "float32", "labelled": True, "vae": SD_VAE.to_dict(), "sha256": {}}
     (folder / INDEX_FILE).write_text(json.dumps(index | {"shards": shards}))
 

@@ -23,8 +23,7 @@ import dataset_tools
 from common import files
 from common.errors import cli_main
 from common.torchvision_shim import import_torchvision
-from data import packed
-from preprocessing import demo, packed_writer
+from preprocessing import demo, output, packed_writer
 
 IMAGES, VAE = 400, "experiments_updated/quickstart_vae"
 
@@ -68,11 +67,11 @@ def die_inside_a_write(which: int) -> Callable[[], None]:
                 write(content[: len(content) // 2])
                 os.killpg(0, signal.SIGKILL)
 
-        write_file, append, writestr = files.write_file, packed_writer.ShardWriter.append, zipfile.ZipFile.writestr
+        write_file, append, writestr = files.write_atomically, packed_writer.ShardWriter.append, zipfile.ZipFile.writestr
 
-        def spoiled_write_file(path: Path, content: bytes) -> None:
-            half(path.with_name(f"{path.name}.{os.getpid()}.tmp").write_bytes, content)
-            write_file(path, content)
+        def spoiled_write_file(path: Path, content: bytes | str, **options) -> None:
+            half(files.aside_of(path).write_bytes, content.encode() if isinstance(content, str) else content)
+            write_file(path, content, **options)
 
         def spoiled_append(writer: packed_writer.ShardWriter, moments: np.ndarray) -> None:
             half(lambda content: (writer._file.write(content), writer._file.flush()), moments.tobytes())
@@ -84,8 +83,8 @@ def die_inside_a_write(which: int) -> Callable[[], None]:
             writestr(archive, info, content)
 
         zipfile.ZipFile.writestr = spoiled_writestr
-        for module in (files, packed, sys.modules["data_tools.dest"]):
-            module.write_file = spoiled_write_file
+        for module in (files, packed_writer, output):
+            module.write_atomically = spoiled_write_file
         packed_writer.ShardWriter.append = spoiled_append
 
     return spoil

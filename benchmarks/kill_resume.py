@@ -89,6 +89,8 @@ def start(argv: list[str], log: Path) -> int:
                 os.dup2(file.fileno(), 2)
             train.main(argv)
             code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
         finally:
             os._exit(code)
     return child

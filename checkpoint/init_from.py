@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
+from checkpoint.reading import depth_of
 from checkpoint.weights import Weights
 from common.errors import UserError
 
@@ -54,6 +55,8 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     Raises:
         UserError: the models' blocks differ, in width or number.
     """
+    if not found.config.get("model"):
+        raise UserError(f"--init-from {where}: records no model")
     fixed = {name for name, _ in model.named_buffers()}
     own = {k: v for k, v in model.state_dict().items() if k not in fixed}
     other = {k: v for k, v in found.state_dict.items() if k not in fixed}
@@ -72,16 +75,26 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
         if theirs is not None and theirs.shape == mine.shape:
             made.state_dict[name] = theirs
         elif theirs is not None and name in _ADAPT:
-            made.state_dict[name], made.changed[name] = _ADAPT[name](theirs, mine, model)
+            try:
+                made.state_dict[name], made.changed[name] = _ADAPT[name](theirs, mine, model)
+                fits = made.state_dict[name].shape == mine.shape
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                fits = False
+            if not fits:
+                shapes = f"{tuple(theirs.shape)} cannot be brought to {tuple(mine.shape)}"
+                raise UserError(f"--init-from {where}: {name} of shape {shapes}")
         else:
             made.new.append(name)
     return made
 
 
 def _check_blocks(own: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
+    name = "blocks.0.mlp.fc1.weight"
+    if name not in other or other[name].dim() != 2:
+        raise UserError(f"--init-from {where}: {name} is missing, or no matrix")
+
     def size(state: dict[str, Tensor]) -> tuple[int, int, int]:
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        return depth, *reversed(state["blocks.0.mlp.fc1.weight"].shape)
+        return depth_of(state), *reversed(state[name].shape)
 
     if size(own) != size(other):
         said = ["{} blocks of width {} (MLP {})".format(*size(state)) for state in (other, own)]

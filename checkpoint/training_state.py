@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from checkpoint.reading import load_step
 from common.errors import UserError
-from common.tensor_files import Unreadable, load, sidecar
+from common.tensor_files import Unreadable, sidecar
 
 FORMAT = 1
 
@@ -153,7 +154,7 @@ def load_newest(folder: str | Path, warn: Callable[[str], None]) -> dict[str, An
     passed: list[str] = []
     for step in reversed(saved_steps(folder)):
         try:
-            state = load(step_path(folder, step), verify=True)
+            state = load_step(folder, step)
         except Unreadable:
             raise
         except UserError as error:

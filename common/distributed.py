@@ -9,11 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 PR_SET_PDEATHSIG = 1
 
@@ -38,6 +43,30 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.keys() >= ACCELERATE:
         end_with_parent(signal.SIGTERM)
+
+
+def start_processes(timeout: timedelta | None = None) -> "PartialState":
+    """This process among those of torchrun or `accelerate launch`, or alone.
+
+    Args:
+        timeout: how long processes wait for each other; PyTorch's default where there is none.
+    Raises:
+        UserError: WORLD_SIZE is not the number of processes that run.
+    """
+    from accelerate import PartialState  # 2 s of import, for what runs in one process
+
+    state = PartialState(cpu=not torch.accelerator.is_available(), **({"timeout": timeout} if timeout else {}))
+    check_world_size(state.num_processes)
+    return state
+
+
+def check_world_size(processes: int) -> None:
+    """Raise `UserError` if the launcher's WORLD_SIZE is not the number of processes that found each other."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != str(processes):
+        raise UserError(
+            f"WORLD_SIZE is {world}, but {processes} process(es) run; start with torchrun --nproc_per_node {world}, or unset it"
+        )
 
 
 @contextlib.contextmanager

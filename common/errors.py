@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+from common.logging import set_script
+
 
 class UserError(ValueError):
     """Something that the user can put right. The message names the option or file, what is wrong and what is valid.
@@ -26,11 +28,12 @@ def cli_main(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None):
+        script = Path(main.__code__.co_filename).name
+        set_script(script)
         try:
             return main(argv)
         except UserError as error:
             if error.local or speaks_for_machine():
-                script = Path(main.__code__.co_filename).name
                 print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
 

@@ -10,9 +10,9 @@ import re
 import socket
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import UserError, first_line
 
@@ -140,27 +140,104 @@ def read_json(files: FileTree, name: str) -> Any:
     return parse_json(files.read(name), files.where(name))
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it: under its own name it is whole. `UserError` if that fails."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a worker of a killed run may still write the same file
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it gets its name: `{name}.{pid}.tmp` beside it, so that no two processes share one."""
+    ending = f".{os.getpid()}.tmp"
+    return path.with_name(os.fsdecode(os.fsencode(path.name)[: MAX_PART - len(ending)]) + ending)
+
+
+class WriteError(UserError, OSError):
+    """A file that cannot be written: disk full, read-only folder …. One line for users; an OSError for whoever can do without.
+
+    Only the process that meets it knows of it.
+    """
+
+    def __init__(self, path: str | Path, error: OSError, option: str = ""):
+        super().__init__(f"{option} {path}: cannot be written: {error.strerror or error}".strip(), local=True)
+        self.errno, self.strerror = error.errno, error.strerror or str(error)
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+@contextlib.contextmanager
+def written_aside(path: str | Path, *, fsync: bool = False, option: str = "") -> Iterator[Path]:
+    """The path to write `path` under; renamed to `path` at the end of the context, removed where that is left by an error.
+
+    Args:
+        fsync: the content and the new name survive a power cut.
+        option: how an error names the file, e.g. `--output`.
+    Raises:
+        WriteError: for an OSError; `path` is then what it was.
+    """
+    path = Path(path)
+    aside = aside_of(path)
     try:
-        aside.write_bytes(content)
+        yield aside
+        if fsync:
+            _sync(aside)
         aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, UserError):
+            raise WriteError(path, error, option) from None
+        raise
+    if fsync:
+        sync_folder(path.parent)
 
 
-def make_folder(path: Path) -> None:
+def write_atomically(
+    path: str | Path, content: bytes | str | Callable[[BinaryIO], object], *, fsync: bool = False, option: str = ""
+) -> None:
+    """Write a file that is whole under its name or not there: aside, then renamed.
+
+    Args:
+        content: bytes, text (UTF-8), or what writes to the open file.
+        fsync, option: see `written_aside`.
+    Raises:
+        WriteError: which is a UserError and an OSError.
+    """
+    with written_aside(path, fsync=fsync, option=option) as aside, aside.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _sync(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames survive a power cut, where the file system can."""
+    with contextlib.suppress(OSError):  # not on every file system, and not on Windows
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: str | Path, is_target: Callable[[str], object]) -> None:
+    """Remove what killed runs left of files that `written_aside` wrote: `{name}.{pid}.tmp` where `is_target(name)`.
+
+    Only regular files directly in `folder` are removed: other files named `*.tmp`, links and subfolders stay.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match = re.fullmatch(r"(.+)\.\d+\.tmp", entry.name, re.DOTALL)
+            if match and is_target(match[1]) and entry.is_file(follow_symlinks=False):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def make_folder(path: Path, option: str = "--dest") -> None:
+    """Make a folder and its parents, if they are not there. Raises WriteError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--dest {path}: cannot be made: {error.strerror}") from None
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """One line for a full disk, a read-only folder and the like. Only the process that meets it knows."""
-    return UserError(f"--dest {path}: cannot be written: {error.strerror}", local=True)
+        raise WriteError(path, error, option) from None
 
 
 def lock(path: Path) -> Any:
@@ -207,8 +284,7 @@ class FolderLock:
             warn(f"{path}: this file system has no locks ({error.strerror}): nothing keeps a second run out of {folder}")
             self._file = path.open("a")
         if self._file is None:
-            owner = path.read_text().strip() if path.is_file() else ""
-            raise Busy(f"{folder}: another run is writing there{owner and f' ({owner})'}; wait for its end")
+            raise Busy(f"{folder}: another run is writing there{_owner(path)}; wait for its end")
         with contextlib.suppress(OSError):  # a full disk
             os.truncate(self._file.fileno(), 0)
             os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -217,9 +293,18 @@ class FolderLock:
         """Give it up, and leave nothing of it: a folder that was made for it goes where it is empty."""
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
-            self._file.close()
+        self._file.close()
+        with contextlib.suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
+
+
+def _owner(path: Path) -> str:
+    """` (process … on …)` as a lock file says it; an empty text where it does not."""
+    with contextlib.suppress(OSError, ValueError):
+        if text := path.read_text()[:200].strip():
+            return f" ({text})"
+    return ""
 
 
 class Unfinished:
@@ -231,7 +316,7 @@ class Unfinished:
         try:
             self._file = lock(path)
         except OSError as error:
-            raise cannot_write(dest, error) from None
+            raise WriteError(dest, error, "--dest") from None
         if self._file is None:
             raise UserError(f"--dest {dest}: another run is writing there (it holds {path.name}); wait for its end")
         self._file.seek(0)
@@ -257,8 +342,6 @@ class Unfinished:
         self._file.close()
 
 
-def write_json(values: object, path: str | Path) -> None:
-    """A JSON file, written aside and then renamed."""
-    aside = Path(path).with_suffix(".json.tmp")
-    aside.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    aside.replace(path)
+def write_json(values: object, path: str | Path, *, option: str = "") -> None:
+    """A JSON file, written atomically; `option`: see `write_atomically`."""
+    write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n", option=option)

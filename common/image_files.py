@@ -4,23 +4,16 @@ import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from common.files import DataError, FileTree
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from common.files import DataError, FileTree, write_atomically
 
 
 def save_png(image: Image.Image, path: str | Path, compress_level: int = 6) -> None:
-    """Write a PNG aside, then rename it: a killed run leaves no half-written picture under its name."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    image.save(aside, format="png", compress_level=compress_level)
-    aside.replace(path)
+    """Write a PNG atomically: a killed run leaves no half-written picture under its name. Raises WriteError if it cannot."""
+    write_atomically(path, lambda file: image.save(file, format="png", compress_level=compress_level))
 
 
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, above which it warns of a decompression bomb
@@ -32,8 +25,6 @@ warnings.filterwarnings("ignore", message="Image size .* exceeds limit", categor
 
 def read_image(files: FileTree, name: str) -> np.ndarray:
     """An image file as RGB, uint8 (H, W, 3), stored orientation, alpha dropped. `DataError` that names it if it is broken."""
-    from PIL import Image
-
     content = files.read(name)
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -43,7 +34,7 @@ def read_image(files: FileTree, name: str) -> np.ndarray:
         raise DataError(f"{files.where(name)}: not a readable image: {reason}") from None
 
 
-def _rgb(image: "Image") -> np.ndarray:
+def _rgb(image: Image.Image) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} × {image.height} pixels; the limit is {MAX_PIXELS:,}, against decompression bombs")
     if image.mode.startswith(
@@ -56,8 +47,6 @@ def _rgb(image: "Image") -> np.ndarray:
 
 def image_names(names: Iterable[str]) -> list[str]:
     """Those of `names` that have the suffix of a format that Pillow reads."""
-    from PIL import Image
-
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     # A Mac's zip holds a `._name` of its own beside every file.
     return [n for n in names if PurePosixPath(n).suffix.lower() in readable and not PurePosixPath(n).name.startswith("._")]

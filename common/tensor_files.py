@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from common.files import file_sha256
+from common.files import file_sha256, written_aside
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -140,11 +139,25 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises UserError where it is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, MemoryError) as error:
         raise Unreadable(path, error) from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
+    except Exception as error:  # SafetensorError, and whatever odd types of numbers make of it
+        raise UserError(f"{path}: truncated, or not a safetensors file: {first_line(error)}") from None
+
+
+def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically. Raises WriteError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with written_aside(path) as aside:
+        try:
+            save_file(tensors, aside, metadata | {"format": "pt"})
+        except SafetensorError as error:  # which it makes of an OSError, too
+            raise OSError(first_line(error)) from None
+        aside.chmod(0o644)  # safetensors leaves it readable by its owner alone

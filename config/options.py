@@ -1,6 +1,8 @@
 """Every option once: name, type, default, valid range and help."""
 
 import dataclasses
+import functools
+import typing
 from typing import Any, Literal
 
 
@@ -303,3 +305,6 @@ class ReferenceConfig(FeatureNetworks):
 
 # Of a training YAML, generation reads these keys.
 ARCHITECTURE_KEYS = {f.name for f in dataclasses.fields(Architecture)} | {"exp_name"}
+
+
+_hints = functools.cache(typing.get_type_hints)  # resolving them for each option would take longer than to load a checkpoint

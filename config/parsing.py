@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from common.errors import UserError, did_you_mean
-from config.options import ARCHITECTURE_KEYS, GenerateConfig, TrainConfig
+from config.options import ARCHITECTURE_KEYS, GenerateConfig, TrainConfig, _hints
 
 
 def parse(cls: type, argv: list[str] | None, *, prog: str | None = None) -> tuple[Any, dict[str, Any]]:
@@ -128,7 +128,7 @@ def read_yaml(path: str, cls: type, *, others: Iterable[str] = ()) -> dict[str, 
 def coerce(cls: type, name: str, value: Any, where: str) -> Any:
     """`value` (text of the command line, or what YAML or a checkpoint holds) as the option's type, its range checked."""
     field = next(f for f in dataclasses.fields(cls) if f.name == name)
-    hint = typing.get_type_hints(cls)[name]
+    hint = _hints(cls)[name]
     kind, items = _base_type(hint)
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "~", "null", "none")):
         if type(None) in typing.get_args(hint) or field.metadata["required"]:
@@ -140,7 +140,7 @@ def coerce(cls: type, name: str, value: Any, where: str) -> Any:
         value = [part for v in value for part in (v.replace(",", " ").split() if isinstance(v, str) else [v])]
     try:
         found = [_scalar(v, kind) for v in value] if items else _scalar(value, kind)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
         raise UserError(f"{where}: {value!r} is not {wanted}{' (or a list of them)' if items else ''}") from None
     if choices and found not in choices:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -73,6 +72,7 @@ class _Source:
     """A remote folder of packed latents."""
 
     def __init__(self, url: str):
+        import fsspec
 
         self.url = url.rstrip("/")
         try:

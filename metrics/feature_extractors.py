@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from checkpoint import reading
 from common import tensor_files
@@ -58,6 +56,7 @@ def inception(path: str | None, device: torch.device, warn: Callable[[str], None
     path: weights in torch-fidelity's format (default: downloaded to where torch-fidelity looks for them).
     """
     import_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     weights, state = _read_weights("--inception-weights", path or _download_inception(URL_INCEPTION_V3))
     sha256 = file_sha256(weights)
@@ -90,6 +89,7 @@ def dinov2(path: str | None, device: torch.device) -> Network:
     path: weights of timm or of the original, pickled or safetensors (default: timm's, from the hub).
     """
     import_torchvision()
+    import timm
 
     weights, state = _read_weights("--dino-weights", path or DINO_HUB)
     state.pop("mask_token", None)  # of the original file; used in its training alone

@@ -68,6 +68,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         UserError: sizes that do not divide.
     """
 
+    flow: str = "flow matching"  # what it is trained and sampled with: a name of `flows.FLOWS`
     blocks: nn.ModuleList  # in forward order
     merged_latents: int = 1  # latents of a group that become one in the innermost blocks: budgets below it cost no less
 

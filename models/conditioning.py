@@ -43,6 +43,12 @@ def select(drop: Tensor, null: Condition, y: Condition) -> Condition:
     return map_condition(lambda a, b: torch.where(drop.view(-1, *[1] * (b.dim() - 1)), a, b), null, y)
 
 
+def null_condition(model: nn.Module, y: Condition) -> Condition:
+    """The condition that says nothing, of the shape of y, for any model, also within DDP: its `null(y)`, or label `num_classes`."""
+    model = getattr(model, "module", model)
+    return model.null(y) if hasattr(model, "null") else torch.full_like(y, model.num_classes)
+
+
 def check_labels(y: Condition | None, model: str) -> Tensor:
     """The labels y. Raises UserError where a model of class labels is given anything else."""
     if not isinstance(y, Tensor) or y.is_floating_point():

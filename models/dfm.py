@@ -61,6 +61,8 @@ class DFMSiT(SiT):
         UserError: a patch size or input size that the stages do not allow.
     """
 
+    flow = "DFM"
+
     def __init__(self, *, stages_count: int = 2, **sit):
         super().__init__(**sit)
         if stages_count < 2:

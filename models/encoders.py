@@ -7,7 +7,6 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -140,6 +139,7 @@ def _target(name: str) -> Target:
 
 def _timm() -> ModuleType:
     import_torchvision()
+    import timm
 
     return timm
 

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from common.errors import UserError, first_line
@@ -203,6 +201,7 @@ def _folder(name: str) -> Path:
     repository = SHORT_NAMES.get(name, name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
         raise UserError(f"--vae {name}: no such folder; wanted: ema, mse, a hub name (owner/name) or a local folder")
+    from huggingface_hub import snapshot_download
 
     files = ["config.json", "vae/config.json"]
     try:

@@ -5,19 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common import image_files
 from common.errors import UserError
 from common.files import FileTree, file_sha256
-from common.image_files import save_png
-from common.plotting import image_grid
 from config.options import CheckConfig
 from data import latent_files, remote
 from data.dataset import LatentDataset, paired_images
 from data.packed import PackedLatents, checksums, read_index
-from models.vae import decode, load_vae, sample_latents
 from preprocessing.source import prefetch
 
 BLOCK = 256  # latents read at once
@@ -184,6 +180,11 @@ def print_classes(labels: np.ndarray | None) -> None:
 
 def draw_grid(config: CheckConfig, dataset: LatentDataset, images: FileTree | None) -> None:
     """A few latents decoded (their means), and below them their images where there are any."""
+    import torch
+
+    from common.image_files import save_png
+    from common.plotting import image_grid
+    from models.vae import decode, load_vae, sample_latents
 
     chosen = np.linspace(0, len(dataset) - 1, min(GRID, len(dataset))).round().astype(int).tolist()
     vae, _ = load_vae(config.vae or dataset.record.vae, expected=dataset.record)

@@ -7,10 +7,10 @@ any stop.
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from common import image_files
 from common.errors import UserError
@@ -19,6 +19,9 @@ from config.options import EncodeConfig
 from models.vae import encode_moments, load_vae
 from preprocessing.latent_output import Plan, fill, open_dest
 from preprocessing.source import image_numbers, list_images, open_source
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def encode(config: EncodeConfig) -> None:

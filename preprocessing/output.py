@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import FileTree, Unfinished, cannot_write, make_folder, write_file
+from common.files import FileTree, Unfinished, WriteError, make_folder, write_atomically
 from data import latent_files
 
 UNFINISHED_FILE = "unfinished.json"  # in a folder (beside a zip) while a command fills it
@@ -41,7 +41,7 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         path = self.path / name
         make_folder(path.parent)
-        write_file(path, content)
+        write_atomically(path, content, option="--dest")
 
 
 class FolderDest(Folder):
@@ -104,7 +104,7 @@ class ZipDest:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise cannot_write(path, error) from None
+            raise WriteError(path, error, "--dest") from None
         record = path.with_name(f"{path.name}.{UNFINISHED_FILE}")
         self._record = Unfinished(record, making, path, is_begun=self._aside.exists())
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -112,7 +112,7 @@ class ZipDest:
             self._zip = self._continued()
         except (OSError, UserError) as error:
             self._record.release(remove=False)
-            raise cannot_write(path, error) if isinstance(error, OSError) else error from None
+            raise WriteError(path, error, "--dest") if isinstance(error, OSError) else error from None
 
     def __enter__(self) -> "ZipDest":
         return self
@@ -133,7 +133,7 @@ class ZipDest:
         try:
             self._zip.writestr(zipfile.ZipInfo(name), content)  # a fixed date: the same images give the same bytes
         except OSError as error:
-            raise cannot_write(self.path, error) from None
+            raise WriteError(self.path, error, "--dest") from None
 
     def finish(self, label_file: dict[str, Any]) -> None:
         if label_file:
@@ -144,7 +144,7 @@ class ZipDest:
                 os.fsync(file.fileno())
             self._aside.replace(self.path)
         except OSError as error:
-            raise cannot_write(self.path, error) from None
+            raise WriteError(self.path, error, "--dest") from None
 
     def _continued(self) -> zipfile.ZipFile:
         """The zip that a stopped run left, cut behind its last whole member; a new one where there is none."""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import cannot_write, file_sha256, write_file
+from common.files import WriteError, file_sha256, write_atomically
+from common.tensor_files import npy_bytes
 from data.packed import FORMAT, INDEX_FILE, LABELS_FILE, NAMES_FILE, shard_file
 from models.vae import VAERecord
 
@@ -21,7 +22,7 @@ def write_index(
     if labels is not None:
         arrays[LABELS_FILE] = np.array(labels, dtype=np.int64)
     for file, array in arrays.items():
-        write_array(path / file, array)
+        write_atomically(path / file, npy_bytes(array), option="--dest")
     first = np.load(path / shard_file(0), mmap_mode="r")
     index = {
         "format": FORMAT,
@@ -35,18 +36,7 @@ def write_index(
             for n, count in enumerate(counts)
         ],
     }
-    write_file(path / INDEX_FILE, json.dumps(index, indent=1).encode())
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
+    write_atomically(path / INDEX_FILE, json.dumps(index, indent=1), option="--dest")
 
 
 def sum_file(path: Path, number: int) -> Path:
@@ -80,7 +70,7 @@ class ShardWriter:
             self._file.seek(len(header) + self.done * size)
             self._file.truncate()
         except OSError as error:
-            raise cannot_write(self.path, error) from None
+            raise WriteError(self.path, error, "--dest") from None
 
     def append(self, moments: np.ndarray) -> None:
         """The next latents (n, 2C, h, w), as the shard's type; the last of them finish it."""
@@ -92,10 +82,10 @@ class ShardWriter:
             if self.done == self.count:
                 self._file.close()
                 # The checksum first: a file under its own name always has one.
-                write_file(self._sum, f"{file_sha256(self._aside)}  {self.path.name}\n".encode())
+                write_atomically(self._sum, f"{file_sha256(self._aside)}  {self.path.name}\n")
                 self._aside.replace(self.path)
         except OSError as error:
-            raise cannot_write(self.path, error) from None
+            raise WriteError(self.path, error, "--dest") from None
 
 
 def _header(count: int, shape: tuple[int, ...], dtype: np.dtype) -> bytes:

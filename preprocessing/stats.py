@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import write_file
+from common.files import write_atomically
 from config.options import StatsConfig
 from data import remote
 from data.dataset import STATS_FILE, open_latents
@@ -23,7 +23,8 @@ def stats(config: StatsConfig) -> None:
     with ThreadPoolExecutor(config.workers) as threads:
         mean, std = channel_statistics(latents, threads)
     path = Path(config.source) / STATS_FILE
-    write_file(path, json.dumps({"count": len(latents), "mean": mean.tolist(), "std": std.tolist()}, indent=1).encode())
+    values = {"count": len(latents), "mean": mean.tolist(), "std": std.tolist()}
+    write_atomically(path, json.dumps(values, indent=1))
     print(f"{path}: " + ", ".join(f"{m:.4f} ± {s:.4f}" for m, s in zip(mean, std, strict=True)))
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from numerics import randomize
 from scipy import stats
 
 from loss import Projecting, alignment_loss, dropped_labels, flow_matching_loss, interpolant, training_times, val_losses

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import inputs, randomize
+from numerics import inputs, randomize
 from torch._dynamo.testing import CompileCounter
 
 import models

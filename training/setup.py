@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import wandb
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
@@ -186,6 +185,7 @@ def wandb_mode() -> str:
     """online, or offline with a warning where nobody is logged in."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
+    import wandb
 
     if wandb.api.api_key:
         return "online"

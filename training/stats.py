@@ -100,13 +100,15 @@ class TrainingStats:
         skips = {"skipped": skipped, "longest": longest, "since": since}
         return {"loss": None, **means, "grad_norm": norm / steps if steps else None, **skips}
 
+    _KEPT = ("losses", "norms", "skipped", "streak", "longest", "since")
+
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint, after `gather`."""
-        names = ("losses", "norms", "skipped", "streak", "longest", "since")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self._KEPT}
 
-    def load_state_dict(self, state: dict[str, Any], main: bool) -> None:
-        """Go on from `state_dict`; the processes' common sums go to the main one."""
-        for name, value in state.items():
-            if name != "losses" or (main and value.shape == self.losses.shape):
-                getattr(self, name).copy_(value)
+    def load_state_dict(self, state: Any, main: bool) -> None:
+        """Go on from `state_dict`; the processes' common sums go to the main one. What does not fit starts anew."""
+        for name in self._KEPT if isinstance(state, dict) else ():
+            own, value = getattr(self, name), state.get(name)
+            if isinstance(value, Tensor) and value.shape == own.shape and (name != "losses" or main):
+                own.copy_(value)

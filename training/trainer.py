@@ -27,7 +27,7 @@ from checkpoint.init_from import init_from
 from checkpoint.weights import load_state_dict
 from common import tensor_files
 from common.distributed import data_workers
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import Busy, FolderLock
 from common.image_files import save_png
 from common.plotting import image_grid
@@ -76,10 +76,10 @@ class Trainer:
         self._load_data()
         local = config.batch_size // accelerator.num_processes
         self.places = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-        self._build_model()
         setup.check_run_folder(config)
         self.lock = self._lock_folder(preemption)
         try:
+            self._build_model()
             state, started = self._open_run()
             self._optimize(state)
             self._prepare_pictures()
@@ -122,7 +122,7 @@ class Trainer:
     def _lock_folder(self, preemption: Preemption | None) -> FolderLock | None:
         """Keep other runs out of the run folder, or wait for the end of the one in it. Rank 0 has the lock and tells the others.
 
-        Nothing was read from the folder before, nor written or deleted.
+        Nothing was loaded from the folder before, nor written or deleted there.
         """
         config, lock, is_waiting = self.config, None, False
         deadline = time.monotonic() + 60 * config.wait_for_lock
@@ -214,23 +214,21 @@ class Trainer:
         step, state, error = self.config.resume_step, None, None
         if self.main:
             try:
-                if step == -1:
-                    state = training_state.load_newest(folder, warn)
-                else:
-                    state = tensor_files.load(training_state.step_path(folder, step), verify=True)
-                if state is not None and type(state.get("step")) is not int:
-                    raise UserError(f"{folder}: the checkpoint to resume from records no step")
+                state = training_state.load_newest(folder, warn) if step == -1 else reading.load_step(folder, step)
+                if state is not None:
+                    state = reading.check_training_state(state, training_state.step_path(folder, state["step"]))
             except UserError as found:
                 state, error = None, str(found)
         step, error = broadcast_object_list([state and state["step"], error])
         if error:
             raise UserError(error)
-        return state if self.main or step is None else tensor_files.load(training_state.step_path(folder, step))
+        if self.main or step is None:
+            return state
+        path = training_state.step_path(folder, step)
+        return reading.check_training_state(tensor_files.load(path), path)
 
     def _check_same_run(self, state: dict) -> None:
         """Going on with another model, data order or VAE would silently be another run."""
-        if "optimizer" not in state:
-            raise UserError(f"{self.run_dir}: its checkpoints hold no training state")
         config = self.config
         own, recorded = dataclasses.asdict(config), state["config"]
         for name in (*SAME, *(["encoder_depth"] if self.encoders else []), *CHANGEABLE):
@@ -239,9 +237,11 @@ class Trainer:
                 raise UserError(
                     f"--{name.replace('_', '-')} {format_option(own[name])}: the run in {self.run_dir} was started with {format_option(recorded[name])}{hint}"
                 )
-        if self.record.to_dict() != state["vae"]:
+        if self.record != state["vae"]:
             raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
         size = state.get(DATA_SIZE, len(self.dataset))
+        if type(size) is not int:
+            raise UserError(f"{self.run_dir}: the checkpoint's {DATA_SIZE} must be a whole number")
         if len(self.dataset) != size and DATA_SIZE not in config.allow_change:
             raise UserError(
                 f"--data-dir {config.data_dir}: holds {len(self.dataset)} samples; the run in {self.run_dir} was started with {size} (--allow-change {DATA_SIZE} goes on all the same)"
@@ -262,10 +262,8 @@ class Trainer:
             load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], self.run_dir)
             for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
                 load_state_dict(model, state["ema"].get(decay, state["model"]), self.run_dir)
-            optimizer.load_state_dict(state["optimizer"])
-            if self.accelerator.scaler is not None and state["scaler"]:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.meters.load_state_dict(state.get("meters", {}), self.main)
+            self._load_optimizer(optimizer, state)
+            self.meters.load_state_dict(state.get("meters"), self.main)
         # The rate is a function of the step, and the rest is as the options say, whatever a checkpoint may hold.
         optimizer.param_groups[0] |= options | {"initial_lr": config.learning_rate}
         factor = learning_rate_factor(config, self.total_steps)
@@ -284,6 +282,22 @@ class Trainer:
         )
         folder = self.run_dir / "checkpoints"
         self.writer = async_writer.Writer(folder, config.keep_last, config.keep_every, warn)
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Moments and loss scale; AdamW's options are this run's own."""
+        moments, parameters = state["optimizer"]["state"], optimizer.param_groups[0]["params"]
+        try:
+            for place, entry in moments.items():
+                shapes = [entry[name].shape for name in ("exp_avg", "exp_avg_sq")]
+                if shapes != [parameters[place].shape] * 2 or entry["step"].numel() != 1:
+                    raise ValueError(f"moments of another shape for parameter {place}")
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            if self.accelerator.scaler is not None and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # whatever stands there instead
+            raise UserError(
+                f"{training_state.step_path(self.run_dir / 'checkpoints', state['step'])}: its optimizer state is not one of this model: {first_line(error)}"
+            ) from None
 
     def _prepare_pictures(self) -> None:
         """The VAE for pictures. One that the user named must load; the data set's own may be missing, with a warning."""

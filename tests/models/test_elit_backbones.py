@@ -4,8 +4,8 @@ import pytest
 import test_hdit
 import test_mmdit
 import torch
-from conftest import randomize
 from golden_cases import arrays, case, weights
+from numerics import randomize
 from torch._dynamo.testing import CompileCounter
 
 from common.errors import UserError

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import randomize
 from golden_cases import arrays, case, weights
+from numerics import randomize
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from numerics import randomize
 
 from common.errors import UserError
 from models.elit import LatentInterface

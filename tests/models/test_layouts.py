@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import inputs, numpy_weights, randomize
 from layout_reference import LayoutReference
+from numerics import inputs, numpy_weights, randomize
 
 from common.errors import UserError
 from models.costs import count_flops

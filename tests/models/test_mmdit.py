@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import randomize
 from golden_cases import arrays, case, weights
+from numerics import randomize
 
 from common.errors import UserError
 from models.conditioning import Text, map_condition, select

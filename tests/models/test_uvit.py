@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from conftest import randomize
 from golden_cases import arrays, case, weights
+from numerics import randomize
 from torch import nn
 
 from common.errors import UserError

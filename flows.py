@@ -1,0 +1,463 @@
+"""What differs between plain flow matching (SiT, arXiv 2401.08740) and DFM (2506.19839), once: draws, loss, noise, sampling, pictures.
+
+`flow_of(options)` gives the flow of the model that the options name; whoever trains, samples or measures calls it and never asks
+which one it is. A new flow is a subclass of `Flow`, its entry in `FLOWS`, and that name as the attribute `flow` of its models' class.
+
+Shapes: B images, (C, h, w) of the VAE latents, called `shape`. A *state* is what a sampler moves from noise to data: latents
+(B, C, h, w), or for DFM a list of its S stages, coarsest first.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+import models
+from common.errors import UserError
+from loss import PathType, active_stage, dfm_loss, flow_matching_loss, interpolate, stage_times, training_times
+from models.conditioning import Condition, map_condition
+from models.pyramid import decompose, recompose
+from models.vae import VAERecord, decode, decode_stages, sample_latents
+from randomness import Draws, pyramid_noise, sde_noise, to_device, training_draws
+from samplers import (
+    Guidance,
+    check_schedule,
+    dfm_sampler,
+    dfm_schedule,
+    euler_maruyama_sampler,
+    euler_sampler,
+    evaluation_times,
+    guided_velocities,
+    guided_velocity,
+)
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+Shape = Sequence[int]
+State = Tensor | list[Tensor]
+OnStage = Callable[[int, Tensor], None]  # (stage, the latents (B, C, h_s, w_s) of the image up to that stage)
+
+
+class LossCondition(NamedTuple):
+    """Under what a loss is taken: the budget (ELIT) and the active stage (DFM); None where the model has none."""
+
+    budget: float | None = None
+    stage: int | None = None
+
+    @property
+    def metric_suffix(self) -> str:
+        """What the names of its losses end in: `_budget_0.5`, `_stage_1`, both or nothing."""
+        named = {"budget": self.budget, "stage": self.stage}
+        return "".join(f"_{name}_{value:g}" for name, value in named.items() if value is not None)
+
+    @property
+    def arguments(self) -> dict[str, float]:
+        """The budget as an argument of the model."""
+        return {} if self.budget is None else {"inference_budget": self.budget}
+
+
+class FlowLoss(NamedTuple):
+    """The losses of one forward, (B,) float32 each, at their training times."""
+
+    losses: Tensor
+    times: Tensor
+    condition: LossCondition
+
+
+@dataclass(frozen=True)
+class Flow(ABC):
+    """A flow and its options, which have the names of the command line's.
+
+    Attributes:
+        model: registered name of the model, for messages.
+        path_type, weighting, time_shift: see `loss.interpolant` and `loss.training_times`.
+        mode, num_steps, heun: the sampler; as the defaults stand, training draws its pictures.
+    """
+
+    model: str = ""
+    path_type: PathType = "linear"
+    weighting: Literal["uniform", "lognormal"] = "uniform"
+    time_shift: float = 1.0
+    mode: Literal["ode", "sde"] = "ode"
+    num_steps: int = 50
+    heun: bool = False
+
+    # Options of the sampler that this flow alone has, as folders of images name them; and those that it ignores, with the reason.
+    schedule_options: ClassVar[dict[str, str]] = {}
+    ignored_options: ClassVar[dict[str, str]] = {}
+    leaves_parameters_unused: ClassVar[bool] = False  # whether a forward may use only some of the parameters (for DDP)
+
+    # ------------------------------------------------------------------------------------------------ options
+
+    @abstractmethod
+    def check_training(self) -> None:
+        """Raise UserError for options that the flow cannot be trained with."""
+
+    def check_sampling(self) -> None:
+        """Raise UserError for options that the flow cannot be sampled with."""
+        if self.heun and self.mode == "sde":
+            raise UserError("--heun: Heun's correction belongs to --mode ode")
+
+    # ----------------------------------------------------------------------------------------------- training
+
+    def state_shapes(self, shape: Shape) -> list[Shape]:
+        """The shapes (C, h, w) of a state's parts, those of the latents last."""
+        return [shape]
+
+    def draws(self, seed: int, n: int, batch_slice: range, shape: Shape, purpose: str = "training") -> Draws:
+        """All draws of forward `n` for the images at `batch_slice` of the global batch; see `randomness.training_draws`."""
+        return training_draws(seed, n, batch_slice, shape, purpose, self.state_shapes(shape)[:-1])
+
+    def empty_draws(self, batch_size: int, shape: Shape) -> Draws:
+        """Draws of the right shapes with no values, to count memory with."""
+        *coarse, noise = (torch.empty(batch_size, *s) for s in self.state_shapes(shape))
+        t = torch.empty(batch_size)
+        return Draws(torch.empty_like(noise), noise, t, t, t, 0.0, 0.0, coarse, torch.empty(batch_size, len(coarse) + 1))
+
+    @abstractmethod
+    def conditions(self, budgets: Sequence[float | None]) -> list[LossCondition]:
+        """Every condition that training meets: budgets × stages, in this order; the last of a budget costs most memory."""
+
+    @abstractmethod
+    def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
+        """The condition of a forward with these draws."""
+
+    @abstractmethod
+    def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
+        """The loss under a condition; otherwise as `loss`."""
+
+    def loss(self, model: Callable, x: Tensor, draws: Draws, y: Condition, budget: float | None = None) -> FlowLoss:
+        """The velocity loss of each sample, at the times and with the noise (and stage) of `draws`.
+
+        Args:
+            model: the model, wrapped or not, or `loss.Projecting` around it.
+            x: (B, C, h, w) scaled VAE latents. y: labels (B,) or text, already dropped.
+            budget: the forward's inference budget.
+        """
+        return self.loss_under(self.condition(draws, budget), model, x, draws, y)
+
+    @torch.no_grad()
+    def val_losses(
+        self,
+        model: Callable,
+        batch: dict[str, Tensor],
+        indices: range,
+        record: VAERecord,
+        conditions: Sequence[LossCondition],
+    ) -> Tensor:
+        """Velocity loss of each held-out sample under each condition, (conditions, B), with time and noise fixed by its index.
+
+        Args:
+            batch: "moments" (B, 2C, h, w) and "label" (B,) of the samples `indices` of the held-out set.
+            record: of the VAE that made them.
+        """
+        moments, y = batch["moments"], batch["label"]
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        draws = self.draws(0, 0, indices, shape, purpose="held-out").to(moments.device)
+        x = sample_latents(moments, draws.posterior, record)
+        return torch.stack([self.loss_under(condition, model, x, draws, y).losses for condition in conditions])
+
+    # ----------------------------------------------------------------------------------------------- sampling
+
+    @abstractmethod
+    def starting_noise(self, seed: int, indices: Sequence[int], shape: Shape, device: torch.device) -> State:
+        """The noise that the images `indices` start from, on `device`; that of image i depends on (seed, i) alone."""
+
+    @abstractmethod
+    def sample_state(
+        self,
+        model: nn.Module,
+        shape: Shape,
+        seed: int,
+        indices: Sequence[int],
+        y: Condition,
+        guidance: Guidance,
+        on_stage: OnStage | None = None,
+    ) -> State:
+        """The images `indices` with labels y (B,) as the sampler leaves them: a state in float64 on the model's device.
+
+        All noise of image i comes from (seed, i), whatever the budget, guidance and batch.
+
+        Args:
+            on_stage: called with each coarser stage of `preview_sides`, as soon as it is ready.
+        """
+
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Scaled VAE latents (B, C, h, w), float64; arguments as of `sample_state`."""
+        return self.latents(self.sample_state(*args, **kwargs))
+
+    @abstractmethod
+    def latents(self, state: State) -> Tensor:
+        """The latents (B, C, h, w) of a state."""
+
+    @property
+    def num_views(self) -> int:
+        """How many views `views` gives."""
+        return 1
+
+    def views(self, vae: "AutoencoderKL", state: State) -> Tensor:
+        """Pictures of a state, uint8 (num_views, B, 3, H, W): the images, and before them what leads to them (DFM's stages)."""
+        return decode(vae, self.latents(state))[None]
+
+    def preview_sides(self, resolution: int) -> dict[int, int]:
+        """Coarser stage → side in pixels of its images; empty where there are none."""
+        return {}
+
+    # --------------------------------------------------------------------------------------------- what it costs
+
+    @property
+    def total_steps(self) -> int:
+        """The sampler's steps."""
+        return self.num_steps
+
+    @abstractmethod
+    def evaluations(self) -> list[tuple[float, ...]]:
+        """The times of each velocity evaluation of a run; of DFM those of the stages up to the active one."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
+        """One forward, to be timed: at time 0.5, of all stages where there are any."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
+        """One velocity evaluation, to be timed, guidance included; times: an entry of `evaluations`."""
+
+    @abstractmethod
+    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
+        """Latents x (B, C, h, w) on their way to `noise`, all of a state at times t (B,): the state, and its times for the model."""
+
+
+class FlowMatching(Flow):
+    """Plain flow matching: one state of the latents' shape, one time."""
+
+    @override
+    def check_training(self) -> None:
+        pass
+
+    @override
+    def conditions(self, budgets: Sequence[float | None]) -> list[LossCondition]:
+        return [LossCondition(budget) for budget in budgets]
+
+    @override
+    def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
+        return LossCondition(budget)
+
+    @override
+    def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
+        t = training_times(draws, self.weighting, self.path_type, self.time_shift)
+        losses = flow_matching_loss(model, x, draws.noise, t, y, self.path_type, **condition.arguments)
+        return FlowLoss(losses, t, condition)
+
+    @override
+    def starting_noise(self, seed: int, indices: Sequence[int], shape: Shape, device: torch.device) -> Tensor:
+        return to_device(pyramid_noise(seed, indices, [shape])[0], device)
+
+    @override
+    def sample_state(
+        self,
+        model: nn.Module,
+        shape: Shape,
+        seed: int,
+        indices: Sequence[int],
+        y: Condition,
+        guidance: Guidance,
+        on_stage: OnStage | None = None,
+    ) -> Tensor:
+        device = next(model.parameters()).device
+        noise, y = self.starting_noise(seed, indices, shape, device), _to_device(y, device)
+        options = guidance._asdict() | {k: getattr(self, k) for k in ("num_steps", "path_type", "time_shift")}
+        if self.mode == "sde":
+            return euler_maruyama_sampler(model, noise, y, noise=partial(_noise_of_step, seed, indices), **options)
+        return euler_sampler(model, noise, y, heun=self.heun, **options)
+
+    @override
+    def latents(self, state: State) -> Tensor:
+        assert isinstance(state, Tensor)
+        return state
+
+    @override
+    def evaluations(self) -> list[tuple[float, ...]]:
+        return [(t,) for t in evaluation_times(self.num_steps, self.mode, self.heun, self.time_shift)]
+
+    @override
+    def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
+        model(noise, torch.full((len(noise),), 0.5, device=noise[0].device), y, inference_budget=budget)
+
+    @override
+    def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
+        guided_velocity(model, self.latents(noise).double(), *times, y, guidance)
+
+    @override
+    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[Tensor, Tensor]:
+        return interpolate(x, self.latents(noise), t, self.path_type)[0], t
+
+
+@dataclass(frozen=True)
+class DFM(Flow):
+    """Decomposable flow matching: a state of S stages of a Laplacian pyramid, each with a time of its own.
+
+    Attributes:
+        stages_count: S. stage_weights: how often each stage is trained.
+        num_steps_per_scale, stage_sampling_thresholds: the sampler; see `samplers.dfm_schedule`.
+    """
+
+    stages_count: int = 2
+    stage_weights: Sequence[float] = (0.9, 0.1)
+    num_steps_per_scale: Sequence[int] = (40, 10)
+    stage_sampling_thresholds: Sequence[float] = (0.1,)
+
+    schedule_options: ClassVar[dict[str, str]] = {
+        "num_steps_per_scale": "scales",
+        "stage_sampling_thresholds": "thresholds",
+    }
+    ignored_options: ClassVar[dict[str, str]] = {"num_steps": "a DFM model is sampled with --num-steps-per-scale"}
+    leaves_parameters_unused: ClassVar[bool] = True  # the final layers of the stages after the active one
+
+    @override
+    def check_training(self) -> None:
+        weights = self.stage_weights
+        given = f"--stage-weights {' '.join(f'{w:g}' for w in weights)}"
+        if len(weights) != self.stages_count:
+            raise UserError(f"{given}: {self.stages_count} stages need {self.stages_count} weights")
+        if abs(sum(weights) - 1) > 1e-6 or min(weights) < 0:
+            raise UserError(f"{given}: must be probabilities that sum to 1, not {sum(weights):g}")
+        check_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds, self.stages_count)
+        if self.time_shift != 1:
+            raise UserError(f"--time-shift {self.time_shift:g}: {self.model} has times of its own for each stage; only 1 works")
+
+    @override
+    def check_sampling(self) -> None:
+        super().check_sampling()
+        if self.heun or self.mode == "sde":
+            option = "--heun" if self.heun else "--mode sde"
+            raise UserError(f"{option}: {self.model} is sampled stage by stage with Euler steps; it has neither Heun nor SDE")
+        check_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds, self.stages_count)
+
+    @override
+    def state_shapes(self, shape: Shape) -> list[Shape]:
+        channels, *sides = shape
+        factors = [2**s for s in reversed(range(self.stages_count))]
+        return [(channels, *(side // factor for side in sides)) for factor in factors]
+
+    @override
+    def conditions(self, budgets: Sequence[float | None]) -> list[LossCondition]:
+        return [LossCondition(budget, stage) for budget in budgets for stage in range(self.stages_count)]
+
+    @override
+    def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
+        return LossCondition(budget, active_stage(draws.stage, self.stage_weights))
+
+    @override
+    def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
+        """As `Flow.loss_under`; the times are those of the active stage."""
+        assert condition.stage is not None
+        t = training_times(draws, self.weighting, self.path_type, self.time_shift)
+        times = stage_times(t, draws.stage_normal, condition.stage)
+        noise = [*draws.coarse_noise, draws.noise]
+        losses = dfm_loss(model, x, noise, times, y, self.path_type, condition.stage, **condition.arguments)
+        return FlowLoss(losses, t, condition)
+
+    @override
+    def starting_noise(self, seed: int, indices: Sequence[int], shape: Shape, device: torch.device) -> list[Tensor]:
+        return [to_device(x, device) for x in pyramid_noise(seed, indices, self.state_shapes(shape))]
+
+    @override
+    def sample_state(
+        self,
+        model: nn.Module,
+        shape: Shape,
+        seed: int,
+        indices: Sequence[int],
+        y: Condition,
+        guidance: Guidance,
+        on_stage: OnStage | None = None,
+    ) -> list[Tensor]:
+        device = next(model.parameters()).device
+        noise, y = self.starting_noise(seed, indices, shape, device), _to_device(y, device)
+
+        def report(stage: int, clean: list[Tensor]) -> None:
+            if on_stage is not None:
+                on_stage(stage, recompose(clean))
+
+        return dfm_sampler(
+            model,
+            noise,
+            y,
+            num_steps_per_scale=self.num_steps_per_scale,
+            stage_sampling_thresholds=self.stage_sampling_thresholds,
+            path_type=self.path_type,
+            on_stage=None if on_stage is None else report,
+            **guidance._asdict(),
+        )
+
+    @override
+    def latents(self, state: State) -> Tensor:
+        return recompose(state)
+
+    @override
+    @property
+    def num_views(self) -> int:
+        return self.stages_count + 1
+
+    @override
+    def views(self, vae: "AutoencoderKL", state: State) -> Tensor:
+        return decode_stages(vae, state)
+
+    @override
+    def preview_sides(self, resolution: int) -> dict[int, int]:
+        last = self.stages_count - 1
+        return {s: resolution // 2 ** (last - s) for s in range(last)}
+
+    @override
+    @property
+    def total_steps(self) -> int:
+        return sum(self.num_steps_per_scale)
+
+    @override
+    def evaluations(self) -> list[tuple[float, ...]]:
+        phases = dfm_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds)
+        return [times[: phase.active_stage + 1] for phase in phases for times in phase.times[:-1]]
+
+    @override
+    def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
+        t = torch.full((len(noise[0]), len(noise)), 0.5, device=noise[0].device)
+        model(noise, t, y, inference_budget=budget)
+
+    @override
+    def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
+        waiting = (1.0,) * (len(noise) - len(times))
+        guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, guidance)
+
+    @override
+    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[list[Tensor], Tensor]:
+        pairs = zip(decompose(x, len(noise)), noise, strict=True)
+        return [interpolate(*pair, t, self.path_type)[0] for pair in pairs], t[:, None].expand(-1, len(noise))
+
+
+FLOWS: dict[str, type[Flow]] = {"flow matching": FlowMatching, "DFM": DFM}  # by the attribute `flow` of a model's class
+
+
+def flow_of(options: Any, **changes: Any) -> Flow:
+    """The flow of the model that `options.model` names, with those of the options that it has; `changes` go before them.
+
+    Args:
+        options: of any script (`config.options`); whatever it lacks is the flow's default.
+    """
+    flow = FLOWS[models.model_spec(options.model).constructor.flow]
+    names = [f.name for f in dataclasses.fields(flow)]
+    return flow(**{name: getattr(options, name) for name in names if hasattr(options, name)} | changes)
+
+
+def _to_device(y: Condition, device: torch.device) -> Condition:
+    return map_condition(partial(to_device, device=device), y)
+
+
+def _noise_of_step(seed: int, indices: Sequence[int], step: int, shape: torch.Size) -> Tensor:
+    return sde_noise(seed, indices, step, shape[1:])

@@ -1,0 +1,169 @@
+"""Packed latents behind s3://: a real server that speaks S3, on loopback, and a cache that processes share."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import make_latents, make_vae, reset_accelerate
+from sets import content
+
+import train
+from common import tensor_files
+from common.errors import UserError
+from common.files import file_sha256
+from data import remote
+from data.dataset import LatentDataset, channel_record
+from dataset_tools import main
+
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def server():
+    """moto's S3 server, and the environment that S3 clients read."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": host,
+        }.items():
+            patch.setenv(name, value)
+        yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The data set that is uploaded."""
+    folder = tmp_path_factory.mktemp("local")
+    make_latents(folder, COUNT, make_vae(folder / "vae"))
+    main(["pack", f"--source={folder}/vae-sd", f"--dest={folder}/packed", "--shard-size=3"])
+    main(["stats", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(server, folder) -> str:
+    import s3fs
+
+    s3 = s3fs.S3FileSystem()
+    s3.mkdir("bucket")
+    s3.put(f"{folder}/packed", "bucket/set/", recursive=True)
+    s3.put(f"{folder}/latent_stats.json", "bucket/set/latent_stats.json")
+    return "s3://bucket/set"
+
+
+def test_remote_data_are_read_as_local_ones(url, folder, tmp_path, monkeypatch):
+    found, local = LatentDataset(url, cache_dir=str(tmp_path)), LatentDataset(folder)
+    assert len(found) == COUNT and found.record == local.record
+    np.testing.assert_array_equal(found.labels, local.labels)
+    for a, b in zip(found, local, strict=True):
+        assert torch.equal(a["moments"], b["moments"])
+    assert channel_record(url, found.latents) == channel_record(folder, local.latents)
+    (copy,) = tmp_path.iterdir()
+    assert content(copy) == content(folder / "packed")
+    times = {p.name: p.stat().st_mtime_ns for p in copy.iterdir()}
+    again = LatentDataset(url + "/packed", cache_dir=str(tmp_path / "other"))  # the packed folder itself
+    assert len(again) == COUNT
+    monkeypatch.setattr(remote._Source, "copy", lambda *_: pytest.fail("copied again"))
+    LatentDataset(url, cache_dir=str(tmp_path))
+    assert all(times[p.name] == p.stat().st_mtime_ns for p in copy.iterdir() if p.name != "index.json")
+
+
+def test_training_on_remote_data_is_that_on_local_ones(url, folder, tmp_path):
+    for name, data_dir in (("remote", url), ("local", folder)):
+        train.main(
+            f"--model SiT-Ti/4 --exp-name {name} --output-dir {tmp_path} --data-dir {data_dir} --cache-dir {tmp_path}/cache "
+            "--resolution 32 --num-classes 5 --batch-size 5 --max-train-steps 2 --sampling-steps 0 --num-workers 1 "
+            "--mixed-precision no --report-to none --latent-norm channel".split()
+        )
+        reset_accelerate()
+    one, other = (tensor_files.load(tmp_path / name / "checkpoints/0000002.pt") for name in ("remote", "local"))
+    assert one["vae"] == other["vae"] and "channel_std" in one["vae"]
+    assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
+
+
+def test_processes_share_the_work(url, folder, tmp_path, monkeypatch):
+    """Two processes at once copy each file once; what a killed one left is replaced."""
+    name = remote.local_copy(url, str(tmp_path / "first")).name
+    cache = tmp_path / "cache"
+    (cache / name).mkdir(parents=True)
+    (cache / name / "latents-00002.npy.tmp").write_bytes(b"half")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        other = pool.apply_async(copied_files, (url, str(cache), 0))
+        deadline = time.monotonic() + 60
+        while not (cache / name / "index.json").exists():
+            assert time.monotonic() < deadline and not other.ready()
+            time.sleep(0.01)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        copied = copied_files(url, str(cache), 1) + other.get(60)
+    assert sorted(copied) == sorted(p.name for p in (folder / "packed").iterdir() if p.name != "index.json")
+    assert content(cache / name) == content(folder / "packed")
+
+
+def copied_files(url: str, cache: str, rank: int) -> list[str]:
+    """The files that this process copied itself, as local rank `rank`."""
+    copied: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(rank))
+        patch.setattr(remote, "file_sha256", lambda p: (copied.append(p.name.removesuffix(".tmp")), file_sha256(p))[1])
+        remote.local_copy(url, cache)
+    return copied
+
+
+def test_other_content_at_the_same_place_is_another_copy(url, folder, tmp_path, server):
+    import s3fs
+
+    s3 = s3fs.S3FileSystem()
+    main(["pack", f"--source={folder}/vae-sd", f"--dest={tmp_path}/packed", "--shard-size=5"])
+    s3.put(f"{folder}/packed", "bucket/changing/", recursive=True)
+    LatentDataset("s3://bucket/changing", cache_dir=str(tmp_path / "cache"))
+    s3.put(f"{tmp_path}/packed/index.json", "bucket/changing/packed/index.json")
+    with pytest.raises(UserError, match=r"latents-00000\.npy: damaged"):
+        LatentDataset("s3://bucket/changing", cache_dir=str(tmp_path / "cache"))
+    s3.put(f"{tmp_path}/packed", "bucket/changing/", recursive=True)
+    found = LatentDataset("s3://bucket/changing", cache_dir=str(tmp_path / "cache"))
+    local = LatentDataset(tmp_path)
+    assert all(torch.equal(a["moments"], b["moments"]) for a, b in zip(found, local, strict=True))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert not list((tmp_path / "cache").rglob("*.lock"))
+
+
+@pytest.mark.parametrize(
+    ("url_of", "words"),
+    [
+        (lambda url: url + "/nothing", ["holds no index.json", "pack"]),
+        (lambda url: "s3://no-such-bucket/set", ["s3://no-such-bucket/set"]),
+        (lambda url: "nope://x/y", ["nope://x/y", "cannot be read"]),
+        (lambda url: "hf://datasets/owner/repo/set", ["hf://datasets/owner/repo/set"]),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(url, tmp_path, monkeypatch, url_of, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as caught:
+        LatentDataset(url_of(url), cache_dir=str(tmp_path))
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_cache_that_cannot_be_written(url, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"--cache-dir {tmp_path}/file"):
+        LatentDataset(url, cache_dir=f"{tmp_path}/file")
+
+
+def test_checksum_is_that_of_the_file(folder):
+    import hashlib
+
+    path = folder / "packed/latents-00000.npy"
+    assert file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
