@@ -9,7 +9,6 @@ given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The o
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from checkpoint import reading, training_state, weights
 from checkpoint.inspect import look, show
 from common.errors import UserError, cli_main
 from config.options import ConvertCheckpointConfig
-from config.parsing import parse, with_names
+from config.parsing import parse
 from sampling import checks, session
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
@@ -27,8 +26,7 @@ PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which d
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    argv = with_names(ConvertCheckpointConfig, sys.argv[1:] if argv is None else argv, ("source", "dest"))
-    config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py IN [OUT]")
+    config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py")
     if config.source is None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
     if config.dest is None and not config.show:

@@ -1,7 +1,6 @@
 """Weights from any checkpoint file: ours, safetensors, the published code's, bare state dicts."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,10 +17,10 @@ from checkpoint.published import _PATCH_EMBEDDING, read_bare, read_published
 from checkpoint.training_state import FORMAT, step_path
 from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
 from common.errors import UserError
-from common.files import check_name
-from common.tensor_files import PRETRAINED, Checksum, load, load_safetensors
+from common.hub import local_file
+from common.tensor_files import Checksum, load, load_safetensors
 from config.options import TrainConfig
-from config.parsing import coerce
+from config.values import coerce
 from models.vae import VAERecord
 
 
@@ -269,30 +268,3 @@ def _check_dimensions(path: Path, state_dict: dict[str, Tensor]) -> None:
 def depth_of(state_dict: dict[str, Tensor]) -> int:
     """One more than the highest number of a block."""
     return 1 + max((int(m[1]) for k in state_dict if (m := re.match(r"blocks\.([0-9]{1,6})\.", k))), default=-1)
-
-
-def local_file(path: str | Path) -> Path:
-    """A file as it is; of a folder of `save_pretrained` its weights; `hf://owner/repo/file` as the local copy of that file."""
-    text = str(path)
-    if not text.startswith("hf://"):
-        pretrained = Path(path) / PRETRAINED
-        return pretrained if pretrained.is_file() else Path(path)
-    owner, _, rest = text.removeprefix("hf://").partition("/")
-    repository, _, file = rest.partition("/")
-    if not (owner and repository and file):
-        raise UserError(f"{text}: must be hf://owner/repo/file")
-    for part, plain in ((owner, True), (repository, True), (file, False)):
-        check_name(part, text, plain=plain)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    folder, _, name = file.rpartition("/")
-    try:
-        local = Path(hf_hub_download(f"{owner}/{repository}", file))
-        if name == PRETRAINED:  # pushed by `push_to_hub`, it has its configuration beside it
-            with contextlib.suppress(EntryNotFoundError):
-                hf_hub_download(f"{owner}/{repository}", f"{folder}/config.json".lstrip("/"))
-        return local
-    except Exception as error:  # network, authentication, no such repository or file, no space …
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{text}: could not be downloaded ({type(error).__name__}: {reason}); give a local file") from None

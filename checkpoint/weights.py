@@ -10,13 +10,15 @@ from torch import Tensor, nn
 import models
 from common.errors import UserError, first_line
 from common.tensor_files import Checksum
+from config.options import Architecture
+from config.rules import names
 from models.vae import SD_VAE, VAERecord
 
 # The architecture options that the state dict's shapes depend on, or that change what a forward computes.
-ELIT_OPTIONS = ("head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail")
+ELIT_OPTIONS = names(Architecture, model=True, group="elit")
 
 
-MODEL_OPTIONS = ("qk_norm", *ELIT_OPTIONS, "stages_count")
+MODEL_OPTIONS = names(Architecture, model=True)
 
 
 @dataclass

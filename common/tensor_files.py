@@ -22,6 +22,7 @@ from common.files import file_sha256, written_aside
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
+    """An npy file."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
@@ -29,10 +30,12 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 def npy_array(content: bytes) -> np.ndarray:
     """The array of an npy file; ValueError if it is broken."""
+    if content[:6] != b"\x93NUMPY":
+        raise ValueError("does not start as an npy file does")
     try:
         return np.load(io.BytesIO(content), allow_pickle=False)
-    except EOFError as error:
-        raise ValueError(str(error)) from None
+    except Exception as error:  # NumPy evaluates the header: a damaged one raises whatever Python's parser does
+        raise ValueError(first_line(error)) from None
 
 
 PRETRAINED = "model.safetensors"  # the weights in a folder of `save_pretrained`

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from checkpoint import reading
-from common import tensor_files
+from common import hub, tensor_files
 from common.errors import UserError, first_line
 from common.files import file_sha256
 from common.torchvision_shim import import_torchvision
@@ -136,11 +135,19 @@ def by_name(name: str, device: torch.device) -> Network:
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+    wanted = "wanted: module:factory, where factory(device) gives a function of images"
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--features {name}: cannot be imported: {error}; wanted: module:factory") from None
-    extract = factory(device)
+    except (Exception, SystemExit) as error:  # of the module, too
+        raise UserError(f"--features {name}: cannot be imported: {first_line(error)}; {wanted}") from None
+    try:
+        extract = factory(device)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--features {name}: {type(error).__name__}: {first_line(error)}; {wanted}") from None
+    if not callable(extract):
+        raise UserError(f"--features {name}: gives a {type(extract).__name__}; {wanted}")
     return Network(name, lambda images: extract(images.to(device)))
 
 
@@ -162,7 +169,7 @@ def _download_inception(url: str) -> Path:
 def _read_weights(option: str, path: str | Path) -> tuple[Path, dict[str, Any]]:
     """The local file of a path or hf://owner/repo/file, and the tensors in it; read with the restricted unpickler."""
     try:
-        local = reading.local_file(path)
+        local = hub.local_file(path)
         if local.suffix == ".safetensors":
             return local, tensor_files.load_safetensors(local)[0]
         return local, tensor_files.load(local)
@@ -172,7 +179,9 @@ def _read_weights(option: str, path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def _hash_in_name(url: str) -> str:
     """PyTorch's convention: the first eight digits of the sha256 stand at the end of the name."""
-    return re.search(r"-([0-9a-f]{8})\.pth$", url)[1]
+    match = re.search(r"-([0-9a-f]{8})\.pth$", url)
+    assert match
+    return match[1]
 
 
 def _other_network(error: Exception, wanted: str) -> str:

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import reading
-from common import tensor_files
-from common.errors import UserError, did_you_mean
+from common import hub, tensor_files
+from common.errors import UserError, did_you_mean, first_line
 from common.torchvision_shim import import_torchvision
 
 
@@ -182,9 +181,9 @@ def _from_hub(found: TargetEncoder) -> nn.Module:
     try:
         vit = _timm().create_model(timm_name, pretrained=True, num_classes=0)
     except Exception as error:  # network, no such repository or file, no space …
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(
-            f"--enc-type {found.name}: the weights of timm's {timm_name} could not be had from the hub ({type(error).__name__}: {reason}); "
+            f"--enc-type {found.name}: the weights of timm's {timm_name} could not be downloaded from the hub ({type(error).__name__}: {reason}); "
             "give a file: --encoder-weights PATH"
         ) from None
     vit.set_input_size(img_size=(found.side, found.side))  # resamples position embeddings: bicubic, with antialias
@@ -193,7 +192,7 @@ def _from_hub(found: TargetEncoder) -> nn.Module:
 
 def _from_file(found: TargetEncoder, path: str) -> nn.Module:
     """The encoder with the weights of a file: timm's own names, or the names of the encoder's authors, which timm translates."""
-    file = reading.local_file(path)
+    file = hub.local_file(path)
     if not file.is_file():
         raise UserError(f"--encoder-weights {path}: no such file; it should hold the weights of {found.name}")
     state = tensor_files.load_safetensors(file)[0] if file.suffix == ".safetensors" else tensor_files.load(file)

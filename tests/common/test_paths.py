@@ -18,7 +18,8 @@ import train
 from checkpoint import reading, training_state
 from common import tensor_files
 from common.errors import UserError
-from common.files import FileTree, check_name, file_sha256, join_inside
+from common.file_tree import FileTree
+from common.files import check_name, file_sha256, join_inside
 from data import dataset, latent_files, remote
 from data.packed import PackedLatents, parse_index
 from models.vae import load_vae

@@ -250,7 +250,7 @@ def test_train_config_gives_generation_its_architecture_only(write):
     config, given = parse(GenerateConfig, ["--train-config", write("t.yaml", text), "--no-tf32"])
     assert (config.model, config.stages_count, config.qk_norm, config.path_type) == ("DFM-SiT-B/2", 3, True, "cosine")
     assert (config.elit_tail, config.elit_max_mask_prob) == ("skip", 0.5)
-    assert (config.mixed_precision, config.vae, config.tf32, config.legacy, config.global_seed) == ("no", None, False, False, 0)
+    assert (config.mixed_precision, config.vae, config.tf32, config.global_seed) == ("no", None, False, 0)
     assert set(given) - {"train_config", "tf32"} <= ARCHITECTURE_KEYS
 
 
@@ -299,7 +299,7 @@ def test_training_defaults_are_the_published_ones():
         "path_type": "linear", "prediction": "v", "weighting": "uniform", "cfg_prob": 0.1, "enc_type": "none", "proj_coeff": 0.0,
         "stages_count": 2, "stage_weights": [0.9, 0.1], "stage_sampling_thresholds": [0.1], "num_steps_per_scale": [40, 10],
         "elit_max_mask_prob": None, "elit_min_mask_prob": None, "elit_group_size": 4, "elit_read_depth": 1,
-        "elit_write_depth": 1, "legacy": False, "elit_tail": "drop", "head_depth": None, "tail_depth": None, "vae": None,
+        "elit_write_depth": 1, "elit_tail": "drop", "head_depth": None, "tail_depth": None, "vae": None,
         "val_data_dir": None, "cache_dir": None, "config": None, "ema_decay": [0.9999],
     }  # fmt: skip
     found = dataclasses.asdict(train())
