@@ -165,12 +165,13 @@ def status(output_dir):
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        (("torchrun", "--nproc_per_node=2", "--master_port=29611", "--signals_to_handle=SIGUSR1,SIGTERM"), signal.SIGUSR1),
-        (("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29612"), signal.SIGTERM),
+        (("torchrun", "--nproc_per_node=2", "--master_port=PORT", "--signals_to_handle=SIGUSR1,SIGTERM"), signal.SIGUSR1),
+        (("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=PORT"), signal.SIGTERM),
     ],
 )
 def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undisturbed, tmp_path, launcher, number):
     lasting = ("--max-train-steps", 100_000, "--epochs", 100_000, "--checkpointing-steps", 100_000, "--num-workers", 1)
+    launcher = [word.replace("PORT", str(runs.free_port())) for word in launcher]
     command = command_line(*launcher, "train.py", *arguments(data, tmp_path, *lasting))
     process = subprocess.Popen(command, env=environment(), cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
@@ -194,13 +195,15 @@ def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undistur
 COUNT_REDUCTIONS = """
 import signal
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-run, step, counted, trainer = train.Trainer.run, train.Trainer.train_step, [], []
+run, step, opened, counted, trainer = train.Trainer.run, train.Trainer.train_step, train.Trainer.open, [], []
 def count(group, bucket):
     counted.append((trainer[0].step, bucket.index()))
     return allreduce_hook(group, bucket)
-def counting_run(self, preemption):
+def counting_open(self):
     trainer.append(self)
+    opened(self)
     self.model.register_comm_hook(None, count)
+def counting_run(self, preemption):
     try:
         run(self, preemption)
     finally:
@@ -210,7 +213,7 @@ def counting_step(self, batches):
     step(self, batches)
     if rank == 1 and self.step == 3:
         os.kill(os.getpid(), signal.SIGUSR1)
-train.Trainer.run, train.Trainer.train_step = counting_run, counting_step
+train.Trainer.run, train.Trainer.train_step, train.Trainer.open = counting_run, counting_step, counting_open
 """
 
 
@@ -747,8 +750,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(data, tmp_path, capsys
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_once(data, tmp_path):
-    done = launch(
-        "torchrun", "--nproc_per_node=2", "--master_port=29613", "train.py", *arguments(data, tmp_path, "--batch-size", 7)
-    )
+    port = f"--master_port={runs.free_port()}"
+    done = launch("torchrun", "--nproc_per_node=2", port, "train.py", *arguments(data, tmp_path, "--batch-size", 7))
     assert done.returncode != 0
     assert done.stderr.count("train.py: error:") == 1 and "--batch-size 7" in done.stderr
