@@ -152,7 +152,8 @@ def plot(
         for entry, column in scheduled:
             run = cost.passes_of_run(config, requested._replace(inference_budget=column))
             if entry[key] is not None:
-                means[f"schedule {column} (mean)"] = (sum(passes[0] for passes in run) / len(run), entry[key])
+                mean = sum(passes[0] or 1.0 for passes in run) / len(run)
+                means[f"schedule {column} (mean)"] = (mean, entry[key])
         return means
 
     line_plot(

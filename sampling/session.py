@@ -19,7 +19,7 @@ from common.errors import UserError
 from config.options import Architecture, GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from config.rules import names
-from flows import Flow, OnStage, flow_of
+from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
 from models.vae import decode, load_vae
 from samplers import Guidance, parse_budget
@@ -44,6 +44,9 @@ def from_command_line(
     """The options of a script that takes `--ckpt`, its architecture filled in; those given by hand; and the weights.
 
     Args:
+        cls: the dataclass of the options.
+        argv: the command line; None: the process's.
+        prog: the script's name.
         check_options: what can be said of the options alone, before a checkpoint is read or downloaded.
     """
     config, given = parse(cls, argv, prog=prog)
@@ -146,7 +149,7 @@ class Session:
         return next(self.model.parameters()).device
 
     @property
-    def flow(self) -> Flow:
+    def flow(self) -> FlowMatching:
         """The model's flow, with the options of the sampler."""
         return flow_of(self.config)
 
@@ -162,7 +165,12 @@ class Session:
         All noise of image i comes from (seed, i), whatever the budget, guidance and batch.
 
         Args:
-            on_stage: see `Flow.sample_state`.
+            guidance: how velocities are guided, and the budgets.
+            seed: of all noise.
+            indices: the images' indices.
+            y: their labels (B,) or text.
+            on_stage: see `FlowMatching.sample_state`.
+
         Raises:
             UserError: some are not finite; it names the first such image.
         """
