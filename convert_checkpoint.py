@@ -11,7 +11,6 @@ given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The o
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import reading, training_state, weights
@@ -26,6 +25,7 @@ PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which d
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
+    """Convert a checkpoint, or show what is in it."""
     config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py")
     if config.source is None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
@@ -53,11 +53,14 @@ def check_dest(config: ConvertCheckpointConfig) -> None:
 
 def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     """Write OUT; the weights are checked against the model first."""
+    assert config.dest is not None
     dest = Path(config.dest)
     if config.safetensors:
         names = [config.weights or "ema"]
     else:
         names = [config.weights] if config.weights else list(look(source).sets)
+    if not names:
+        raise UserError(f"{config.source}: holds no weights")
     sets: dict[str, weights.Weights] = {}
     checksum = None
     for name in names:
@@ -84,6 +87,7 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
 
 def save_safetensors(path: Path, found: weights.Weights) -> None:
     """One set of weights with its configuration, VAE record and step as JSON in the metadata; written aside, then renamed."""
+    from safetensors.torch import save_file
 
     metadata = {"config": json.dumps(found.config), "vae": json.dumps(found.record.to_dict()), "step": str(found.step)}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from common.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
@@ -33,6 +35,7 @@ def labelled_grid(
     fontsize: float = 9,
 ) -> None:
     """PNG of uint8 images (rows, columns, H, W, 3) with a label at each row and column; `inches`: width of an image."""
+    from matplotlib.figure import Figure
 
     rows, columns, height, width, _ = images.shape
     head = 0.3 + 0.022 * fontsize * max(label.count("\n") + 1 for label in column_labels)
@@ -70,6 +73,8 @@ def line_plot(
     `spread`: lower and upper bound of a band around it. `points`: single points of their own, by label. `level`: a
     named horizontal line. `from_zero`: the y axis starts at 0. An axis of integers gets no ticks between them.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 4), dpi=160, layout="constrained")
     axis = _plain_axis(figure.subplots(), xlabel, ylabel, title)
@@ -91,6 +96,7 @@ def line_plot(
 
 def bar_plot(path: str | Path, bars: dict[str, float], *, ylabel: str, title: str = "") -> None:
     """PNG of one bar for each name, with its value and, from the second on, its difference from the first in percent."""
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4), dpi=160, layout="constrained")
     axis = _plain_axis(figure.subplots(), "", ylabel, title)
@@ -110,10 +116,13 @@ def attention_maps(
 
     Args:
         images: uint8 (rows, H, W, 3).
+        row_labels: what each image is.
+        path: the PNG.
         maps: (rows, columns, h, w) in units of uniform attention, laid over the images.
         windows: (columns, g, g), the same, of a single group.
         names: what each column is.
     """
+    from matplotlib.figure import Figure
 
     rows, columns = maps.shape[:2]
     height, width = images.shape[1:3]
@@ -133,12 +142,11 @@ def attention_maps(
         for c in range(columns):
             axes[r, c + 1].imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes[r, c + 1].imshow(maps[r, c], alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
-    for c in range(columns):
-        shown = axes[rows, c + 1].imshow(windows[c], **options)
+    mappable = [axes[rows, c + 1].imshow(windows[c], **options) for c in range(columns)][-1]
     axes[rows, 0].set_ylabel("mean over\nall groups", fontsize=9, rotation=0, ha="right", va="center")
     for axis, name in zip(axes[0], ["image", *names], strict=True):
         axis.set_title(name, fontsize=9)
-    bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.01, extend="max")
+    bar = figure.colorbar(mappable, ax=axes, fraction=0.03, pad=0.01, extend="max")
     bar.set_label("attention (1: uniform)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     save_figure(figure, path)
@@ -147,7 +155,7 @@ def attention_maps(
 BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9772b", "#3f9a5f", "#777777"
 
 
-def _plain_axis(axis: Axes, xlabel: str, ylabel: str, title: str) -> Axes:
+def _plain_axis(axis: "Axes", xlabel: str, ylabel: str, title: str) -> "Axes":
     """A matplotlib axis with labels, a light grid and no box."""
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
@@ -158,6 +166,6 @@ def _plain_axis(axis: Axes, xlabel: str, ylabel: str, title: str) -> Axes:
     return axis
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a matplotlib figure as PNG, atomically. Raises WriteError where it cannot be written."""
     write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -188,6 +188,9 @@ class TrainConfig(Architecture):
     log_every: int = option(
         "output", 50, "steps between lines in metrics.jsonl and the tracker", ge=1, le=10**12, resume="free"
     )
+    profile_steps: str | None = option(
+        "output", None, "write a torch.profiler trace of the steps A-B to the run's folder profile/", resume="free"
+    )
     cache_dir: str | None = option(
         "data", None, "where remote data is cached (default: ~/.cache/elastic-dit)", aliases=("s3_cache_dir",), resume="free"
     )

