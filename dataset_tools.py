@@ -22,8 +22,8 @@ from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main, did_you_mean
 from common.logging import warn
 from common.precision import set_tf32
-from config.options import CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, PackConfig, ReferenceConfig, StatsConfig
 from config.parsing import parse, require_options
+from config.tool_options import CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, PackConfig, ReferenceConfig, StatsConfig
 from preprocessing.check import check
 from preprocessing.convert import convert
 from preprocessing.demo import demo
@@ -65,10 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}; commands are {', '.join(COMMANDS)}")
     cls, run = COMMANDS[argv[0]]
-    options = list(argv[1:])
-    if cls in (CheckConfig, StatsConfig) and options and not options[0].startswith("-"):  # check DIR, stats DIR
-        options.insert(0, "--source")
-    config, _ = parse(cls, options, prog=f"dataset_tools.py {argv[0]}")
+    config, _ = parse(cls, argv[1:], prog=f"dataset_tools.py {argv[0]}")
     require_options(config)
     end_with_launcher()
     run(config)

@@ -5,7 +5,6 @@
 REF, SAMPLES: .npz files in ADM's format, or folders of PNG. Alone or under torchrun: the result is the same.
 """
 
-import sys
 from pathlib import Path
 
 from common.distributed import end_with_launcher, start_processes
@@ -14,8 +13,8 @@ from common.files import check_folder, make_folder, write_json
 from common.logging import warn
 from common.precision import set_tf32
 from common.tables import markdown_table
-from config.options import EvaluateConfig
-from config.parsing import parse, with_names
+from config.parsing import parse
+from config.tool_options import EvaluateConfig
 from metrics.evaluation import METRICS, evaluate
 
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "recall": "Recall", "fdd": "FDD"}
@@ -24,8 +23,7 @@ NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "re
 @cli_main
 def main(argv: list[str] | None = None) -> None:
     """Evaluate a set of images: print a table, write a JSON file."""
-    argv = with_names(EvaluateConfig, sys.argv[1:] if argv is None else argv, ("ref", "samples"))
-    config, _ = parse(EvaluateConfig, argv, prog="evaluate.py REF SAMPLES")
+    config, _ = parse(EvaluateConfig, argv, prog="evaluate.py")
     if config.ref is None or config.samples is None:
         raise UserError("give the reference and the samples: evaluate.py REF SAMPLES, before --metrics")
     output = Path(config.output)

@@ -1,6 +1,7 @@
 """A user's mistake: one exception type, reported as one line on stderr."""
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -31,6 +32,9 @@ def cli_main(main: Callable) -> Callable:
     def wrapper(argv: list[str] | None = None) -> Any:
         script = Path(main.__code__.co_filename).name
         set_script(script)
+        for stream in (sys.stdout, sys.stderr):  # a locale without UTF-8: other characters are escaped, not an error
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except UserError as error:

@@ -142,15 +142,15 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises UserError where it is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, MemoryError) as error:
         raise Unreadable(path, error) from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
+    except Exception as error:  # SafetensorError, and whatever odd types of numbers make of it
+        raise UserError(f"{path}: truncated, or not a safetensors file: {first_line(error)}") from None
 
 
 def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

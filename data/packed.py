@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.errors import UserError, first_line
 from common.file_tree import open_regular, read_regular
-from common.files import check_name, decode_name, parse_json
+from common.files import DataError, check_name, decode_name, parse_json
 from models.vae import VAERecord
 
 INDEX_FILE, LABELS_FILE, NAMES_FILE = "index.json", "labels.npy", "names.npy"
@@ -69,7 +69,10 @@ class PackedLatents:
         return str(self.path / LABELS_FILE)
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
-        """float32 (2C, h, w) of each index: views of one array, gathered from every file at once and in the order of the file."""
+        """float32 (2C, h, w) of each index: views of one array, gathered from every file at once and in the order of the file.
+
+        Raises DataError where a value is not finite.
+        """
         order = np.argsort(indices, kind="stable")
         ordered = np.asarray(indices)[order]
         if len(ordered) and not 0 <= ordered[0] <= ordered[-1] < len(self):
@@ -80,6 +83,9 @@ class PackedLatents:
             first, last = bounds[shard], bounds[shard + 1]
             # mode clip: by the default, NumPy gathers into a buffer of its own first
             np.take(self._shards[shard], ordered[first:last] - self._starts[shard], axis=0, out=rows[first:last], mode="clip")
+        if not np.isfinite(rows).all():
+            broken = next(i for i, row in zip(ordered.tolist(), rows, strict=True) if not np.isfinite(row).all())
+            raise DataError(f"{self.where(broken)}: holds values that are not finite")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         gathered = torch.from_numpy(rows).float()

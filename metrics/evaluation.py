@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common.errors import UserError, did_you_mean, first_line
 from common.files import DataError
-from config.options import EvaluateConfig, FeatureNetworks
+from config.tool_options import EvaluateConfig, FeatureNetworks
 from metrics import feature_extractors
 from metrics.feature_extractors import Network
 from metrics.images import ImageSet, open_images

@@ -8,7 +8,7 @@ from accelerate import PartialState
 import randomness
 from common.errors import UserError
 from common.files import check_folder, make_folder
-from config.options import ReferenceConfig
+from config.tool_options import ReferenceConfig
 from metrics.evaluation import IN_FILE, Features, gather, load_networks
 from metrics.images import open_images, write_npz
 

@@ -94,6 +94,11 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         self.grid_size = (rows // patch_size, columns // patch_size)
         self.encoder_depth = encoder_depth
 
+    @classmethod
+    def size_arguments(cls, input_size: int | tuple[int, int], **sizes: Any) -> dict[str, Any]:
+        """The constructor's arguments of a registered size `sizes`, where they depend on the VAE latents' size."""
+        return sizes
+
     # What a backbone defines.
 
     def embed(self, x: Tensor, t: Tensor, y: Any) -> Stream:
@@ -152,6 +157,11 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
     def repa_depth(self) -> int:
         """The block after which REPA reads the tokens (1-based)."""
         return self.encoder_depth
+
+    @property
+    def feature_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the tokens that REPA reads."""
+        return self.grid_size
 
     def run(self, s: Stream, start: int, stop: int) -> None:
         """Blocks start … stop − 1, and REPA's projections where they are asked for."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from models.backbone import Backbone, Stream
+from models.hdit import HDiT
 from models.latent_interface import (
     CrossAttention,
     FullWidthRMSNorm,
@@ -14,11 +15,14 @@ from models.latent_interface import (
     mask_levels,
     mask_to_budget,
 )
+from models.mmdit import MMDiT
 from models.sit import SiT
 from models.uvit import UViT
 
 __all__ = [
     "CrossAttention",
+    "ELITHDiT",
+    "ELITMMDiT",
     "ELITSiT",
     "ELITUViT",
     "Elastic",
@@ -106,3 +110,11 @@ class ELITSiT(Elastic, SiT):
 
 class ELITUViT(Elastic, UViT):
     """U-ViT with an elastic core: as many head blocks as tail blocks."""
+
+
+class ELITHDiT(Elastic, HDiT):
+    """HDiT with an elastic core, which lies in its inner level."""
+
+
+class ELITMMDiT(Elastic, MMDiT):
+    """MM-DiT with an elastic core: the image's tokens become latents; the text stays as long as it is."""

@@ -18,21 +18,15 @@ from torch import Tensor, nn
 from common.errors import UserError
 from models.backbone import Backbone, Stream
 from models.conditioning import check_labels
-from models.layers import RMSNorm, unpatchify
+from models.layers import RMSNorm, merge_cells, split_cells, unpatchify
 from models.local_attention import Grid, Kind, Mask, attend, attended_pairs, attention_mask, check_kind
-
-SIZES = {
-    "Ti": {"inner_depth": 6, "inner_width": 192, "outer_depth": 1, "mapping_depth": 1, "mapping_width": 192, "head_width": 32},
-    "S": {"inner_depth": 8, "inner_width": 1024, "outer_depth": 2, "mapping_depth": 2, "mapping_width": 256},
-    "B": {"inner_depth": 11, "inner_width": 768, "outer_depth": 2, "mapping_depth": 1, "mapping_width": 768},
-    "M": {"inner_depth": 12, "inner_width": 1280, "outer_depth": 2, "mapping_depth": 2, "mapping_width": 256},
-    "L": {"inner_depth": 16, "inner_width": 1536, "outer_depth": 2, "mapping_depth": 2, "mapping_width": 256},
-}
 
 
 def hourglass(grid: Grid, *, inner_depth: int, inner_width: int, outer_depth: int, levels: int | None = None) -> dict[str, Any]:
     """The levels of a registered size, as arguments of `HDiT`: as many as bring the grid down to 16×16, or `levels` of them."""
-    levels = levels or max(1, (min(grid) // 16).bit_length())
+    levels = max(1, (min(grid) // 16).bit_length()) if levels is None else levels
+    if levels < 1:
+        raise UserError(f"levels {levels}: HDiT has at least one")
     return {
         "depths": [outer_depth] * (levels - 1) + [inner_depth],
         "widths": [inner_width // 2 ** (levels - 1 - i) for i in range(levels)],
@@ -40,19 +34,7 @@ def hourglass(grid: Grid, *, inner_depth: int, inner_width: int, outer_depth: in
     }
 
 
-# ---------------------------------------------------------------------------------------------- tokens and positions
-
-
-def merge(x: Tensor, grid: Grid, p: int = 2) -> Tensor:
-    """Row-major cells (B, n, W) of a grid → (B, n/p², p·p·W): p×p cells in one, laid out (row, column, channel)."""
-    x = x.unflatten(1, (grid[0] // p, p, grid[1] // p, p))
-    return x.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-def split(x: Tensor, grid: Grid, p: int = 2) -> Tensor:
-    """The inverse of `merge`: (B, n/p², p·p·W) → (B, n, W); `grid` is that of the n cells."""
-    x = x.unflatten(2, (p, p, -1)).unflatten(1, (grid[0] // p, grid[1] // p))
-    return x.transpose(2, 3).flatten(1, 4)
+# ---------------------------------------------------------------------------------------------------------- positions
 
 
 def positions(grid: Grid, x: Tensor) -> Tensor:
@@ -185,7 +167,7 @@ class Merge(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         # What layers add to stays as wide as x, also where autocast makes matrix products narrower.
-        return self.proj(merge(x, grid, self.p)).to(x.dtype)
+        return self.proj(merge_cells(x, grid, self.p)).to(x.dtype)
 
 
 class Split(nn.Module):
@@ -197,7 +179,7 @@ class Split(nn.Module):
         self.fac = nn.Parameter(torch.full((1,), 0.5))
 
     def forward(self, x: Tensor, skip: Tensor, grid: Grid) -> Tensor:
-        return torch.lerp(skip, split(self.proj(x), grid).to(skip.dtype), self.fac.to(skip.dtype))
+        return torch.lerp(skip, split_cells(self.proj(x), grid).to(skip.dtype), self.fac.to(skip.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -305,9 +287,37 @@ class HDiT(Backbone):
         self.out_norm = RMSNorm(widths[0])
         self.patch_out = nn.ModuleDict({"proj": zero(nn.Linear(widths[0], patch_size**2 * in_channels, bias=False))})
         first, last = max(1, self.outer_depth), self.outer_depth + depths[-1]
-        if z_dims and not first <= encoder_depth <= last:
+        if z_dims and not first <= max(1, self.repa_depth) <= last:
             raise UserError(f"--encoder-depth {encoder_depth}: REPA reads HDiT's inner level, after block {first} to {last}")
         self.add_projectors(self.hidden_size, z_dims)
+
+    @classmethod
+    def size_arguments(
+        cls,
+        input_size: int | Grid,
+        *,
+        patch_size: int,
+        inner_depth: int,
+        inner_width: int,
+        outer_depth: int,
+        inner_ends: int | None = None,
+        levels: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The constructor's arguments of a registered size: its `hourglass`, and of ELIT the head and tail, which count all layers.
+
+        Args:
+            inner_ends: layers of the inner level in ELIT's head, and as many in its tail.
+            others: arguments as they are; they go before those made here.
+        """
+        rows, columns = (input_size, input_size) if isinstance(input_size, int) else input_size
+        grid = (rows // patch_size, columns // patch_size)
+        shape = {"inner_depth": inner_depth, "inner_width": inner_width, "outer_depth": outer_depth, "levels": levels}
+        arguments = {"patch_size": patch_size, **hourglass(grid, **shape), **others}
+        if inner_ends is None:
+            return arguments
+        ends = sum(arguments["depths"][:-1]) + inner_ends
+        return {"head_depth": ends, "tail_depth": ends, **arguments}
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> Stream:
         """Tokens (B, N, W) of the finest level with their positions, and the condition (B, M)."""

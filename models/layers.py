@@ -192,6 +192,18 @@ def unpatchify(x: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
+def merge_cells(x: Tensor, grid_size: tuple[int, int], p: int = 2) -> Tensor:
+    """Row-major cells (B, n, D) of a grid → (B, n/p², p·p·D): p×p cells in one, laid out (row, column, channel)."""
+    x = x.unflatten(1, (grid_size[0] // p, p, grid_size[1] // p, p))
+    return x.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def split_cells(x: Tensor, grid_size: tuple[int, int], p: int = 2) -> Tensor:
+    """The inverse of `merge_cells`: (B, n/p², p·p·D) → (B, n, D); `grid_size` is that of the n cells."""
+    x = x.unflatten(2, (p, p, -1)).unflatten(1, (grid_size[0] // p, grid_size[1] // p))
+    return x.transpose(2, 3).flatten(1, 4)
+
+
 def projector(dim: int, z_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
     """REPA's map from tokens to one target encoder's features (Yu et al. 2024, arXiv 2410.06940, §3)."""
     return xavier(

@@ -22,9 +22,11 @@ from models.layers import (
     PatchEmbed,
     QKNorm,
     TimestepEmbedder,
+    merge_cells,
     modulate,
     modulation,
     sincos_position_embedding,
+    split_cells,
     unpatchify,
     xavier,
 )
@@ -132,8 +134,7 @@ class Hourglass(nn.Module):
 def fours(x: Tensor, grid: tuple[int, int] | None, groups: int) -> Tensor:
     """(B, n, D) → (B, m, 4, D): the 2×2 cells of a grid, or the latents of each group by four, zeros after the last."""
     if grid is not None:
-        x = x.unflatten(1, (grid[0] // 2, 2, grid[1] // 2, 2))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return merge_cells(x, grid).unflatten(2, (4, -1))
     x = x.unflatten(1, (groups, -1))  # (B, G, k, D)
     return F.pad(x, (0, 0, 0, -x.shape[2] % 4)).unflatten(2, (-1, 4)).flatten(1, 2)
 
@@ -141,8 +142,7 @@ def fours(x: Tensor, grid: tuple[int, int] | None, groups: int) -> Tensor:
 def unfours(x: Tensor, grid: tuple[int, int] | None, groups: int, n: int) -> Tensor:
     """The inverse of `fours`: (B, m, 4, D) → (B, n, D); `grid` is that of the n cells."""
     if grid is not None:
-        x = x.unflatten(2, (2, 2)).unflatten(1, (grid[0] // 2, grid[1] // 2))
-        return x.transpose(2, 3).flatten(1, 4)
+        return split_cells(x.flatten(2), grid)
     return x.flatten(1, 2).unflatten(1, (groups, -1))[:, :, : n // groups].flatten(1, 2)
 
 

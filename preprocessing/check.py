@@ -12,7 +12,7 @@ from common import image_files
 from common.errors import UserError
 from common.file_tree import FileTree
 from common.files import check_folder, decode_name, file_sha256
-from config.options import CheckConfig
+from config.tool_options import CheckConfig
 from data import latent_files, remote
 from data.dataset import LatentDataset, paired_images
 from data.packed import PackedLatents, checksums, read_index

@@ -15,7 +15,7 @@ from common.errors import UserError, first_line
 from common.file_tree import FileTree
 from common.files import DataError, encode_name
 from common.image_files import png_bytes, png_pixels
-from config.options import ConvertConfig
+from config.tool_options import ConvertConfig
 from preprocessing.output import SKIPPED_FILE, Folder, ZipDest, create, label_file
 from preprocessing.source import list_images, open_source
 from preprocessing.transforms import Transform, make_transform, parse_resolution

@@ -16,7 +16,7 @@ from common.distributed import start_processes
 from common.errors import UserError
 from common.files import DataError
 from common.precision import set_tf32
-from config.options import EncodeConfig
+from config.tool_options import EncodeConfig
 from models.vae import encode_moments, load_vae
 from preprocessing.latent_output import Plan, fill, open_dest
 from preprocessing.source import image_numbers, list_images, open_source

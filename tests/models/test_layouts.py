@@ -6,19 +6,20 @@ import torch
 from layout_reference import LayoutReference
 from numerics import inputs, numpy_weights, randomize
 
+import models
 from common.errors import UserError
 from models.costs import count_flops
 from models.elit import ELITSiT
 from models.sit import SiT
 
 LAYOUTS = [None, "unet", "hourglass"]
-XL = {"patch_size": 2, "in_channels": 16, "hidden_size": 1152, "depth": 28, "num_heads": 16, "rotary": True, "qk_norm": "rms"}
-ENDS = {"head_depth": 4, "tail_depth": 4}
+XL = {None: "SiT-XL/2", "unet": "SiT-UViT-XL/2", "hourglass": "SiT-HDiT-XL/2"}
+ROTARY = {"rotary": True, "qk_norm": "rms"}
 
 
 def small(cls=SiT, **changes):
     arguments = {"input_size": (8, 16), "patch_size": 2, "hidden_size": 32, "depth": 7, "num_heads": 4, "num_classes": 5}
-    return cls(**arguments | {"rotary": True, "qk_norm": "rms"} | changes)
+    return cls(**arguments | ROTARY | changes)
 
 
 def pair(cls=SiT, **changes):
@@ -73,8 +74,12 @@ def test_a_split_within_the_merge_is_the_reference():
 def test_sizes_and_costs_are_those_of_the_paper(layout, parameters, tflops, elit):
     for side, group, training, budgets in zip((32, 64), (4, 8), tflops, elit, strict=True):
         with torch.device("meta"):
-            plain = SiT(input_size=side, layout=layout, **XL)
-            elastic = ELITSiT(input_size=side, layout=layout, elit_group_size=group, **XL, **ENDS)
+            plain = models.create_model(XL[layout], input_size=side, in_channels=16, **({} if layout else ROTARY))
+            elastic = models.create_model(
+                f"ELIT-{XL[layout]}", input_size=side, in_channels=16, elit_group_size=group, **({} if layout else ROTARY)
+            )
+        assert (plain.layout, elastic.layout, elastic.interface.latent_pos) == (layout, layout, None)
+        assert (elastic.head_depth, elastic.tail_depth) == (4, 4)
         assert sum(p.numel() for p in plain.parameters()) / 1e6 == pytest.approx(parameters, rel=0.002)
         assert count_flops(plain) * 3 * 256 / 1e12 == pytest.approx(training, rel=0.001)  # batch 256, backward twice a forward
         ends = {1: budgets[0], 1 / 16: budgets[3]} if side == 64 else dict(zip((1, 1 / 2, 1 / 4, 1 / 16), budgets, strict=True))
@@ -84,9 +89,7 @@ def test_sizes_and_costs_are_those_of_the_paper(layout, parameters, tflops, elit
 def test_positions_of_rotary_models_are_nowhere_else():
     model = small(ELITSiT, layout="hourglass", head_depth=2, tail_depth=2, elit_group_size=2)
     assert not any("pos_embed" in name or "latent_pos" in name for name in model.state_dict())
-    assert any(
-        "latent_pos" in name for name in small(ELITSiT, rotary=False, **ENDS | {"head_depth": 2, "tail_depth": 2}).state_dict()
-    )
+    assert any("latent_pos" in name for name in small(ELITSiT, rotary=False, head_depth=2, tail_depth=2).state_dict())
 
 
 def test_budgets_below_a_merge_cost_the_inner_blocks_no_less():

@@ -27,11 +27,6 @@ def build_on_meta(name, **options):
 # --------------------------------------------------------------------------------------------------------- registry
 
 
-def test_registry_holds_every_family_size_and_patch_and_nothing_else():
-    wanted = {f"{family}-{size}/{p}" for family in ("SiT", "ELIT-SiT") for size in SIZES for p in (2, 4, 8)}
-    assert {name for name in models.MODELS if not name.startswith("DFM-")} == wanted
-
-
 @pytest.mark.parametrize("patch_size", [2, 4, 8])
 @pytest.mark.parametrize("size", SIZES)
 def test_registered_models_have_the_sizes_of_the_table(size, patch_size):
