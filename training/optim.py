@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from common.errors import UserError, first_line
 from config.options import TrainConfig
 
 
@@ -29,18 +31,22 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     return AdamW(model.parameters(), **optimizer_options(config), fused=True)
 
 
-def load_optimizer(optimizer: AdamW, state: dict[str, Any]) -> None:
-    """The moments in the `state_dict` of an optimizer of the same model; the options stay this run's own.
+def load_optimizer(optimizer: AdamW, scaler: torch.amp.GradScaler | None, state: dict[str, Any], where: Path) -> None:
+    """The moments and the loss scale of the training state `state`; AdamW's options stay this run's own.
 
-    Raises:
-        Exception: of any type, where something else stands there.
+    Raises UserError, which names `where`, if they are not those of an optimizer of this model.
     """
-    moments, parameters = state["state"], optimizer.param_groups[0]["params"]
-    for place, entry in moments.items():
-        shapes = [entry[name].shape for name in ("exp_avg", "exp_avg_sq")]
-        if shapes != [parameters[place].shape] * 2 or entry["step"].numel() != 1:
-            raise ValueError(f"moments of another shape for parameter {place}")
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    moments, parameters = state["optimizer"]["state"], optimizer.param_groups[0]["params"]
+    try:
+        for place, entry in moments.items():
+            shapes = [entry[name].shape for name in ("exp_avg", "exp_avg_sq")]
+            if shapes != [parameters[place].shape] * 2 or entry["step"].numel() != 1:
+                raise ValueError(f"moments of another shape for parameter {place}")
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        if scaler is not None and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+    except Exception as error:  # whatever stands there instead
+        raise UserError(f"{where}: its optimizer state is not one of this model: {first_line(error)}") from None
 
 
 def create_schedule(optimizer: AdamW, config: TrainConfig, step: int, total_steps: int) -> LambdaLR:

@@ -6,30 +6,30 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from checkpoint import reading, training_state
-from checkpoint.weights import MODEL_OPTIONS, model_options
+import models
+from checkpoint import records, training_state
 from common import tensor_files
 from common.errors import UserError
 from common.logging import warn
 from config.options import TrainConfig
 from config.rules import names
+from flows import flow_of
 from models.encoders import encoder_names
 from training.data_order import DATA_POSITION, Progress, total_steps
 from training.optim import depends_on_length
 from training.run_data import RunData
 from training.run_dir import RunDir
 
-_ALWAYS = (None, "elit", "dfm")  # compared whatever the run is; `when` names the conditions of others
-
-# What a resumed run must share with the run that it resumes, or it would silently be another one: …
-SAME = names(TrainConfig, resume="same", when=_ALWAYS)
+# What a resumed run must share with the run that it resumes, or it would silently be another one; …
+SAME = names(TrainConfig, resume="same")
 
 
-# … and what the user may change on purpose, by --allow-change.
-CHANGEABLE = names(TrainConfig, resume="changeable", when=_ALWAYS)
+# … what the user may change on purpose, by --allow-change; …
+CHANGEABLE = names(TrainConfig, resume="changeable", when=(None, "elit", "dfm", "repa"))
 
 
-LENGTH = ("max_train_steps", "epochs")  # to be named only where the learning rate depends on the number of steps
+# … and what is to be named only where the learning rate depends on the number of steps.
+LENGTH = names(TrainConfig, resume="changeable", when="schedule")
 
 
 DATA_SIZE, DATA_LABELS = "data_size", "data_labels"  # no options, but changed by --data-dir; recorded in checkpoints
@@ -57,7 +57,7 @@ def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
     if run_dir.is_main:
         try:
             folder = run_dir.checkpoints
-            state = training_state.load_newest(folder, warn) if step == -1 else reading.load_step(folder, step)
+            state = training_state.load_newest(folder, warn) if step == -1 else training_state.load_step(folder, step)
             if state is not None:
                 state = _checked(state, training_state.step_path(folder, state["step"]))
         except UserError as error:
@@ -75,15 +75,14 @@ def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     for name, kind in {DATA_SIZE: int, DATA_POSITION: int, VALIDATION_DUE: bool}.items():
         if name in state and (type(state[name]) is not kind or state[name] < 0):
             raise UserError(f"{path}: its {name} must be {'true or false' if kind is bool else 'a whole number'}")
-    return reading.check_training_state(state, path)
+    return records.check_training_state(state, path)
 
 
 def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:
     """Raise UserError where continuing from `state` with these options and data would silently be another run."""
     own, recorded = dataclasses.asdict(config), state["config"]
-    compared = [*_applicable(own), *(["encoder_depth"] if encoder_names(config.enc_type, config.proj_coeff) else [])]
-    for name in (*compared, *CHANGEABLE):
-        if name in recorded and own[name] != recorded[name]:
+    for name in (*SAME, *CHANGEABLE):
+        if name in recorded and own[name] != recorded[name] and _acts(name, config):
             _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)
     if data.record != state["vae"]:
         raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
@@ -91,9 +90,14 @@ def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, ru
     _check_length(config, state, len(data.dataset), run_dir)
 
 
-def _applicable(own: dict[str, Any]) -> list[str]:
-    """The options of SAME that the model has: an SiT takes no notice of ELIT's."""
-    return [name for name in SAME if name not in MODEL_OPTIONS or name in model_options(own)]
+def _acts(name: str, config: TrainConfig) -> bool:
+    """Whether the option acts in this run: an SiT takes no notice of ELIT's."""
+    when = next(field.metadata["when"] for field in dataclasses.fields(config) if field.name == name)
+    if when == "elit":
+        return models.model_spec(config.model).elastic
+    if when == "dfm":
+        return hasattr(flow_of(config), name)
+    return when != "repa" or bool(encoder_names(config.enc_type, config.proj_coeff))
 
 
 def _refuse(config: TrainConfig, name: str, was: str, run_dir: RunDir, *, allowed: bool, value: str = "") -> None:

@@ -13,7 +13,7 @@ import models
 from checkpoint import async_writer, training_state
 from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
-from common.errors import UserError, first_line
+from common.errors import UserError
 from common.logging import log, warn
 from config.options import TrainConfig
 from flows import flow_of
@@ -139,17 +139,11 @@ class Trainer:
 
     def _load(self, state: dict[str, Any]) -> None:
         """Resume from a training state."""
-        where, scaler = self.run_dir.path, self.accelerator.scaler
+        where = training_state.step_path(self.run_dir.checkpoints, state["step"])
         load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], where)
         for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
             load_state_dict(model, state["ema"].get(decay, state["model"]), where)
-        try:
-            load_optimizer(self.optimizer.optimizer, state["optimizer"])
-            if scaler is not None and state.get("scaler"):
-                scaler.load_state_dict(state["scaler"])
-        except Exception as error:  # whatever stands there instead
-            path = training_state.step_path(self.run_dir.checkpoints, state["step"])
-            raise UserError(f"{path}: its optimizer state is not one of this model: {first_line(error)}") from None
+        load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
         self._go_to(Progress.of_state(state, len(self.data.dataset)))

@@ -195,13 +195,15 @@ def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undistur
 COUNT_REDUCTIONS = """
 import signal
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-run, step, counted, trainer = train.Trainer.run, train.Trainer.train_step, [], []
+run, step, opened, counted, trainer = train.Trainer.run, train.Trainer.train_step, train.Trainer.open, [], []
 def count(group, bucket):
     counted.append((trainer[0].step, bucket.index()))
     return allreduce_hook(group, bucket)
-def counting_run(self, preemption):
+def counting_open(self):
     trainer.append(self)
+    opened(self)
     self.model.register_comm_hook(None, count)
+def counting_run(self, preemption):
     try:
         run(self, preemption)
     finally:
@@ -211,7 +213,7 @@ def counting_step(self, batches):
     step(self, batches)
     if rank == 1 and self.step == 3:
         os.kill(os.getpid(), signal.SIGUSR1)
-train.Trainer.run, train.Trainer.train_step = counting_run, counting_step
+train.Trainer.run, train.Trainer.train_step, train.Trainer.open = counting_run, counting_step, counting_open
 """
 
 
