@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     """What of `found` goes into `model`, whose options are `config`; nothing is loaded yet.
 
     - Blocks are matched by their place, so that SiT's become head, core and tail of an ELIT model.
-    - The fixed sine–cosine table is the model's own.
+    - The fixed sine–cosine table is the model's own; a learned one is resized as an image (bicubic), its rows before the patches kept.
     - Of another number of classes the null label's row is kept; the classes are others.
     - `read_pos` and `write_pos` lie on the tokens of a group, and are resized as images (bicubic).
     - `latent_pos` lies on the grid of groups, and is resized likewise, latent by latent. Latents are in the order of their
@@ -52,9 +53,14 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
       along that order.
 
     Raises:
-        UserError: the models' blocks differ, in width or number.
+        UserError: the models' blocks differ, in kind, width or number.
     """
-    fixed = {name for name, _ in model.named_buffers()}
+    backbones = [models.model_spec(c["model"]).backbone for c in (found.config, config)]
+    if backbones[0] != backbones[1]:
+        raise UserError(
+            f"--init-from {where}: holds a {found.config['model']}, whose blocks are not those of {config['model']}"
+        )
+    fixed = {"pos_embed"} & dict(model.named_buffers()).keys()
     own = {k: v for k, v in model.state_dict().items() if k not in fixed}
     other = {k: v for k, v in found.state_dict.items() if k not in fixed}
     # Projectors are of use for the same encoders alone.
@@ -81,7 +87,10 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
 def _check_blocks(own: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
     def size(state: dict[str, Tensor]) -> tuple[int, int, int]:
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        return depth, *reversed(state["blocks.0.mlp.fc1.weight"].shape)
+        mlp = next(
+            v for k, v in state.items() if k.startswith("blocks.0.") and k.endswith((".fc1.weight", "ff.up_proj.weight"))
+        )
+        return depth, *reversed(mlp.shape)
 
     if size(own) != size(other):
         said = ["{} blocks of width {} (MLP {})".format(*size(state)) for state in (other, own)]
@@ -92,6 +101,16 @@ def _labels(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
     table = mine.clone()
     table[-1] = theirs[-1]
     return table, f"null label's row kept, {len(mine) - 1} class rows new"
+
+
+def _patch_positions(theirs: Tensor, mine: Tensor, model: nn.Module) -> tuple[Tensor, str]:
+    prefix, side = model.prefix, math.isqrt(theirs.shape[1] - model.prefix)
+    if prefix + side**2 != theirs.shape[1]:
+        return mine, "new: the other has other tokens before the patches"
+    patches = _as_image(theirs[0, prefix:], (side, side), model.grid_size)
+    return torch.cat(
+        [theirs[:, :prefix], patches[None]], dim=1
+    ), f"{side} × {side} → {model.grid_size[0]} × {model.grid_size[1]} tokens"
 
 
 def _query(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
@@ -114,6 +133,9 @@ def _latent_positions(theirs: Tensor, mine: Tensor, model: nn.Module) -> tuple[T
 
 _ADAPT = {
     "y_embedder.embedding_table.weight": _labels,
+    "label_emb.weight": _labels,
+    "class_emb.weight": _labels,
+    "pos_embed": _patch_positions,
     "interface.query": _query,
     "interface.read_pos": _token_positions,
     "interface.write_pos": _token_positions,

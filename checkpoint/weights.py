@@ -16,7 +16,7 @@ from models.vae import SD_VAE, VAERecord
 ELIT_OPTIONS = ("head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail")
 
 
-MODEL_OPTIONS = ("qk_norm", *ELIT_OPTIONS, "stages_count")
+MODEL_OPTIONS = ("qk_norm", *ELIT_OPTIONS, "levels", "stages_count")
 
 
 @dataclass
@@ -60,7 +60,7 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
 def model_options(config: dict[str, Any]) -> dict[str, Any]:
     """The constructor arguments among recorded options that this model family knows."""
     spec = models.model_spec(config["model"])
-    known = ["qk_norm", *(ELIT_OPTIONS if spec.elastic else []), *(["stages_count"] if spec.staged else [])]
+    known = ["qk_norm", "levels", *(ELIT_OPTIONS if spec.elastic else []), *(["stages_count"] if spec.staged else [])]
     return {k: config[k] for k in known if k in config}
 
 

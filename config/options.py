@@ -34,6 +34,7 @@ class Architecture:
     elit_min_mask_prob: float | None = option(None, "ELIT: smallest share of latents masked in training", ge=0, le=1)
     head_depth: int | None = option(None, "ELIT: blocks before Read (default: by size)", ge=0)
     tail_depth: int | None = option(None, "ELIT: blocks after Write (default: by size)", ge=0)
+    levels: int | None = option(None, "HDiT: levels (default: as many as bring the token grid down to 16×16)", ge=1)
     stages_count: int = option(2, "DFM: stages of the pyramid", ge=2)
     stage_weights: list[float] = option([0.9, 0.1], "DFM: how often each stage is trained")
     stage_sampling_thresholds: list[float] = option([0.1], "DFM: time of a stage at which the next one starts")

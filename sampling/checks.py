@@ -12,7 +12,11 @@ from sampling.session import Options
 
 
 def check_sampler(config: Options) -> None:
-    """Refuse a sampler that does not exist."""
+    """Refuse a sampler that does not exist, and a model that takes no class labels."""
+    if models.model_spec(config.model).text:
+        raise UserError(
+            f"--ckpt {config.ckpt}: holds a {config.model}, which is conditioned on text; only class labels can be given"
+        )
     if config.heun and config.mode == "sde":
         raise UserError("--heun: Heun's correction belongs to --mode ode")
     if models.model_spec(config.model).staged:

@@ -40,7 +40,9 @@ def resolve_architecture(config: Architecture, given: dict, found: weights.Weigh
     """Take the architecture from the checkpoint `where`; what is given by hand fills gaps in it and may not contradict it."""
     recorded = found.config
     if recorded.get("model"):  # the depths that "by size" stands for
-        recorded = {k: v for k, v in models.model_spec(recorded["model"]).sizes.items() if k.endswith("_depth")} | {
+        side = recorded["resolution"] // found.record.downsample_factor
+        sizes = models.model_spec(recorded["model"]).arguments(side, levels=recorded.get("levels"))
+        recorded = {k: v for k, v in sizes.items() if k.endswith("_depth")} | {
             k: v for k, v in recorded.items() if v is not None
         }
     for name in ("model", "resolution", "num_classes", "path_type", "time_shift", *weights.MODEL_OPTIONS):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 import models
 from config.options import TrainConfig
@@ -82,7 +83,7 @@ def activation_bytes(
                 features = [torch.empty(p.shape, dtype=dtype) for p in call.projections]
                 losses = losses + alignment_loss(call.projections, features)
             for _, inputs in block_inputs:
-                for tensor in inputs:
+                for tensor in filter(torch.is_tensor, tree_leaves(inputs)):
                     keep(tensor)
             if block_inputs:
                 block, inputs = max(block_inputs, key=lambda found: found[1][0].numel())

@@ -65,9 +65,9 @@ def open_data(config: TrainConfig, num_processes: int) -> RunData:
 
 
 def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
-    """(rows, columns) of the model's tokens."""
-    side = config.resolution // record.downsample_factor // models.model_spec(config.model).sizes["patch_size"]
-    return side, side
+    """(rows, columns) of the tokens that REPA reads."""
+    with torch.device("meta"):
+        return build_model(config, record, []).feature_grid
 
 
 def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> nn.Module:
@@ -110,11 +110,20 @@ def check_run_folder(config: TrainConfig) -> list[int]:
 def check(config: TrainConfig, given: dict) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     spec = models.model_spec(config.model)
+    if spec.text:
+        raise UserError(
+            f"--model {config.model}: is conditioned on text, which arrives with captions; training takes class labels"
+        )
     masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
     if not spec.elastic and any(masks):
         raise UserError(f"--elit-max-mask-prob: {config.model} has no latents to mask; only ELIT models do")
     if spec.elastic:
         mask_levels(config.elit_group_size**2, *masks)
+        if trained_budgets(config)[-1] * config.elit_group_size**2 < spec.merged_latents - 1e-6:
+            least = f"{spec.merged_latents}/{config.elit_group_size**2}"
+            warn(
+                f"budgets below {least} cost {config.model} no less in its inner blocks, which merge {spec.merged_latents} latents"
+            )
     if spec.staged:
         check_stages(config)
         if config.time_shift != 1:
@@ -132,7 +141,7 @@ def check(config: TrainConfig, given: dict) -> None:
             )
     if config.legacy:
         warn("--legacy has no effect")
-    if spec.elastic and "encoder_depth" in given and config.head_depth is None:
+    if "head_depth" in spec.sizes and "encoder_depth" in given and config.head_depth is None:
         head = spec.sizes["head_depth"]
         warn(
             f"--encoder-depth {config.encoder_depth} is the block that REPA reads; the head of {config.model} has {head} blocks "
