@@ -203,7 +203,7 @@ def test_published_command_lines_with_a_training_config(ckpt, tmp_path):
     ("more", "words"),
     [
         (("--budgets", 0.5, 0.1), ["--budgets", "0.1", "0.25, 0.5, 0.75, 1"]),
-        (("--budgets", 1.5), ["--budgets", "1.5", "0.25, 0.5, 0.75, 1"]),
+        (("--budgets", 1.5), ["--budgets", "1.5", "≤ 1"]),
         (("--inference-budget", "0.25@1-0.5,1@0.4-0"), ["--inference-budget", "gap"]),
         (("--inference-budget", "0.25@1-0.4,1@0.5-0"), ["--inference-budget", "overlap"]),
         (("--inference-budget", "0.1@1-0.4,1@0.4-0"), ["--inference-budget", "0.1", "0.25, 0.5, 0.75, 1"]),
