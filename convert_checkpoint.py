@@ -10,7 +10,6 @@ given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The o
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -105,12 +104,6 @@ def _compact(tensor: Tensor) -> Tensor:
     """The tensor, contiguous, in a storage of its own size: a view would carry all of its storage into the file."""
     fits = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if fits else tensor.clone().contiguous()
-
-
-def _tensors(values: Any) -> dict[str, Tensor]:
-    """Those among the entries of a state dict."""
-    entries = values.items() if isinstance(values, dict) else ()
-    return {k: v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-from checkpoint.reading import depth_of
+from checkpoint.published import depth_of
 from checkpoint.weights import Weights
 from common.errors import UserError
 

@@ -4,6 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from checkpoint import reading
 from common import tensor_files
 from common.errors import UserError
 from config.options import Architecture, ConvertCheckpointConfig
-from convert_checkpoint import _tensors
 from sampling import session
 
 
@@ -22,6 +22,12 @@ class Held:
     format: str
     sets: dict[str, dict[str, Tensor]]  # by what --weights calls them
     others: list[str]  # entries beside the weights
+
+
+def _tensors(values: Any) -> dict[str, Tensor]:
+    """Those among the entries of a state dict."""
+    entries = values.items() if isinstance(values, dict) else ()
+    return {k: v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def look(path: Path) -> Held:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import models
-from checkpoint.reading import _check_dimensions, _step, check_state_dict, depth_of, recorded_config
+from checkpoint.records import check_state_dict, recorded_config, recorded_step
 from checkpoint.weights import Weights
 from common.errors import UserError
 from config.options import ARCHITECTURE_KEYS
@@ -34,6 +34,30 @@ _PATCH_EMBEDDING = re.compile(r"x_embedder\.(embedders\.\d+\.)?proj\.weight")
 PUBLISHED_HEAD_DEPTH = 8  # of an ELIT model whose checkpoint records no encoder_depth
 
 
+_DIMENSIONS = {  # of the tensors whose shapes tell the architecture, or that are converted
+    "pos_embed": 3,
+    "y_embedder.embedding_table.weight": 2,
+    "t_embedder.mlp.0.weight": 2,
+    "final_layer.linear.weight": 2,
+    "final_layer.linear.bias": 1,
+    "interface.query": 2,
+    "interface.reader.adaLN_modulation.1.weight": 2,
+    "interface.reader.adaLN_modulation.1.bias": 1,
+}
+
+
+def _check_dimensions(path: Path, state_dict: dict[str, Tensor]) -> None:
+    for name, tensor in state_dict.items():
+        wanted = 4 if _PATCH_EMBEDDING.fullmatch(name) else _DIMENSIONS.get(name, tensor.dim())
+        if tensor.dim() != wanted or (wanted == 4 and tensor.shape[2] != tensor.shape[3]):
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, which no model has")
+
+
+def depth_of(state_dict: dict[str, Tensor]) -> int:
+    """One more than the highest number of a block."""
+    return 1 + max((int(m[1]) for k in state_dict if (m := re.match(r"blocks\.([0-9]{1,6})\.", k))), default=-1)
+
+
 def read_published(path: Path, state: dict[str, Any], weights: str) -> Weights:
     """The published ELIT code's format: `model`, `ema`, `steps` and an argparse Namespace of the options."""
     if weights not in ("ema", "model") or weights not in state:
@@ -41,7 +65,7 @@ def read_published(path: Path, state: dict[str, Any], weights: str) -> Weights:
     recorded = {k: v for k, v in vars(state["args"]).items() if k in ARCHITECTURE_KEYS and v is not None}
     recorded = recorded_config(recorded, path)
     found = read_bare(path, state[weights], recorded)
-    return Weights(found.state_dict, recorded | found.config, step=_step(state.get("steps", 0), path))
+    return Weights(found.state_dict, recorded | found.config, step=recorded_step(state.get("steps", 0), path))
 
 
 def read_bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> Weights:

@@ -1,134 +1,27 @@
 """Weights from any checkpoint file: ours, safetensors, the published code's, bare state dicts."""
 
 import argparse
-import dataclasses
 import json
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import models
-from checkpoint.published import _PATCH_EMBEDDING, read_bare, read_published
-from checkpoint.training_state import FORMAT, step_path
+from checkpoint.published import read_bare, read_published
+from checkpoint.records import (
+    check_format,
+    check_state_dict,
+    recorded_config,
+    recorded_step,
+    recorded_vae,
+)
 from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
 from common.errors import UserError
 from common.hub import local_file
 from common.tensor_files import Checksum, load, load_safetensors
-from config.options import TrainConfig
-from config.values import coerce
-from models.vae import VAERecord
-
-
-def load_step(folder: str | Path, step: int) -> dict[str, Any]:
-    """The checkpoint of a step, compared with its checksum. Raises as `load`, and where it records another step."""
-    path = step_path(folder, step)
-    state = load(path, verify=True)
-    if type(state.get("step")) is not int or state["step"] != step:
-        raise UserError(f"{path}: does not record step {step}")
-    return state
-
-
-def check_training_state(state: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """The parts that a resumed run reads, checked, with the configuration as options and the VAE as a record."""
-    _check_format(state, where)
-    optimizer = state.get("optimizer")
-    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
-        raise UserError(f"{where}: holds no training state; it may start a new run with --init-from")
-    return state | {
-        "model": check_state_dict(state["model"], f"{where}: model"),
-        "ema": {d: check_state_dict(v, f"{where}: ema {d}") for d, v in state["ema"].items()},
-        "config": recorded_config(state["config"], where),
-        "vae": _record(state["vae"], where),
-    }
-
-
-_OPTIONS = {f.name for f in dataclasses.fields(TrainConfig)}
-
-
-def recorded_config(values: Any, where: str | Path) -> dict[str, Any]:
-    """The options among `values`, which a file records: each of its type and in its range. What is no option is left out.
-
-    Raises:
-        UserError: names `where` and the key.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: its config is a {type(values).__name__}, not options by name")
-    config = {}
-    for name in (n for n in values if isinstance(n, str) and n in _OPTIONS):
-        if not _is_plain(values[name]):
-            raise UserError(f"{where}: {name}: what it records is no option's value")
-        config[name] = coerce(TrainConfig, name, values[name], f"{where}: {name}")
-    if config.get("model"):
-        try:
-            models.model_spec(config["model"])
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    return config
-
-
-def _is_plain(value: Any) -> bool:
-    """None, truth, text, a number, or a few of them: of a size that an option may have, and that a message can show."""
-    if isinstance(value, (list, tuple)):
-        return len(value) <= 1000 and not any(isinstance(part, (list, tuple)) for part in value) and all(map(_is_plain, value))
-    if isinstance(value, str):
-        return len(value) < 4096
-    return value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-def check_state_dict(values: Any, where: str) -> dict[str, Tensor]:
-    """`values` as a state dict: dense floating-point tensors by name, with all of their data; of one type, else as float32.
-
-    Raises:
-        UserError: names `where` and the key.
-    """
-    if not isinstance(values, dict) or not values:
-        raise UserError(f"{where}: holds no tensors by name")
-    for name, tensor in values.items():
-        if not isinstance(name, str):
-            raise UserError(f"{where}: {type(name).__name__} as the name of a tensor")
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor")
-        dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not dense or not tensor.is_floating_point():
-            raise UserError(f"{where}: {name} is no dense tensor of floating-point numbers")
-        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
-            raise UserError(f"{where}: {name} of shape {tuple(tensor.shape)} has not that many numbers in the file")
-    kinds = {tensor.dtype for tensor in values.values()}
-    if len(kinds) > 1 or not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
-        return {name: tensor.float() for name, tensor in values.items()}
-    return dict(values)
-
-
-def _record(values: Any, where: str | Path) -> VAERecord:
-    if not isinstance(values, dict) or not all(map(_is_plain, values.values())):
-        raise UserError(f"{where}: its vae is no record of a VAE")
-    return VAERecord.from_dict(values, str(where))
-
-
-def _step(value: Any, where: str | Path) -> int:
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
-        return int(value)
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise UserError(f"{where}: its step must be a whole number of at least 0")
-    return value
-
-
-def _check_format(state: dict[str, Any], where: str | Path) -> None:
-    """Refuse another version's file, and one that lacks a part or has another thing in its place."""
-    number = state.get("format")
-    if type(number) is not int or number != FORMAT:
-        named = number if type(number) is int and abs(number) < 10**9 else f"of type {type(number).__name__}"
-        raise UserError(f"{where}: format {named} is not known; this version reads {FORMAT}")
-    missing = [k for k in ("model", "ema", "config", "vae", "step") if k not in state]
-    if missing:
-        raise UserError(f"{where}: {missing[0]} is missing from the checkpoint")
-    if not isinstance(state["ema"], dict) or not all(isinstance(decay, str) for decay in state["ema"]):
-        raise UserError(f"{where}: its ema must be state dicts by decay")
 
 
 def read_weights(
@@ -204,7 +97,7 @@ def _check_finite(path: Path, state_dict: dict[str, Tensor]) -> None:
 
 
 def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
-    _check_format(state, path)
+    check_format(state, path)
     kind, _, decay = weights.partition(":")
     if kind == "model" and not decay:
         state_dict = state["model"]
@@ -214,7 +107,9 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
         known = ", ".join(["model", "ema", *(f"ema:{d}" for d in state["ema"])])
         raise UserError(f"--weights {weights}: not in {path}; it holds {known}")
     state_dict = check_state_dict(state_dict, str(path))
-    return Weights(state_dict, recorded_config(state["config"], path), _record(state["vae"], path), _step(state["step"], path))
+    return Weights(
+        state_dict, recorded_config(state["config"], path), recorded_vae(state["vae"], path), recorded_step(state["step"], path)
+    )
 
 
 def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
@@ -237,34 +132,10 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
         config, record = json.loads(metadata["config"]), json.loads(metadata["vae"])
     except (ValueError, KeyError, RecursionError):
         raise UserError(f"{path}: its metadata config and vae must hold JSON") from None
-    state_dict, step = check_state_dict(state_dict, str(path)), _step(metadata.get("step", 0), path)
-    return Weights(state_dict, recorded_config(config, path), _record(record, path), step)
+    state_dict, step = check_state_dict(state_dict, str(path)), recorded_step(metadata.get("step", 0), path)
+    return Weights(state_dict, recorded_config(config, path), recorded_vae(record, path), step)
 
 
 def _check_single(path: Path, weights: str) -> None:
     if weights not in ("ema", "model"):
         raise UserError(f"--weights {weights}: {path} holds one set of weights")
-
-
-_DIMENSIONS = {  # of the tensors whose shapes tell the architecture, or that are converted
-    "pos_embed": 3,
-    "y_embedder.embedding_table.weight": 2,
-    "t_embedder.mlp.0.weight": 2,
-    "final_layer.linear.weight": 2,
-    "final_layer.linear.bias": 1,
-    "interface.query": 2,
-    "interface.reader.adaLN_modulation.1.weight": 2,
-    "interface.reader.adaLN_modulation.1.bias": 1,
-}
-
-
-def _check_dimensions(path: Path, state_dict: dict[str, Tensor]) -> None:
-    for name, tensor in state_dict.items():
-        wanted = 4 if _PATCH_EMBEDDING.fullmatch(name) else _DIMENSIONS.get(name, tensor.dim())
-        if tensor.dim() != wanted or (wanted == 4 and tensor.shape[2] != tensor.shape[3]):
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, which no model has")
-
-
-def depth_of(state_dict: dict[str, Tensor]) -> int:
-    """One more than the highest number of a block."""
-    return 1 + max((int(m[1]) for k in state_dict if (m := re.match(r"blocks\.([0-9]{1,6})\.", k))), default=-1)

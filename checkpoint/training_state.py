@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
-from checkpoint.reading import load_step
+from checkpoint.records import FORMAT
 from common.errors import UserError
-from common.tensor_files import Unreadable, sidecar
-
-FORMAT = 1
+from common.tensor_files import Unreadable, load, sidecar
 
 
 class HashingFile:
@@ -142,6 +140,15 @@ def saved_steps(folder: str | Path) -> list[int]:
     except OSError as error:  # not to be taken for an empty folder
         raise Unreadable(Path(folder), error) from None
     return sorted(int(name[:-3]) for name in names if re.fullmatch(r"[0-9]{7}\.pt|[1-9][0-9]{7,}\.pt", name))
+
+
+def load_step(folder: str | Path, step: int) -> dict[str, Any]:
+    """The checkpoint of a step, compared with its checksum. Raises as `load`, and where it records another step."""
+    path = step_path(folder, step)
+    state = load(path, verify=True)
+    if type(state.get("step")) is not int or state["step"] != step:
+        raise UserError(f"{path}: does not record step {step}")
+    return state
 
 
 def load_newest(folder: str | Path, warn: Callable[[str], None]) -> dict[str, Any] | None:

@@ -92,7 +92,7 @@ def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -
     if config.inference_budget is not None:
         options["inference_budget"] = str(parse_budget(config.inference_budget))  # one spelling
     checksum = None if weights.checksum is None else weights.checksum.value()
-    return options | {"ckpt_sha256": checksum, "ckpt_step": weights.step, "vae_sha256": vae_sha256}
+    return {"ckpt_sha256": checksum, "ckpt_step": weights.step, "vae_sha256": vae_sha256, **options}
 
 
 def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any]) -> None:

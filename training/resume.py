@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 import models
-from checkpoint import reading, training_state
+from checkpoint import records, training_state
 from common import tensor_files
 from common.errors import UserError
 from common.logging import warn
@@ -57,7 +57,7 @@ def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
     if run_dir.is_main:
         try:
             folder = run_dir.checkpoints
-            state = training_state.load_newest(folder, warn) if step == -1 else reading.load_step(folder, step)
+            state = training_state.load_newest(folder, warn) if step == -1 else training_state.load_step(folder, step)
             if state is not None:
                 state = _checked(state, training_state.step_path(folder, state["step"]))
         except UserError as error:
@@ -75,7 +75,7 @@ def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     for name, kind in {DATA_SIZE: int, DATA_POSITION: int, VALIDATION_DUE: bool}.items():
         if name in state and (type(state[name]) is not kind or state[name] < 0):
             raise UserError(f"{path}: its {name} must be {'true or false' if kind is bool else 'a whole number'}")
-    return reading.check_training_state(state, path)
+    return records.check_training_state(state, path)
 
 
 def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:

@@ -23,7 +23,7 @@ import elit_multibudget_inference
 import generate
 import models
 import train
-from checkpoint import reading, training_state
+from checkpoint import reading, records, training_state
 from checkpoint.init_from import init_from
 from checkpoint.weights import build_model
 from common import files, tensor_files
@@ -574,7 +574,7 @@ def every_reader(path, weights="ema", **given):
         build,
         start,
         lambda: convert_checkpoint.main([str(path), "--show"]),
-        lambda: reading.check_training_state(tensor_files.load(path), path),
+        lambda: records.check_training_state(tensor_files.load(path), path),
     ]
 
 
@@ -595,9 +595,9 @@ def test_odd_values_in_our_records_are_refused_in_one_line(tiny, served, kind):
         taken = [attempt(action) for action in every_reader(served(tiny | {part: odd}))]
         if part in ("format", "config", "vae"):  # {} as a config is a model without a name
             assert not any(taken[:2]), part
-    attempt(lambda: reading.check_training_state(tiny | {"optimizer": odd}, "odd.pt"))
+    attempt(lambda: records.check_training_state(tiny | {"optimizer": odd}, "odd.pt"))
     for field in dataclasses.fields(TrainConfig):
-        attempt(lambda name=field.name: reading.recorded_config(tiny["config"] | {name: odd}, "odd.pt"))
+        attempt(lambda name=field.name: records.recorded_config(tiny["config"] | {name: odd}, "odd.pt"))
     for name in ("model", "resolution", "num_classes", "elit_group_size", "elit_read_depth", "head_depth", "stages_count"):
         attempt(every_reader(served(tiny | {"config": tiny["config"] | {name: odd}}))[0])
     for name in tiny["vae"]:
