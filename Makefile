@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= -c constraints.txt
-# Processes that run the tests. The tests use one thread each.
-JOBS ?= 1
+# Processes that run the tests, each with one thread.
+JOBS ?= 2
 # 1: `make lint` includes `make lint-strict`.
 STRICT ?= 0
 # Complexity, docstrings, annotations, numbers of arguments. Special methods' types and docstrings are left to their class's docstring.
@@ -27,10 +27,10 @@ quickstart: $(VENV)/.run
 
 test test-fast: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "not e2e and not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not e2e and not slow"
 
 lint: $(VENV)/.dev $(if $(filter 1,$(STRICT)),lint-strict)
 	$(BIN)/ruff check .

@@ -55,6 +55,7 @@ def start_processes(timeout: timedelta | None = None) -> "PartialState":
 
     Args:
         timeout: how long processes wait for each other; PyTorch's default where there is none.
+
     Raises:
         UserError: WORLD_SIZE is not the number of processes that run.
     """

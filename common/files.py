@@ -37,8 +37,10 @@ def check_name(name: Any, source: str | Path, *, plain: bool = False) -> str:
     """`name`, a relative path that comes from outside (an index, an archive, an option …), unless it could lead out of a folder.
 
     Args:
+        name: what should be a relative path.
         source: what holds the name (a file, an option), for the message.
         plain: the name of one file or folder; no separator is allowed.
+
     Raises:
         UserError: not text, empty, too long, absolute, with a drive letter, a backslash, a NUL or a part `..`.
     """
@@ -112,8 +114,10 @@ def written_aside(path: str | Path, *, fsync: bool = False, option: str = "") ->
     """The path to write `path` under; renamed to `path` at the end of the context, removed where that is left by an error.
 
     Args:
+        path: the file.
         fsync: the content and the new name survive a power cut.
         option: how an error names the file, e.g. `--output`.
+
     Raises:
         WriteError: for an OSError; `path` is then what it was.
     """
@@ -140,8 +144,11 @@ def write_atomically(
     """Write a file that is whole under its name or not there: aside, then renamed.
 
     Args:
+        path: the file.
         content: bytes, text (UTF-8), or what writes to the open file.
-        fsync, option: see `written_aside`.
+        fsync: the content and the new name survive a power cut.
+        option: how an error names the file, e.g. `--output`.
+
     Raises:
         WriteError: which is a UserError and an OSError.
     """

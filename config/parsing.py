@@ -173,7 +173,7 @@ def _yaml_items(path: str) -> list[tuple[str, str | list[str]]]:
     The option's type decides what a value is, so that `no` and `007` stay what they are.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file")
+        raise UserError(f"{path}: no such config file{did_you_mean(Path(path).name, _siblings(path))}")
     if Path(path).stat().st_size > MAX_YAML:
         raise UserError(f"{path}: not a config file: larger than {MAX_YAML // 2**20} MiB")
     try:
@@ -189,6 +189,11 @@ def _yaml_items(path: str) -> list[tuple[str, str | list[str]]]:
     if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
         raise UserError(f"{path}: must hold `option: value` lines")
     return [(key.value, _yaml_value(node, f"{path}: {key.value[:80]}")) for key, node in root.value]
+
+
+def _siblings(path: str) -> list[str]:
+    """The names of the YAML files beside it."""
+    return [file.name for file in Path(path).parent.glob("*.yaml")]
 
 
 def _yaml_value(node: yaml.Node, where: str) -> str | list[str]:

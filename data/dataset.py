@@ -109,17 +109,16 @@ class LatentDataset(Dataset):
         items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
         if self._images is not None:
             for item, index in zip(items, indices, strict=True):
-                item["image"] = self._read_image(index)
+                item["image"] = self._read_image(self._images, index)
         return items
 
-    def _read_image(self, index: int) -> Tensor:
+    def _read_image(self, images: FileTree, index: int) -> Tensor:
         name = decode_name(self._image_names[index])
-        image = read_image(self._images, name)
+        image = read_image(images, name)
         wanted = tuple(self.record.downsample_factor * n for n in self.shape[1:])
         if image.shape[:2] != wanted:
-            where = self._images.where(name)
             raise DataError(
-                f"{where}: has {format_shape(image.shape[:2])} pixels; its latents were made of {format_shape(wanted)}"
+                f"{images.where(name)}: has {format_shape(image.shape[:2])} pixels; its latents were made of {format_shape(wanted)}"
             )
         return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
@@ -129,7 +128,8 @@ def paired_images(images: FileTree, latents: LatentFiles | PackedLatents) -> np.
     pairs = pair_keys(images, image_names(images.names()))
     names = []
     for index in range(len(latents)):
-        name = pairs.get(pair_key(latents.name(index)))
+        key = pair_key(latents.name(index))
+        name = None if key is None else pairs.get(key)
         if name is None:
             raise UserError(f"{images.path}: holds no image for {latents.where(index)}")
         names.append(encode_name(name))

@@ -49,7 +49,7 @@ def local_copy(url: str, cache_dir: str | None = None, option: str = "--data-dir
         missing = [(file, digest) for file, digest in files if not (folder / file).exists()]
         quiet = not missing or os.environ.get("LOCAL_RANK", "0") != "0"
         with ThreadPoolExecutor(DOWNLOADS) as threads, tqdm(total=len(missing), desc=url, unit="file", disable=quiet) as bar:
-            for _ in threads.map(lambda item: source.copy(*item, folder), missing):
+            for _ in threads.map(lambda item: source.copy(item[0], item[1], folder), missing):
                 bar.update()
     except OSError as error:
         raise UserError(f"--cache-dir {cache}: cannot be written: {error.strerror or error}") from None

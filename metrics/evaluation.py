@@ -53,7 +53,7 @@ class Features:
                 if kind not in self.rows:
                     self.rows[kind] = np.empty((self.images.count, values.shape[1]), np.float32)
                 self.rows[kind][self._taken : self._taken + len(values)] = values
-        self._taken += len(values)
+        self._taken += len(next(iter(batch.values())))
 
     def gaussian(self, kind: str) -> Gaussian:
         """Mean and covariance of one kind of features."""
@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
     sets = [open_images(path) for path in (config.ref, config.samples)]
     used: list[Network] = []
     if config.features:
-        used.append(feature_extractors.by_name(config.features, state.device))
+        used.append(feature_extractors.by_name(config.features, device_of(state)))
         probe(used[0], sets)
     metrics = choose_metrics(config, used, sets, warn)
     score_on = "logits" if config.features else "pool"
@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
             return None
         assert hashes is not None
         ref_sha256, samples_sha256 = hashes.result()  # which finds damage
-        figures = compute(config, metrics, ref, samples, used, state.device)
+        figures = compute(config, metrics, ref, samples, used, device_of(state))
     return (
         {name: figures.get(name) for name in METRICS}
         | {"num_ref": ref.images.count or None, "num_samples": samples.images.count or None}
@@ -98,8 +98,13 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
         | {"statistics_from_file": {"ref": _from_file(ref, metrics), "samples": _from_file(samples, metrics)}}
         | {"networks": {n.name: {"weights": n.weights and str(n.weights), "sha256": n.sha256} for n in used}}
         | {"k": NEIGHBOURS, "pr_dtype": config.pr_dtype, "split_size": config.split_size, "batch_size": config.batch_size}
-        | {"device": state.device.type, "versions": versions()}
+        | {"device": device_of(state).type, "versions": versions()}
     )
+
+
+def device_of(state: PartialState) -> torch.device:
+    """The device of this process."""
+    return torch.device(state.device or "cpu")
 
 
 def versions() -> dict[str, str]:
@@ -189,9 +194,9 @@ def load_networks(
     used = []
     with state.local_main_process_first():
         if wanted & {"pool", "spatial"} and not by_hand:
-            used.append(feature_extractors.inception(config.inception_weights, state.device, warn))
+            used.append(feature_extractors.inception(config.inception_weights, device_of(state), warn))
         if "dinov2" in wanted:
-            used.append(feature_extractors.dinov2(config.dino_weights, state.device))
+            used.append(feature_extractors.dinov2(config.dino_weights, device_of(state)))
     for network in used:
         probe(network, sets)
     return used
@@ -262,7 +267,9 @@ def compute(
     if "is" in metrics and "logits" in samples.rows:
         figures["is"] = score_of_logits(samples.rows["logits"], config.split_size)
     elif "is" in metrics:
-        figures["is"] = inception_score(samples.rows["pool"], used[0].class_weight, config.split_size)
+        weight = used[0].class_weight
+        assert weight is not None  # Inception has one
+        figures["is"] = inception_score(samples.rows["pool"], weight, config.split_size)
     if {"precision", "recall"} & set(metrics):
         rows = ref.rows["pool"], samples.rows["pool"]
         both = precision_recall(*rows, NEIGHBOURS, config.pr_dtype, device=device, progress=True)
@@ -292,7 +299,7 @@ def gather(features: Features, used: Sequence[Network], batch_size: int, state: 
         for turn in range(0, len(spans), state.num_processes):
             found = None
             place = turn // state.num_processes
-            if place < len(mine):
+            if place < len(mine) and ahead is not None:
                 images = ahead.result()
                 if place + 1 < len(mine):  # read while the networks work
                     ahead = reader.submit(features.images.read, mine[place + 1])
@@ -322,6 +329,6 @@ def _gathered(found: dict[str, np.ndarray] | None, state: PartialState) -> list[
     """What each process found, in order, on the main process; nothing elsewhere."""
     if state.num_processes == 1:
         return [found]
-    received = [None] * state.num_processes if state.is_main_process else None
+    received: list[Any] | None = [None] * state.num_processes if state.is_main_process else None
     torch.distributed.gather_object(found, received, dst=0)
     return received or []

@@ -66,11 +66,11 @@ def inception(path: str | None, device: torch.device, warn: Callable[[str], None
     torch.save(state, clean)
     clean.seek(0)
     try:
-        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)
+        model: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)
     except Exception as error:  # missing keys, other shapes, values that are no tensors
         raise UserError(f"--inception-weights {weights}: {_other_network(error, 'torch-fidelity’s Inception')}") from None
     model.to(device)
-    caught: list[Tensor] = []
+    caught: list[Any] = []
     model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: caught.append(output))  # after its ReLU
 
     def extract(images: Tensor) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def dinov2(path: str | None, device: torch.device) -> Network:
     weights, state = _read_weights("--dino-weights", path or DINO_HUB)
     state.pop("mask_token", None)  # of the original file; used in its training alone
     with torch.device("meta"):
-        model = timm.create_model("vit_large_patch14_dinov2", img_size=DINO_SIDE, num_classes=0)
+        model: Any = timm.create_model("vit_large_patch14_dinov2", img_size=DINO_SIDE, num_classes=0)
     try:
         state["pos_embed"] = resample_positions(state["pos_embed"], DINO_GRID)
         model.load_state_dict(state, assign=True)
@@ -141,14 +141,15 @@ def by_name(name: str, device: torch.device) -> Network:
     except (Exception, SystemExit) as error:  # of the module, too
         raise UserError(f"--features {name}: cannot be imported: {first_line(error)}; {wanted}") from None
     try:
-        extract = factory(device)
+        extract: Any = factory(device)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"--features {name}: {type(error).__name__}: {first_line(error)}; {wanted}") from None
     if not callable(extract):
         raise UserError(f"--features {name}: gives a {type(extract).__name__}; {wanted}")
-    return Network(name, lambda images: extract(images.to(device)))
+    network: Any = extract  # `callable` would narrow it to what returns an object
+    return Network(name, lambda images: network(images.to(device)))
 
 
 def _download_inception(url: str) -> Path:

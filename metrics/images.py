@@ -113,7 +113,7 @@ class NpzImages(ImageSet):
 
     def _read_stored(self, start: int, size: int) -> bytes:
         with self.path.open("rb") as file:
-            file.seek(self._offset + start)
+            file.seek((self._offset or 0) + start)
             return file.read(size)
 
     def _read_deflated(self, start: int, size: int) -> bytes:

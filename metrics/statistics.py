@@ -132,7 +132,7 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     """F (d, r) with FFᵀ = sigma and r its numerical rank, by Cholesky with pivoting: a deficient rank is no obstacle."""
     from scipy.linalg import get_lapack_funcs
 
-    lower, pivots, rank, _ = get_lapack_funcs("pstrf", (sigma,))(sigma, lower=1)
+    lower, pivots, rank, _ = get_lapack_funcs(("pstrf",), (sigma,))[0](sigma, lower=1)
     factor = np.empty((len(sigma), rank))
     factor[pivots - 1] = np.tril(lower)[:, :rank]
     return factor

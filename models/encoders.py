@@ -6,6 +6,7 @@ An encoder sees the image at √N × its own patch size, so that it makes one fe
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +47,13 @@ ENCODERS = {
 class TargetEncoder(nn.Module):
     """A frozen ViT: uint8 images (B, 3, H, W) → its patch features (B, N, z), without class and register tokens."""
 
-    def __init__(self, name: str, vit: nn.Module, side: int, last_norm: bool):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, vit: Any, side: int, last_norm: bool):
         super().__init__()
         self.name, self.side, self.last_norm = name, side, last_norm
-        self.vit = vit.eval().requires_grad_(False)
+        self.vit: Any = vit.eval().requires_grad_(False)
         self.z_dim: int = vit.num_features
         for kind in ("mean", "std"):
             value = torch.tensor(vit.pretrained_cfg[kind], device="cpu").view(1, 3, 1, 1)
@@ -71,6 +75,7 @@ class TargetEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → (B, N, z)."""
         return self.features(self.preprocess(images))
 
     def features(self, x: Tensor) -> Tensor:
@@ -103,8 +108,12 @@ def load_encoders(
     """The encoders with their pretrained weights: from the hub, or from one file each.
 
     Args:
+        names: see `encoder_names`.
         resolution: side of the images in pixels.
         grid_size: (rows, columns) of the model's tokens.
+        weights: a file for each encoder; None for those on the hub.
+        device: where the encoders are put.
+
     Raises:
         UserError: unknown, weights missing or of another model, or not of as many tokens as the model's grid.
     """

@@ -36,7 +36,7 @@ def encode(config: EncodeConfig) -> None:
     state = start_processes(timedelta(days=7))
     with open_dest(Path(config.dest), making, targets, config.shard_size if config.packed else None, state) as dest:
         set_tf32(False)  # the latents are promised in float32
-        vae, record = load_vae(config.vae, state.device)
+        vae, record = load_vae(config.vae, state.device or "cpu")
         factor = record.downsample_factor
         if first[0] % factor or first[1] % factor:
             raise UserError(

@@ -151,8 +151,8 @@ def test_commands(page, words):
         words = words[1:]
     given = parse_command_line(cls, [word.replace("…", "x") for word in words])
     for name in ("config", "train_config"):
-        path = given.get(name) or ""
-        assert not path.startswith("experiments_updated") or (ROOT / path).is_file()
+        for path in given.get(name) or []:
+            assert not path.startswith("experiments_updated") or (ROOT / path).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -145,7 +145,7 @@ def test_first_loss_of_dfm_is_the_velocity_error_of_its_stages(data, tmp_path):
     train.main(arguments(data, tmp_path, "--stage-weights", 0, 1, "--max-train-steps", 1, model="DFM-SiT-Ti/2"))
     order = epoch_order(0, 0, COUNT)[:8]
     moments = np.stack([np.load(data / "vae-sd" / "00000" / f"img-mean-std-{i:08d}.npy") for i in order]).astype(np.float64)
-    draws = training_draws(0, 0, range(8), (4, 8, 8), coarse_shapes=[(4, 4, 4)])
+    draws = training_draws(0, 0, range(8), (4, 8, 8), further_shapes=[(4, 4, 4)])
     latents = (moments[:, :4] + moments[:, 4:] * draws.posterior.numpy()) * 0.5
     noise = [draws.coarse_noise[0].numpy(), draws.noise.numpy()]
     expected = np.mean([sum(np.mean((noise[s][b] - x) ** 2) for s, x in enumerate(pyramid(latents[b], 2))) for b in range(8)])
@@ -165,12 +165,13 @@ def status(output_dir):
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        (("torchrun", "--nproc_per_node=2", "--master_port=29611", "--signals_to_handle=SIGUSR1,SIGTERM"), signal.SIGUSR1),
-        (("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29612"), signal.SIGTERM),
+        (("torchrun", "--nproc_per_node=2", "--master_port=PORT", "--signals_to_handle=SIGUSR1,SIGTERM"), signal.SIGUSR1),
+        (("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=PORT"), signal.SIGTERM),
     ],
 )
 def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undisturbed, tmp_path, launcher, number):
     lasting = ("--max-train-steps", 100_000, "--epochs", 100_000, "--checkpointing-steps", 100_000, "--num-workers", 1)
+    launcher = [word.replace("PORT", str(runs.free_port())) for word in launcher]
     command = command_line(*launcher, "train.py", *arguments(data, tmp_path, *lasting))
     process = subprocess.Popen(command, env=environment(), cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
@@ -749,8 +750,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(data, tmp_path, capsys
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_once(data, tmp_path):
-    done = launch(
-        "torchrun", "--nproc_per_node=2", "--master_port=29613", "train.py", *arguments(data, tmp_path, "--batch-size", 7)
-    )
+    port = f"--master_port={runs.free_port()}"
+    done = launch("torchrun", "--nproc_per_node=2", port, "train.py", *arguments(data, tmp_path, "--batch-size", 7))
     assert done.returncode != 0
     assert done.stderr.count("train.py: error:") == 1 and "--batch-size 7" in done.stderr
