@@ -57,7 +57,7 @@ def check_options(config: GenerateConfig) -> None:
     checks.check_options(config)
     if config.class_labels not in (["random"], ["balanced"]):
         for label in config.class_labels:
-            if not label.isdecimal():
+            if not (label.isascii() and label.isdecimal() and len(label) < 19):
                 raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
     checks.check_folder("--sample-dir", config.sample_dir)
 

@@ -191,11 +191,12 @@ class Plan:
     def checkpoints_kept(self, total_steps: int) -> int:
         """The most that lie in the folder at one time: by --keep-last and --keep-every, and the one being written."""
         config = self.config
-        steps = [*range(config.checkpointing_steps, total_steps, config.checkpointing_steps), total_steps]
+        count = -(-total_steps // config.checkpointing_steps)  # one every so many steps, and one at the end
         if not config.keep_last:
-            return len(steps)
-        old = steps[: -config.keep_last]
-        return min(len(steps), config.keep_last + 1 + sum(config.keep_every > 0 and s % config.keep_every == 0 for s in old))
+            return count
+        newest_old = max(count - config.keep_last, 0) * config.checkpointing_steps
+        kept = newest_old // math.lcm(config.checkpointing_steps, config.keep_every) if config.keep_every else 0
+        return min(count, config.keep_last + 1 + kept)
 
     def describe_parts(self) -> None:
         """What a run uses beside the data: the VAE of its pictures, REPA's encoders, the checkpoint that it starts from."""
