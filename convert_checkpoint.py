@@ -25,6 +25,7 @@ PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which d
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
+    """Convert a checkpoint, or show what is in it."""
     config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py")
     if config.source is None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
@@ -52,6 +53,7 @@ def check_dest(config: ConvertCheckpointConfig) -> None:
 
 def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     """Write OUT; the weights are checked against the model first."""
+    assert config.dest is not None
     dest = Path(config.dest)
     if config.safetensors:
         names = [config.weights or "ema"]

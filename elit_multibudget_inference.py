@@ -211,7 +211,7 @@ def show_attention(
     J = len(entropy)
     chosen = sorted({*range(min(3, J)), *range(max(J - 3, 0), J)})
     over_tokens = model.interface.ungroup(mean.transpose(2, 3))  # (B, N tokens, J latents), row-major
-    maps = J * over_tokens.transpose(1, 2).unflatten(2, model.grid_size)  # (B, J, h, w); 1: uniform attention
+    maps = J * over_tokens.transpose(1, 2).unflatten(2, model.interface.grid_size)  # (B, J, h, w); 1: uniform attention
     windows = J * mean.mean(dim=(0, 1)).unflatten(1, (model.interface.group_size,) * 2)  # (J, g, g)
     attention_maps(
         images,

@@ -89,12 +89,17 @@ class Flow(ABC, Generic[State]):
     num_steps: int = 50
     heun: bool = False
 
-    # Options of the sampler that this flow alone has, as folders of images name them; and those that it ignores, with the reason.
-    schedule_options: ClassVar[dict[str, str]] = {}
-    ignored_options: ClassVar[dict[str, str]] = {}
+    ignored_options: ClassVar[dict[str, str]] = {}  # options that have no effect when given by hand, with the reason
     leaves_parameters_unused: ClassVar[bool] = False  # whether a forward may use only some of the parameters (for DDP)
 
     # ------------------------------------------------------------------------------------------------ options
+
+    @property
+    def foreign_options(self) -> set[str]:
+        """The options that only other flows have."""
+        return {f.name for flow in FLOWS.values() for f in dataclasses.fields(flow)} - {
+            f.name for f in dataclasses.fields(self)
+        }
 
     @abstractmethod
     def check_training(self) -> None:
@@ -311,10 +316,6 @@ class DFM(Flow[list[Tensor]]):
     num_steps_per_scale: Sequence[int] = (40, 10)
     stage_sampling_thresholds: Sequence[float] = (0.1,)
 
-    schedule_options: ClassVar[dict[str, str]] = {
-        "num_steps_per_scale": "scales",
-        "stage_sampling_thresholds": "thresholds",
-    }
     ignored_options: ClassVar[dict[str, str]] = {"num_steps": "a DFM model is sampled with --num-steps-per-scale"}
     leaves_parameters_unused: ClassVar[bool] = True  # the final layers of the stages after the active one
 

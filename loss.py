@@ -12,8 +12,7 @@ from torch import Tensor
 
 from models.conditioning import Condition, null_condition, select
 from models.dfm import decompose
-from models.vae import VAERecord, sample_latents
-from randomness import Draws, training_draws
+from randomness import Draws
 
 PathType = Literal["linear", "cosine"]
 
@@ -40,14 +39,14 @@ def interpolant(t: Tensor, path_type: PathType = "linear") -> Interpolant:
 
 
 def shift_time(t: T, s: float) -> T:
-    """t ← s·t/(1 + (s − 1)·t): larger latents need more noise to lose as much (SD3, arXiv 2403.03206, §5.3.2)."""
+    """Shifted times, s·t/(1 + (s − 1)·t): larger latents need more noise to lose as much (SD3, arXiv 2403.03206, §5.3.2)."""
     return s * t / (1 + (s - 1) * t)
 
 
 def training_times(
     draws: Draws, weighting: Literal["uniform", "lognormal"], path_type: PathType = "linear", time_shift: float = 1.0
 ) -> Tensor:
-    """t (B,) of a training step: uniform, or lognormal noise levels σ = e^n put on the path; then shifted."""
+    """Times (B,) of a training step: uniform, or lognormal noise levels σ = e^n put on the path; then shifted."""
     if weighting == "uniform":
         t = draws.time_uniform
     elif path_type == "linear":
@@ -55,11 +54,6 @@ def training_times(
     else:
         t = 2 / math.pi * torch.atan(torch.exp(draws.time_normal))
     return shift_time(t, time_shift)
-
-
-def dropped_labels(y: Tensor, draws: Draws, probability: float, num_classes: int) -> Tensor:
-    """Labels (B,) with a share of them replaced by the null label, for classifier-free guidance."""
-    return torch.where(draws.label_drop < probability, num_classes, y)
 
 
 def drop_conditions(model: Any, y: Condition, draws: Draws, probability: float) -> Condition:
@@ -133,26 +127,6 @@ def dfm_loss(
     return sum(losses[1:], start=losses[0])
 
 
-def velocity_loss(
-    model: Callable,
-    x: Tensor,
-    draws: Draws,
-    y: Tensor,
-    *,
-    weighting: Literal["uniform", "lognormal"],
-    path_type: PathType,
-    time_shift: float = 1.0,
-    active_stage: int | None = None,
-    **kwargs,
-) -> Tensor:
-    """The loss of each sample (B,) at the times and with the noise of `draws`; for DFM with its `active_stage`."""
-    t = training_times(draws, weighting, path_type, time_shift)
-    if active_stage is None:
-        return flow_matching_loss(model, x, draws.noise, t, y, path_type, **kwargs)
-    times = stage_times(t, draws.stage_normal, active_stage)
-    return dfm_loss(model, x, [*draws.coarse_noise, draws.noise], times, y, path_type, active_stage, **kwargs)
-
-
 class Projecting:
     """A model that keeps its REPA projections aside: a velocity loss calls it as it calls any model.
 
@@ -162,7 +136,8 @@ class Projecting:
     def __init__(self, model: Callable):
         self.model, self.projections = model, []
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's velocity."""
         velocity, self.projections = self.model(*args, return_features=True, **kwargs)
         return velocity
 
@@ -182,30 +157,3 @@ def alignment_loss(projections: Sequence[Tensor], features: Sequence[Tensor]) ->
     pairs = zip(projections, features, strict=True)
     cosines = [F.cosine_similarity(scaled(p), scaled(f), dim=-1) for p, f in pairs]  # (B, N) each
     return -torch.stack(cosines).mean()
-
-
-@torch.no_grad()
-def val_losses(
-    model: Callable,
-    batch: dict[str, Tensor],
-    indices: range,
-    record: VAERecord,
-    variants: Sequence[dict],
-    *,
-    weighting: Literal["uniform", "lognormal"],
-    path_type: PathType,
-    time_shift: float = 1.0,
-    coarse_shapes: Sequence[Sequence[int]] = (),
-) -> Tensor:
-    """Velocity loss of each held-out sample in each variant, (len(variants), B), with time and noise fixed by the sample's index.
-
-    Args:
-        batch: "moments" (B, 2C, h, w) and "label" (B,) of the samples `indices` of the held-out set.
-        variants: further arguments of `velocity_loss`, e.g. `{"inference_budget": 0.25}` or `{"active_stage": 0}`.
-    """
-    moments, y = batch["moments"], batch["label"]
-    shape = (moments.shape[1] // 2, *moments.shape[2:])
-    draws = training_draws(0, 0, indices, shape, purpose="held-out", coarse_shapes=coarse_shapes).to(moments.device)
-    x = sample_latents(moments, draws.posterior, record)
-    times = {"weighting": weighting, "path_type": path_type, "time_shift": time_shift}
-    return torch.stack([velocity_loss(model, x, draws, y, **times, **variant) for variant in variants])

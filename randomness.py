@@ -10,6 +10,7 @@ that any process can make just its own share. Results do not depend on device, p
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class Draws:
     def to(self, device: torch.device) -> "Draws":
         """The same draws on `device`; the level and the stage stay numbers on the host."""
 
-        def move(x):
+        def move(x: Any) -> Any:
             if isinstance(x, list):
                 return [move(v) for v in x]
             return x if isinstance(x, float) else to_device(x, device)
@@ -81,26 +82,26 @@ class Draws:
 def training_draws(
     seed: int,
     n: int,
-    places: range,
+    batch_slice: range,
     shape: Sequence[int],
     purpose: str = "training",
-    coarse_shapes: Sequence[Sequence[int]] = (),
+    further_shapes: Sequence[Sequence[int]] = (),
 ) -> Draws:
-    """All draws of forward `n` (counted over micro-steps) for the images at `places` of the global batch.
+    """All draws of forward `n` (counted over micro-steps) for the images at `batch_slice` of the global batch.
 
     Args:
-        places: this process's slice of the global batch.
+        batch_slice: this process's part of the global batch.
         shape: (C, h, w) of the VAE latents.
-        coarse_shapes: of DFM's stages but the finest, coarsest first.
+        further_shapes: of more noise that the flow needs: of DFM's stages but the finest, coarsest first.
     """
     rows = []
     coarse = []
-    for place in places:
+    for place in batch_slice:
         rng = generator(purpose, seed, n, place + 1)
         u_time, u_drop = rng.random(2)
         n_time = rng.standard_normal()
         rows.append((normal(rng, shape), normal(rng, shape), u_time, n_time, u_drop))
-        coarse.append(([normal(rng, s) for s in coarse_shapes], normal(rng, (len(coarse_shapes) + 1,))))
+        coarse.append(([normal(rng, s) for s in further_shapes], normal(rng, (len(further_shapes) + 1,))))
     posterior, noise, u_time, n_time, u_drop = zip(*rows, strict=True)
     coarse_noise, stage_normal = zip(*coarse, strict=True)
     level, stage = generator(purpose, seed, n).random(2).tolist()  # place 0 of the same generator

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import models
 from benchmarks.baselines import PlainDiT, PlainEMA
 from common.errors import UserError, cli_main
+from flows import DFM
 from loss import dfm_loss, flow_matching_loss, stage_times
 from training.optim import EMA
 
@@ -87,13 +88,14 @@ class TrainingStep:
         self.loss()
 
 
-class StagedStep(TrainingStep):
+class DFMStep(TrainingStep):
     """The same for a DFM model whose last stage is active, which is the dearest case."""
 
     def __init__(self, model: nn.Module, ema: EMA, batch: Batch, precision: Callable):
         super().__init__(model, ema, batch, precision)
-        self.stages = len(model.stage_shapes)
-        self.coarse = [batch.noise.new_empty(len(batch.t), *shape).normal_() for shape in model.stage_shapes[:-1]]
+        *coarse, _ = DFM().state_shapes(batch.noise.shape[1:])
+        self.stages = len(coarse) + 1
+        self.coarse = [batch.noise.new_empty(len(batch.t), *shape).normal_() for shape in coarse]
         self.normals = batch.t.new_empty(len(batch.t), self.stages).normal_()
 
     def loss(self) -> Tensor:
@@ -198,7 +200,7 @@ def compare(
     steps = {
         "SiT": TrainingStep(sit, EMA(sit, [0.9999]), batch, precision),
         "plain": TrainingStep(plain, PlainEMA(plain, 0.9999), batch, precision),
-        "DFM": StagedStep(dfm, EMA(dfm, [0.9999]), batch, precision),
+        "DFM": DFMStep(dfm, EMA(dfm, [0.9999]), batch, precision),
     }
     ema = EMA(elit, [0.9999])
     steps |= {f"b = {b:g}": TrainingStep(elit, ema, batch, precision, b) for b in BUDGETS}

@@ -14,6 +14,7 @@ import models
 from checkpoint.published import depth_of
 from checkpoint.weights import Weights
 from common.errors import UserError
+from models.latent_interface import LatentInterface
 
 # The options whose change a user should see.
 DESCRIBING = ("model", "resolution", "num_classes", "path_type", "qk_norm", "enc_type", "elit_group_size", "elit_tail")
@@ -70,18 +71,18 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
         differing = [k for k in differing if not k.startswith("elit_")]
     options = "".join(f", {k} {found.config[k]} → {config[k]}" for k in differing)
     made = Transfer(f"started from {where}: step {found.step}{options}", left=[*aside, *(k for k in other if k not in own)])
-    for name, mine in own.items():
-        theirs = other.get(name)
-        if theirs is not None and theirs.shape == mine.shape:
-            made.state_dict[name] = theirs
-        elif theirs is not None and name in _ADAPT:
+    for name, dst in own.items():
+        src = other.get(name)
+        if src is not None and src.shape == dst.shape:
+            made.state_dict[name] = src
+        elif src is not None and name in _ADAPT:
             try:
-                made.state_dict[name], made.changed[name] = _ADAPT[name](theirs, mine, model)
-                fits = made.state_dict[name].shape == mine.shape
+                made.state_dict[name], made.changed[name] = _ADAPT[name](src, dst, model)
+                fits = made.state_dict[name].shape == dst.shape
             except (RuntimeError, IndexError, ValueError, TypeError):
                 fits = False
             if not fits:
-                shapes = f"{tuple(theirs.shape)} cannot be brought to {tuple(mine.shape)}"
+                shapes = f"{tuple(src.shape)} cannot be brought to {tuple(dst.shape)}"
                 raise UserError(f"--init-from {where}: {name} of shape {shapes}")
         else:
             made.new.append(name)
@@ -94,34 +95,37 @@ def _check_blocks(own: dict[str, Tensor], other: dict[str, Tensor], where: str) 
         raise UserError(f"--init-from {where}: {name} is missing, or no matrix")
 
     def size(state: dict[str, Tensor]) -> tuple[int, int, int]:
-        return depth_of(state), *reversed(state[name].shape)
+        hidden, width = state[name].shape
+        return depth_of(state), width, hidden
 
     if size(own) != size(other):
-        said = ["{} blocks of width {} (MLP {})".format(*size(state)) for state in (other, own)]
-        raise UserError(f"--init-from {where}: has {said[0]}, but the model {said[1]}; they must be the same")
+        sizes = ["{} blocks of width {} (MLP {})".format(*size(state)) for state in (other, own)]
+        raise UserError(f"--init-from {where}: has {sizes[0]}, but the model {sizes[1]}; they must be the same")
 
 
-def _labels(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
-    table = mine.clone()
-    table[-1] = theirs[-1]
-    return table, f"null label's row kept, {len(mine) - 1} class rows new"
+def _labels(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    table = dst.clone()
+    table[-1] = src[-1]
+    return table, f"null label's row kept, {len(dst) - 1} class rows new"
 
 
-def _query(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
-    return _along_order(theirs, len(mine)), f"{len(theirs)} → {len(mine)} latents"
+def _query(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    return _along_order(src, len(dst)), f"{len(src)} → {len(dst)} latents"
 
 
-def _token_positions(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
-    before, after = math.isqrt(len(theirs)), math.isqrt(len(mine))
-    return _as_image(theirs, (before, before), (after, after)), f"{before} × {before} → {after} × {after} tokens"
+def _token_positions(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    before, after = math.isqrt(len(src)), math.isqrt(len(dst))
+    return _as_image(src, (before, before), (after, after)), f"{before} × {before} → {after} × {after} tokens"
 
 
-def _latent_positions(theirs: Tensor, mine: Tensor, model: nn.Module) -> tuple[Tensor, str]:
-    (rows, columns), g = model.interface.grid_size, model.interface.group_size
-    before, after = math.isqrt(len(theirs)), (rows // g, columns // g)
-    table = _as_image(theirs.flatten(1), (before, before), after).unflatten(1, theirs.shape[1:])  # (G, J, D)
-    table = _along_order(table.transpose(0, 1), mine.shape[1]).transpose(0, 1).contiguous()
-    how = f"{before} × {before} → {after[0]} × {after[1]} groups, {theirs.shape[1]} → {mine.shape[1]} latents"
+def _latent_positions(src: Tensor, dst: Tensor, model: nn.Module) -> tuple[Tensor, str]:
+    interface = model.interface
+    assert isinstance(interface, LatentInterface)
+    rows, columns = (n // g for n, g in zip(interface.grid_size, interface.group_shape, strict=True))
+    before, after = math.isqrt(len(src)), (rows, columns)
+    table = _as_image(src.flatten(1), (before, before), after).unflatten(1, src.shape[1:])  # (G, J, D)
+    table = _along_order(table.transpose(0, 1), dst.shape[1]).transpose(0, 1).contiguous()
+    how = f"{before} × {before} → {after[0]} × {after[1]} groups, {src.shape[1]} → {dst.shape[1]} latents"
     return table, how
 
 

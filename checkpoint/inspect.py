@@ -53,7 +53,7 @@ def look(path: Path) -> Held:
 def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     """Print the format, model, options and tensors of a file."""
     held = look(source)
-    chosen = config.weights or ("ema" if "ema" in held.sets else next(reversed(held.sets), None))
+    chosen = config.weights or ("ema" if "ema" in held.sets else next(reversed(held.sets), ""))
     tensors = held.sets.get(chosen, {})
     lines = [f"{config.source}", f"format      {held.format}"]
     lines.append(f"weights     {', '.join(held.sets) if len(held.sets) > 1 else 'one set'}")

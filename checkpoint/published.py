@@ -91,7 +91,7 @@ def read_bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> 
         )
     config = _shapes(path, state_dict, given, record)
     spec = models.model_spec(config["model"])
-    if not spec.staged:
+    if "stages_count" not in config:
         for name in ("final_layer.linear.weight", "final_layer.linear.bias", "t_embedder.mlp.0.weight"):
             if name not in state_dict:
                 raise UserError(f"{path}: not a checkpoint of a {config['model']}: {name} is missing")
@@ -120,8 +120,8 @@ def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any], re
     width, patch_size = embeddings[0][0], max(shape[-1] for shape in embeddings)
     depth = depth_of(state_dict)
     elit = "interface.query" in state_dict
-    staged = "x_embedder.proj.weight" not in state_dict
-    family = ("DFM-" if staged else "") + ("ELIT-SiT" if elit else "SiT")
+    has_stages = "x_embedder.proj.weight" not in state_dict
+    family = ("DFM-" if has_stages else "") + ("ELIT-SiT" if elit else "SiT")
     sizes = {"depth": depth, "hidden_size": width, "patch_size": patch_size}
     fits = [n for n, s in models.MODELS.items() if s.family == family and sizes.items() <= s.sizes.items()]
     if given.get("model"):
@@ -141,7 +141,7 @@ def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any], re
     else:
         raise UserError(f"{path}: does not tell the resolution; give --resolution")
     config["qk_norm"] = "blocks.0.attn.q_norm.weight" in state_dict
-    if staged:
+    if has_stages:
         config["stages_count"] = len(embeddings)
     if elit:
         config["elit_group_size"] = math.isqrt(len(state_dict["interface.query"]))

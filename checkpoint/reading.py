@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint.published import read_bare, read_published
 from checkpoint.records import (
@@ -67,12 +67,19 @@ def _read(path: Path, weights: str, given: dict[str, Any]) -> Weights:
     return read_bare(path, state, given)
 
 
-def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu", **overrides: Any):
-    """(model in eval mode, recorded configuration) of a checkpoint file.
+def load_model(
+    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu", **overrides: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint file, in eval mode on `device`, and its recorded configuration.
 
     Args:
+        path: a file of any format that `read_weights` takes, a folder of `save_pretrained`, or `hf://owner/repo/file`.
         weights: `ema` (the first decay), `ema:0.999` (a named one) or `model` (the raw weights).
+        device: where the model goes.
         overrides: constructor arguments, e.g. `elit_tail="skip"`.
+
+    Raises:
+        UserError: the file is damaged, carries code, or does not hold such a model.
     """
     found = read_weights(path, weights, overrides)
     return build_model(found, path, device, **overrides), found.config

@@ -89,12 +89,14 @@ def check_state_dict(values: Any, where: str) -> dict[str, Tensor]:
 
 
 def recorded_vae(values: Any, where: str | Path) -> VAERecord:
+    """The VAE of a checkpoint `where`. Raises UserError where its record is none."""
     if not isinstance(values, dict) or not all(map(_is_plain, values.values())):
         raise UserError(f"{where}: its vae is no record of a VAE")
     return VAERecord.from_dict(values, str(where))
 
 
 def recorded_step(value: Any, where: str | Path) -> int:
+    """The step of a checkpoint `where`. Raises UserError where it is no whole number from 0 on."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
         return int(value)
     if type(value) is not int or not 0 <= value < 2**63:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Buffer
 
 from checkpoint.records import FORMAT
 from common.errors import UserError
@@ -25,12 +26,14 @@ class HashingFile:
     def __init__(self, path: Path):
         self.file, self.sha256, self.error = path.open("wb"), hashlib.sha256(), None
 
-    def write(self, data) -> int:
+    def write(self, data: Buffer) -> int:
+        """The number of bytes taken, all of them, whatever becomes of them."""
         self._try(self.file.write, data)
         self.sha256.update(data)
         return memoryview(data).nbytes
 
     def flush(self) -> None:
+        """Hand over to the system what was written."""
         self._try(self.file.flush)
 
     def close(self) -> None:
@@ -41,7 +44,7 @@ class HashingFile:
             if self.error is not None:
                 raise self.error
 
-    def _try(self, action: Callable, *arguments) -> None:
+    def _try(self, action: Callable, *arguments: Any) -> None:
         if self.error is None:
             try:
                 action(*arguments)
@@ -61,7 +64,7 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     try:
         out = HashingFile(aside)
         with contextlib.closing(out):
-            torch.save({"format": FORMAT} | state, out)
+            torch.save({"format": FORMAT} | state, out)  # pyright: ignore[reportArgumentType], it only writes and flushes
         out_sum = HashingFile(sidecar(aside))
         with contextlib.closing(out_sum):
             out_sum.write(f"{out.sha256.hexdigest()}  {path.name}\n".encode())

@@ -15,9 +15,6 @@ from config.rules import names
 from models.vae import SD_VAE, VAERecord
 
 # The architecture options that the state dict's shapes depend on, or that change what a forward computes.
-ELIT_OPTIONS = names(Architecture, model=True, group="elit")
-
-
 MODEL_OPTIONS = names(Architecture, model=True)
 
 
@@ -66,8 +63,7 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
 def model_options(config: dict[str, Any]) -> dict[str, Any]:
     """The constructor arguments among recorded options that this model family knows."""
     spec = models.model_spec(config["model"])
-    known = ["qk_norm", *(ELIT_OPTIONS if spec.elastic else []), *(["stages_count"] if spec.staged else [])]
-    return {k: config[k] for k in known if k in config}
+    return {k: config[k] for k in MODEL_OPTIONS if k in config and (k == "qk_norm" or spec.takes(k))}
 
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:

@@ -280,7 +280,7 @@ class GenerateConfig(Sampling, Architecture):
         folder=(2, "budget"),
     )
     unconditional_inference_budget: float | None = option(
-        "guidance", None, "ELIT: budget of the guiding pass (cheap guidance)", images=True, folder=(3, "uncond")
+        "guidance", None, "ELIT: budget of the guiding pass (cheap guidance)", gt=0, le=1, images=True, folder=(3, "uncond")
     )
     preview: bool = option(
         "output", False, "DFM: also write each coarser stage's images, as soon as they are ready", images=False
@@ -301,12 +301,16 @@ class MultibudgetConfig(InferenceTool):
     """Options of elit_multibudget_inference.py: one checkpoint at every budget."""
 
     output_dir: str = option("output", "multibudget_results", "folder of the pictures and results.json")
-    budgets: list[float] | None = option("sample", None, "budgets to compare (default: every k/J, k = 1 … J)", distinct=True)
+    budgets: list[float] | None = option(
+        "sample", None, "budgets to compare (default: every k/J, k = 1 … J)", gt=0, le=1, distinct=True
+    )
     inference_budget: str | None = option(
         "sample", None, "one more column: a budget, or a schedule like 0.25@1.0-0.5,1.0@0.5-0.0"
     )
     cfg_scale: float = option("guidance", 1.5, "guidance scale; 1: none", ge=1, le=1e4)
-    unconditional_inference_budget: float | None = option("guidance", None, "budget of the guiding pass (cheap guidance)")
+    unconditional_inference_budget: float | None = option(
+        "guidance", None, "budget of the guiding pass (cheap guidance)", gt=0, le=1
+    )
     attention: bool = option("output", False, "also show what each latent reads: attention maps and their entropy")
     attention_time: float = option("output", 0.5, "time t at which the attention is looked at", ge=0, le=1)
 
@@ -321,7 +325,7 @@ class CCFGConfig(InferenceTool):
         "sample", "1.0", "share of the latents to compute, or a schedule like 0.25@1.0-0.5,1.0@0.5-0.0"
     )
     unconditional_inference_budget: float = option(
-        "guidance", 0.0625, "budget of the guiding pass of cheap CFG and autoguidance"
+        "guidance", 0.0625, "budget of the guiding pass of cheap CFG and autoguidance", gt=0, le=1
     )
     autoguidance: bool = option("guidance", False, "no effect: all three kinds of guidance are always compared", hidden=True)
 

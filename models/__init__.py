@@ -59,6 +59,10 @@ class ModelSpec:
         """Whether it works on a pyramid."""
         return issubclass(self.constructor, DFMSiT)
 
+    def takes(self, name: str) -> bool:
+        """Whether the constructor has an argument of this name."""
+        return name in _argument_names(self.constructor)
+
     @property
     def text(self) -> bool:
         """Whether it is conditioned on text, and not on class labels."""

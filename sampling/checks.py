@@ -28,6 +28,10 @@ def check_options(config: Options, cfg_scales: Sequence[float] | None = None) ->
 
 def check_model(config: Options) -> None:
     """Refuse what the checkpoint's model cannot be sampled with."""
+    if models.model_spec(config.model).text:
+        raise UserError(
+            f"--ckpt {config.ckpt}: holds a {config.model}, which is conditioned on text; only class labels can be given"
+        )
     flow_of(config).check_sampling()
     for name in BUDGETS:
         check_budget(config, _flag(name), getattr(config, name))

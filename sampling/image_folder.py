@@ -22,13 +22,11 @@ from config.options import GenerateConfig
 from config.rules import folder_labels, names
 from flows import flow_of
 from samplers import parse_budget
-from sampling.session import ARCHITECTURE
 
 WRITERS = 4  # threads that write PNG files
 
-# What an image depends on, beside the checkpoint's and the VAE's weights; and the options that a flow's schedule adds.
+# What older records hold, too; where they lack one of these, it had its default.
 SETTINGS = set(names(GenerateConfig, images=True, group=("checkpoint", "path", "sample", "guidance", "system")))
-STAGE_SETTINGS = set(names(GenerateConfig, images=True, model=False, group="dfm"))
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -73,7 +71,7 @@ def folder_name(config: GenerateConfig) -> str:
     }
     for option, label in folder_labels(GenerateConfig).items():
         value = getattr(config, option)
-        if value == getattr(defaults, option) or (option in STAGE_SETTINGS and option not in flow.schedule_options):
+        if value == getattr(defaults, option) or option in flow.foreign_options:
             continue
         if isinstance(value, list):
             value = "_".join(map(str, value))
@@ -87,7 +85,7 @@ def folder_name(config: GenerateConfig) -> str:
 
 def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -> dict[str, Any]:
     """All that the images depend on: the record beside their folder."""
-    recorded = SETTINGS | set(ARCHITECTURE) | flow_of(config).schedule_options.keys()
+    recorded = set(names(GenerateConfig, images=True)) - flow_of(config).foreign_options
     options = {k: v for k, v in dataclasses.asdict(config).items() if k in recorded}
     if config.inference_budget is not None:
         options["inference_budget"] = str(parse_budget(config.inference_budget))  # one spelling

@@ -59,7 +59,8 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
 
     Both `config` and what `weights` records then hold all of it.
     """
-    recorded = {k: v for k, v in _with_depths(weights.config).items() if v is not None}
+    factor = weights.record.downsample_factor
+    recorded = {k: v for k, v in _with_depths(weights.config, factor).items() if v is not None}
     for name in ARCHITECTURE:
         value = recorded.get(name, getattr(config, name))
         if name in recorded and name in given and given[name] not in (None, value):
@@ -67,7 +68,7 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
         setattr(config, name, value)
     if config.model is None:
         raise UserError(f"{where}: the checkpoint records no model; give --model")
-    for name, value in _with_depths(vars(config)).items():
+    for name, value in _with_depths(vars(config), factor).items():
         setattr(config, name, value)
     for name in SCHEDULE:
         if name not in given and recorded.get(name):
@@ -75,12 +76,12 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
     weights.config |= {name: getattr(config, name) for name in (*ARCHITECTURE, "fused_attn")}
 
 
-def _with_depths(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the depths that "by size" stands for, where they name a model."""
-    if not options.get("model"):
+def _with_depths(options: dict[str, Any], factor: int) -> dict[str, Any]:
+    """The options with the depths that "by size" stands for, where they name a model; factor: the VAE's downsampling."""
+    if not options.get("model") or not options.get("resolution"):
         return options
-    sizes = models.model_spec(options["model"]).sizes
-    depths = {k: v for k, v in sizes.items() if k.endswith("_depth") and options.get(k) is None}
+    arguments = models.model_spec(options["model"]).arguments(options["resolution"] // factor)
+    depths = {k: arguments[k] for k in ("head_depth", "tail_depth") if k in arguments and options.get(k) is None}
     return {**options, **depths}
 
 

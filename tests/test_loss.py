@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ import torch
 from numerics import randomize
 from scipy import stats
 
-from loss import Projecting, alignment_loss, dropped_labels, flow_matching_loss, interpolant, training_times, val_losses
+from loss import Projecting, alignment_loss, drop_conditions, flow_matching_loss, interpolant, training_times
+from models.conditioning import Text
 from models.elit import ELITSiT
-from models.vae import SD_VAE, VAERecord
 from randomness import Draws, training_draws
 
 T = torch.linspace(0, 1, 41, dtype=torch.float64)
@@ -80,16 +81,32 @@ def test_lognormal_times_have_the_median_one_half_and_their_quantiles(path_type)
 
 
 def test_labels_are_dropped_where_the_draw_is_below_the_probability():
+    model = SimpleNamespace(num_classes=10)
     y, drop = torch.tensor([3, 0, 9, 5]), torch.tensor([0.05, 0.1, 0.0999, 0.9])
-    assert dropped_labels(y, draws_of(label_drop=drop), 0.1, 10).tolist() == [10, 0, 10, 5]
-    assert dropped_labels(y, draws_of(label_drop=drop), 0.0, 10).tolist() == [3, 0, 9, 5]
-    assert dropped_labels(y, draws_of(label_drop=drop), 1.0, 10).tolist() == [10] * 4
-    assert dropped_labels(y, draws_of(label_drop=drop), 0.1, 10).dtype == torch.int64
+    assert drop_conditions(model, y, draws_of(label_drop=drop), 0.1).tolist() == [10, 0, 10, 5]
+    assert drop_conditions(model, y, draws_of(label_drop=drop), 0.0).tolist() == [3, 0, 9, 5]
+    assert drop_conditions(model, y, draws_of(label_drop=drop), 1.0).tolist() == [10] * 4
+    assert drop_conditions(model, y, draws_of(label_drop=drop), 0.1).dtype == torch.int64
+
+
+def test_prompts_are_dropped_for_the_null_text():
+    class TextModel:
+        def null(self, y):
+            return Text(torch.full_like(y.features, -1), None)
+
+    text = Text(torch.rand(4, 3, 2))
+    dropped = drop_conditions(TextModel(), text, draws_of(label_drop=torch.tensor([0.05, 0.5, 0.0, 0.2])), 0.1)
+    assert isinstance(dropped, Text)
+    assert (dropped.features[[0, 2]] == -1).all() and torch.equal(dropped.features[[1, 3]], text.features[[1, 3]])
 
 
 def test_the_share_of_dropped_labels_is_the_probability():
     draws = training_draws(0, 5, range(4000), (1, 1, 1))
-    dropped = (dropped_labels(torch.zeros(4000, dtype=torch.long), draws, 0.1, 1000) == 1000).sum().item()
+    dropped = (
+        (drop_conditions(SimpleNamespace(num_classes=1000), torch.zeros(4000, dtype=torch.long), draws, 0.1) == 1000)
+        .sum()
+        .item()
+    )
     assert stats.binomtest(dropped, 4000, 0.1).pvalue > 1e-3
 
 
@@ -135,50 +152,6 @@ def test_loss_of_a_bf16_model_is_made_in_float32():
     wanted = ((rounded.double().numpy() - (noise.double() - x.double()).numpy()) ** 2).mean((1, 2, 3))
     assert losses.dtype == torch.float32
     np.testing.assert_allclose(losses, wanted, rtol=1e-6)  # bf16 has 3 digits
-
-
-def test_held_out_losses_depend_on_the_sample_and_its_index_alone():
-    model = ELITSiT(
-        input_size=4, patch_size=1, in_channels=2, hidden_size=16, depth=3, num_heads=2, num_classes=4,
-        head_depth=1, tail_depth=1, elit_group_size=2,
-    )  # fmt: skip
-    randomize(model)
-    rng = np.random.default_rng(2)
-    batch = {"moments": torch.from_numpy(rng.random((6, 4, 4, 4))).float(), "label": torch.tensor([0, 1, 2, 3, 0, 1])}
-    options, variants = {"weighting": "lognormal", "path_type": "linear"}, [{"inference_budget": 0.25}, {}]
-    whole = val_losses(model, batch, range(10, 16), SD_VAE, variants, **options)
-    assert whole.shape == (2, 6) and not whole.requires_grad and (whole[0] != whole[1]).all()
-    torch.manual_seed(1234)
-    parts = [
-        val_losses(model, {k: v[a:b] for k, v in batch.items()}, range(10 + a, 10 + b), SD_VAE, variants, **options)
-        for a, b in ((0, 1), (1, 4), (4, 6))
-    ]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
-    moved = val_losses(model, batch, range(11, 17), SD_VAE, variants, **options)
-    assert (moved != whole).all()
-
-
-def test_held_out_losses_use_the_same_noise_at_every_budget_and_the_record_of_the_vae():
-    seen = []
-
-    def model(x, t, y, inference_budget=None):
-        seen.append((x, t, y, inference_budget))
-        return torch.zeros_like(x)
-
-    mean = np.random.default_rng(3).standard_normal((2, 2, 3, 3))
-    moments = torch.from_numpy(np.concatenate([mean, np.zeros_like(mean)], axis=1)).float()
-    record = VAERecord("a", None, 8, 2, 0.5, 0.25)
-    y = torch.tensor([1, 2])
-    variants, options = [{}, {"inference_budget": 0.5}], {"weighting": "uniform", "path_type": "linear"}
-    losses = val_losses(model, {"moments": moments, "label": y}, range(2), record, variants, **options)
-    (x_a, t_a, y_a, b_a), (x_b, t_b, y_b, b_b) = seen
-    assert torch.equal(x_a, x_b) and torch.equal(t_a, t_b) and torch.equal(y_a, y) and torch.equal(y_b, y)
-    assert (b_a, b_b) == (None, 0.5)
-    data = (mean - 0.25) * 0.5
-    t = t_a.double().numpy()[:, None, None, None]
-    noise = (x_a.double().numpy() - (1 - t) * data) / t
-    np.testing.assert_allclose(losses[0], ((noise - data) ** 2).mean((1, 2, 3)), rtol=1e-3)
-    assert math.isclose(losses[0, 0], losses[1, 0])
 
 
 # ------------------------------------------------------------------------------------------------------------ REPA

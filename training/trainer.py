@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.logging import log, warn
 from config.options import TrainConfig
 from flows import flow_of
-from loss import Projecting, alignment_loss, dropped_labels
+from loss import Projecting, alignment_loss, drop_conditions
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.vae import sample_latents
 from training import resume, setup, trackers
@@ -219,7 +219,7 @@ class Trainer:
         draws = self.flow.draws(config.seed, n, self.batch_slice, self.data.shape).to(device)
         moments, y = (batch[k].to(device, non_blocking=True) for k in ("moments", "label"))
         x = sample_latents(moments, draws.posterior, self.data.record)
-        y = dropped_labels(y, draws, config.cfg_prob, config.num_classes)
+        y = drop_conditions(self.model, y, draws, config.cfg_prob)
         budget = self.budgets[int(draws.level * len(self.budgets))]  # one for all processes
         model = Projecting(self.model) if self.encoders else self.model
         losses, times, condition = self.flow.loss(model, x, draws, y, budget)

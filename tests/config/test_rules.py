@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from checkpoint.weights import ELIT_OPTIONS, MODEL_OPTIONS
+from checkpoint.weights import MODEL_OPTIONS
 from config.options import Architecture, CCFGConfig, ConvertCheckpointConfig, GenerateConfig, MultibudgetConfig, TrainConfig
 from config.rules import GROUPS, Rules, folder_labels, names
 from config.tool_options import (
@@ -17,7 +17,7 @@ from config.tool_options import (
     ReferenceConfig,
     StatsConfig,
 )
-from sampling.image_folder import SETTINGS, STAGE_SETTINGS
+from sampling.image_folder import SETTINGS
 from sampling.session import ARCHITECTURE, SCHEDULE
 from training.resume import CHANGEABLE, SAME
 
@@ -63,7 +63,11 @@ def test_what_a_resumed_run_must_share():
 
 
 def test_what_a_checkpoint_decides():
-    assert set(ELIT_OPTIONS) == ELIT and set(MODEL_OPTIONS) == MODEL and set(ARCHITECTURE) == CHECKPOINT
+    assert (
+        set(names(Architecture, model=True, group="elit")) == ELIT
+        and set(MODEL_OPTIONS) == MODEL
+        and set(ARCHITECTURE) == CHECKPOINT
+    )
     assert set(SCHEDULE) == {"num_steps_per_scale", "stage_sampling_thresholds"}
 
 
@@ -73,8 +77,7 @@ def test_what_changes_the_images_of_a_checkpoint():
         *("guidance_low", "guidance_high", "inference_budget", "unconditional_inference_budget"),
         *("global_seed", "class_labels", "mixed_precision", "tf32"),
     } == SETTINGS
-    assert {"num_steps_per_scale", "stage_sampling_thresholds"} == STAGE_SETTINGS
-    assert set(folder_labels(GenerateConfig)) < SETTINGS | STAGE_SETTINGS
+    assert set(folder_labels(GenerateConfig)) < SETTINGS | {"num_steps_per_scale", "stage_sampling_thresholds"}
 
 
 def test_folder_labels_stand_in_one_order():

@@ -17,7 +17,8 @@ import train
 from checkpoint import reading
 from common import tensor_files
 from common.torchvision_shim import import_torchvision
-from loss import training_times, val_losses
+from flows import FlowMatching
+from loss import training_times
 from models.vae import decode, load_vae, to_uint8
 from randomness import epoch_order, image_noise, training_draws
 from samplers import euler_maruyama_sampler, euler_sampler, evaluation_times
@@ -197,7 +198,8 @@ def test_held_out_losses_take_the_shift():
     model = Drift()
     draws = training_draws(0, 0, range(2), (4, 4, 4), purpose="held-out")
     for s in (1.0, 4.0):
-        val_losses(model, batch, range(2), SD_VAE, [{}], weighting="uniform", path_type="linear", time_shift=s)
+        flow = FlowMatching(time_shift=s)
+        flow.val_losses(model, batch, range(2), SD_VAE, flow.conditions([None]))
         t = draws.time_uniform[0].item()
         assert model.times[-1] == pytest.approx(s * t / (1 + (s - 1) * t), rel=1e-6)
 

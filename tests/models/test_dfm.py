@@ -14,7 +14,8 @@ import convert_checkpoint
 import models
 from checkpoint import reading, weights
 from common.errors import UserError
-from loss import active_stage, dfm_loss, stage_times, velocity_loss
+from flows import DFM, LossCondition
+from loss import active_stage, dfm_loss, stage_times
 from models.dfm import DFMELITSiT, DFMSiT, decompose, recompose
 from randomness import image_noise, pyramid_noise, training_draws
 from samplers import dfm_sampler, dfm_schedule
@@ -228,8 +229,8 @@ def test_stages_are_drawn_by_their_weights():
 
 def test_draws_of_the_stages_belong_to_the_image():
     shapes = [(2, 2, 2), (2, 4, 4)]
-    whole = training_draws(0, 5, range(6), (2, 8, 8), coarse_shapes=shapes)
-    part = training_draws(0, 5, range(2, 5), (2, 8, 8), coarse_shapes=shapes)
+    whole = training_draws(0, 5, range(6), (2, 8, 8), further_shapes=shapes)
+    part = training_draws(0, 5, range(2, 5), (2, 8, 8), further_shapes=shapes)
     for a, b in zip(whole.coarse_noise, part.coarse_noise, strict=True):
         assert torch.equal(a[2:5], b)
     assert torch.equal(whole.stage_normal[2:5], part.stage_normal) and whole.stage == part.stage
@@ -241,7 +242,7 @@ def test_draws_of_the_stages_belong_to_the_image():
     assert len(values.unique()) == len(values)
     x, y = whole.posterior, torch.zeros(6)
     model = Oracle([torch.zeros(6, *s) for s in [*shapes, (2, 8, 8)]])
-    velocity_loss(model, x, whole, y, weighting="uniform", path_type="linear", active_stage=2)
+    DFM(stages_count=3).loss_under(LossCondition(None, 2), model, x, whole, y)
     assert torch.equal(model.t[:, 2], whole.time_uniform)
 
 

@@ -1,5 +1,8 @@
 """generate.py: image i depends on (seed, i) alone, restarts go on, and what it refuses."""
 
+import errno
+import json
+import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +21,7 @@ import generate
 import randomness
 from checkpoint import reading
 from config.options import GenerateConfig
+from flows import FLOWS, FlowMatching
 from models.dfm import recompose
 from models.vae import load_vae
 from sampling import image_folder
@@ -224,6 +228,71 @@ def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--guidance-low", 0.8, "--guidance-high", 0.2), "guidance_low"),
+        (("--autoguidance",), "unconditional_inference_budget"),
+        (("--heun", "--mode", "sde"), "--heun"),
+        (("--inference-budget", "half"), "--inference-budget: inference budget 'half'"),
+        (("--inference-budget", "0.5@1.0-0.5"), "--inference-budget: budget schedule"),
+        (("--class-labels", "cat"), "--class-labels cat"),
+    ],
+)
+def test_options_are_refused_before_a_checkpoint_is_fetched(tmp_path, capsys, monkeypatch, more, words):
+    monkeypatch.setattr(reading, "read_weights", lambda *a, **k: pytest.fail("read before the options were checked"))
+    line = refused(capsys, ["--ckpt", "hf://nobody/nothing/model.pt", "--sample-dir", str(tmp_path / "out"), *map(str, more)])
+    assert words in line
+
+
+def test_latents_that_are_not_finite_are_an_error_that_names_the_image(ckpt, tmp_path, capsys, monkeypatch):
+    def sample(self, model, shape, seed, indices, *more):
+        return torch.tensor([float("nan") if i == 4 else 0.0 for i in indices])[:, None, None, None].expand(-1, *shape)
+
+    monkeypatch.setattr(FlowMatching, "sample", sample)
+    line = refused(capsys, arguments(ckpt, tmp_path))
+    assert "image 4" in line and "not finite" in line and "cfg_scale 2" in line
+    assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("000004.png")) and not list(tmp_path.rglob("*.lock"))
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["PIL.Image.Image.save", "numpy.lib.format.write_array_header_1_0"])
+def test_a_full_disk_is_one_line(ckpt, tmp_path, capsys, monkeypatch, where):
+    with monkeypatch.context() as patch:
+        patch.setattr(where, no_space)
+        line = refused(capsys, arguments(ckpt, tmp_path))
+    assert "No space left on device" in line and (".png" if "PIL" in where else ".npz") in line
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.lock"))
+    generate.main(arguments(ckpt, tmp_path))  # and goes on once there is space
+    assert len(images_of(folder_of(tmp_path))) == COUNT
+
+
+def test_another_flow_needs_no_change_here(ckpt, tmp_path, monkeypatch):
+    """A flow that samples black latents, with an option and a coarser stage of its own."""
+
+    class Black(FlowMatching):
+        def sample_state(self, model, shape, seed, indices, y, guidance, on_stage=None):
+            if on_stage is not None:
+                on_stage(0, torch.zeros(len(indices), *shape[:1], *(n // 2 for n in shape[1:])))
+            return torch.zeros(len(indices), *shape, dtype=torch.float64)
+
+        def preview_sides(self, resolution):
+            return {0: resolution // 2}
+
+        @property
+        def total_steps(self):
+            return 77
+
+    monkeypatch.setitem(FLOWS, "flow matching", Black)
+    generate.main(arguments(ckpt, tmp_path, "--preview"))
+    images, coarse = sorted(p for p in (tmp_path / "made").iterdir() if p.is_dir())
+    assert "-steps-77-" in images.name and coarse.name == images.name + "-stage0"
+    assert (images_of(images) == images_of(images)[:1]).all() and images_of(coarse).shape[1] == RESOLUTION // 2
+
+
 def test_a_sit_checkpoint_has_no_budget(ckpt, tmp_path, capsys):
     made = make_checkpoint(tmp_path / "sit.pt", reading.read_weights(ckpt).record, model="SiT-Ti/2")
     assert "no budget" in refused(capsys, arguments(made, tmp_path / "out"))
@@ -311,6 +380,43 @@ def test_a_folder_of_other_images_is_not_mixed(ckpt, tmp_path, capsys):
     capsys.readouterr()
     other = make_checkpoint(tmp_path / "other" / ckpt.name, reading.read_weights(ckpt).record, elit_tail="skip")
     assert "ckpt_sha256" in refused(capsys, arguments(other, tmp_path))
+
+
+def bare(ckpt, path):
+    """The state dict alone: it records neither depths nor the tail."""
+    torch.save(reading.read_weights(ckpt).state_dict, path)
+    return path
+
+
+def test_what_a_bare_checkpoint_is_completed_with_is_recorded(ckpt, tmp_path, capsys):
+    options = ("--vae", ckpt.parent / "vae", "--model", "ELIT-SiT-Ti/2", "--num-fid-samples", 2, "--tail-depth", 1)
+    options = (*options, "--exp-name", "made", "--resolution", RESOLUTION)
+    given = arguments(bare(ckpt, tmp_path / "bare.pt"), tmp_path / "out", *options)
+    generate.main([*given, "--head-depth", "1", "--elit-tail", "drop"])
+    capsys.readouterr()
+    assert "head_depth 1, not 3" in refused(capsys, [*given, "--head-depth", "3", "--elit-tail", "drop"])
+    assert "elit_tail drop, not skip" in refused(capsys, [*given, "--head-depth", "1", "--elit-tail", "skip"])
+
+
+def test_a_vae_of_other_weights_under_the_same_name_is_noticed(ckpt, tmp_path, capsys):
+    vae = shutil.copytree(ckpt.parent / "vae", tmp_path / "vae")
+    options = arguments(ckpt, tmp_path / "out", "--vae", vae, "--num-fid-samples", 2)
+    generate.main(options)
+    capsys.readouterr()
+    (weights,) = vae.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "vae_sha256" in refused(capsys, options)
+
+
+def test_a_record_of_an_older_version_is_continued(ckpt, tmp_path):
+    generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 2))
+    (path,) = (tmp_path / "made").glob("*.json")
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("vae_sha256", "head_depth", "model", "tf32")}
+    path.write_text(json.dumps(old))
+    generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 3))
+    assert len(images_of(folder_of(tmp_path))) == 3 and json.loads(path.read_text())["head_depth"] == 1
 
 
 def test_a_sample_dir_that_cannot_be_written_is_named(ckpt, tmp_path, capsys):

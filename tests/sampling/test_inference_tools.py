@@ -1,10 +1,12 @@
 """The two inference tools: their pictures and results.json, what they refuse; and Read's attention weights."""
 
+import errno
 import json
 import math
 
 import numpy as np
 import pytest
+import runs
 import torch
 from numerics import randomize
 from PIL import Image
@@ -201,7 +203,7 @@ def test_published_command_lines_with_a_training_config(ckpt, tmp_path):
     ("more", "words"),
     [
         (("--budgets", 0.5, 0.1), ["--budgets", "0.1", "0.25, 0.5, 0.75, 1"]),
-        (("--budgets", 1.5), ["--budgets", "1.5", "0.25, 0.5, 0.75, 1"]),
+        (("--budgets", 1.5), ["--budgets", "1.5", "≤ 1"]),
         (("--inference-budget", "0.25@1-0.5,1@0.4-0"), ["--inference-budget", "gap"]),
         (("--inference-budget", "0.25@1-0.4,1@0.5-0"), ["--inference-budget", "overlap"]),
         (("--inference-budget", "0.1@1-0.4,1@0.4-0"), ["--inference-budget", "0.1", "0.25, 0.5, 0.75, 1"]),
@@ -338,3 +340,16 @@ def test_both_tools_take_a_dfm_with_a_budget(ckpt, tmp_path):
         "CCFG": pytest.approx((full + low) / 1e9),
         "AutoG": pytest.approx((full + low) / 1e9),
     }
+
+
+@pytest.mark.parametrize("tool", [elit_multibudget_inference, elit_ccfg_inference])
+def test_a_full_disk_is_one_line(ckpt, tmp_path, capsys, monkeypatch, tool):
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", no_space)
+    scales = ["--cfg-scales", "1"] if tool is elit_ccfg_inference else ["--budgets", "1"]
+    options = ["--ckpt", str(ckpt), "--output-dir", str(tmp_path), "--class-label", "1", "--num-steps", "1", *scales]
+    line = runs.refused(tool.main, capsys, options)
+    assert ".png" in line and "No space left on device" in line
+    assert not list(tmp_path.iterdir())

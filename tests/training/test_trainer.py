@@ -145,7 +145,7 @@ def test_first_loss_of_dfm_is_the_velocity_error_of_its_stages(data, tmp_path):
     train.main(arguments(data, tmp_path, "--stage-weights", 0, 1, "--max-train-steps", 1, model="DFM-SiT-Ti/2"))
     order = epoch_order(0, 0, COUNT)[:8]
     moments = np.stack([np.load(data / "vae-sd" / "00000" / f"img-mean-std-{i:08d}.npy") for i in order]).astype(np.float64)
-    draws = training_draws(0, 0, range(8), (4, 8, 8), coarse_shapes=[(4, 4, 4)])
+    draws = training_draws(0, 0, range(8), (4, 8, 8), further_shapes=[(4, 4, 4)])
     latents = (moments[:, :4] + moments[:, 4:] * draws.posterior.numpy()) * 0.5
     noise = [draws.coarse_noise[0].numpy(), draws.noise.numpy()]
     expected = np.mean([sum(np.mean((noise[s][b] - x) ** 2) for s, x in enumerate(pyramid(latents[b], 2))) for b in range(8)])
