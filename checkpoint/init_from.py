@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ import models
 from checkpoint.published import depth_of
 from checkpoint.weights import Weights
 from common.errors import UserError
+from models.backbone import Backbone
 from models.latent_interface import LatentInterface
 
 # The options whose change a user should see.
@@ -46,7 +48,7 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     """What of `found` goes into `model`, whose options are `config`; nothing is loaded yet.
 
     - Blocks are matched by their place, so that SiT's become head, core and tail of an ELIT model.
-    - The fixed sine–cosine table is the model's own.
+    - The fixed sine–cosine table is the model's own; a learned one is resized as an image (bicubic), its rows before the patches kept.
     - Of another number of classes the null label's row is kept; the classes are others.
     - `read_pos` and `write_pos` lie on the tokens of a group, and are resized as images (bicubic).
     - `latent_pos` lies on the grid of groups, and is resized likewise, latent by latent. Latents are in the order of their
@@ -54,11 +56,16 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
       along that order.
 
     Raises:
-        UserError: the models' blocks differ, in width or number.
+        UserError: the models' blocks differ, in kind, width or number.
     """
     if not found.config.get("model"):
         raise UserError(f"--init-from {where}: records no model")
-    fixed = {name for name, _ in model.named_buffers()}
+    backbones = [models.model_spec(c["model"]).backbone for c in (found.config, config)]
+    if backbones[0] != backbones[1]:
+        raise UserError(
+            f"--init-from {where}: holds a {found.config['model']}, whose blocks are not those of {config['model']}"
+        )
+    fixed = {"pos_embed"} & dict(model.named_buffers()).keys()
     own = {k: v for k, v in model.state_dict().items() if k not in fixed}
     other = {k: v for k, v in found.state_dict.items() if k not in fixed}
     # Projectors are of use for the same encoders alone.
@@ -90,7 +97,7 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
 
 
 def _check_blocks(own: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
-    name = "blocks.0.mlp.fc1.weight"
+    name = next(k for k in own if k.startswith("blocks.0.") and k.endswith((".fc1.weight", "ff.up_proj.weight")))
     if name not in other or other[name].dim() != 2:
         raise UserError(f"--init-from {where}: {name} is missing, or no matrix")
 
@@ -107,6 +114,18 @@ def _labels(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
     table = dst.clone()
     table[-1] = src[-1]
     return table, f"null label's row kept, {len(dst) - 1} class rows new"
+
+
+def _patch_positions(src: Tensor, dst: Tensor, model: nn.Module) -> tuple[Tensor, str]:
+    assert isinstance(model, Backbone)
+    prefix: int = model.prefix  # pyright: ignore[reportAssignmentType], of those with a learned table
+    side = math.isqrt(src.shape[1] - prefix)
+    if prefix + side**2 != src.shape[1]:
+        return dst, "new: the other has other tokens before the patches"
+    patches = _as_image(src[0, prefix:], (side, side), model.grid_size)
+    return torch.cat(
+        [src[:, :prefix], patches[None]], dim=1
+    ), f"{side} × {side} → {model.grid_size[0]} × {model.grid_size[1]} tokens"
 
 
 def _query(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
@@ -131,6 +150,9 @@ def _latent_positions(src: Tensor, dst: Tensor, model: nn.Module) -> tuple[Tenso
 
 _ADAPT = {
     "y_embedder.embedding_table.weight": _labels,
+    "label_emb.weight": _labels,
+    "class_emb.weight": _labels,
+    "pos_embed": _patch_positions,
     "interface.query": _query,
     "interface.read_pos": _token_positions,
     "interface.write_pos": _token_positions,

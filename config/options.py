@@ -56,6 +56,16 @@ class Architecture:
     tail_depth: int | None = option(
         "elit", None, "blocks after Write (default: by size)", ge=0, le=1000, resume="same", images=True, model=True
     )
+    levels: int | None = option(
+        "architecture",
+        None,
+        "HDiT: levels (default: as many as bring the token grid down to 16×16)",
+        ge=1,
+        le=16,
+        resume="same",
+        images=True,
+        model=True,
+    )
     stages_count: int = option("dfm", 2, "stages of the pyramid", ge=2, le=16, resume="same", images=True, model=True)
     stage_weights: list[float] = option("dfm", [0.9, 0.1], "how often each stage is trained", resume="changeable", images=False)
     stage_sampling_thresholds: list[float] = option(

@@ -30,6 +30,7 @@ __all__ = [
     "create_model",
     "import_state_dict",
     "model_spec",
+    "register",
 ]
 
 
@@ -160,6 +161,22 @@ _SPECS = (
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 
 
+def register(name: str, constructor: type[Backbone], **sizes: Any) -> ModelSpec:
+    """Add a model of one's own: every script then takes `name`, where the module that registers it is imported first.
+
+    Args:
+        name: "FAMILY-SIZE/PATCH_SIZE", e.g. "ELIT-Plain-Ti/2".
+        sizes: arguments of the constructor that the name fixes; `patch_size` is the name's.
+    Raises:
+        UserError: a name of another form, or one that is there already.
+    """
+    form = re.fullmatch(r"(.+)-([^-/]+)/(\d+)", name)
+    if form is None or name in MODELS:
+        raise UserError(f"model {name!r}: {'is registered already' if form else 'must be named FAMILY-SIZE/PATCH_SIZE'}")
+    MODELS[name] = ModelSpec(name, form[1], constructor, {**sizes, "patch_size": int(form[3])})
+    return MODELS[name]
+
+
 def model_spec(name: str) -> ModelSpec:
     """The registered spec of `name`; `UViT-…` and `MM-DiT-…` are other spellings of `U-ViT-…` and `MMDiT-…`.
 
@@ -177,7 +194,7 @@ def model_spec(name: str) -> ModelSpec:
 def known_names() -> str:
     """All registered names, a pattern for each backbone."""
     patterns: dict[str, tuple[dict, dict]] = {}
-    for spec in _SPECS:
+    for spec in MODELS.values():
         size, patch_size = spec.name.removeprefix(spec.family + "-").split("/")
         sizes, patch_sizes = patterns.setdefault(spec.backbone, ({}, {}))
         sizes[size] = patch_sizes[patch_size] = None

@@ -207,6 +207,6 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
-def _recompute_block(block: nn.Module, *inputs: Tensor | None) -> Any:
+def _recompute_block(block: nn.Module, *inputs: Any) -> Any:
     # Nothing in a model is random, so no state of a generator has to be kept (and read from the device).
     return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, preserve_rng_state=False)

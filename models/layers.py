@@ -36,10 +36,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Channel pairs (2i, 2i + 1) of x (B, heads, n, d) turned by angles whose cosines and sines are (2, n, d/2), in their dtype."""
+# Cosines and sines (n, d/2) each: of one tensor, the 2 would be taken for a batch of 2 by torch.compile.
+Rotation = tuple[Tensor, Tensor]
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Channel pairs (2i, 2i + 1) of x (B, heads, n, d) turned by angles whose cosines and sines are `rotation`, in their dtype."""
     cos, sin = rotation
-    a, b = x.to(rotation.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -119,7 +123,7 @@ def head_norm(kind: QKNorm, head_width: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused QKV projection; x (B, N, D) and, to turn q and k, `rotation` (2, N, d/2) → (B, N, D)."""
+    """Multi-head self-attention with a fused QKV projection; x (B, N, D) and, to turn q and k, a rotation → (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: QKNorm = False, fused: bool = True, qkv_bias: bool = True):
         super().__init__()
@@ -129,7 +133,7 @@ class Attention(nn.Module):
         self.k_norm = head_norm(qk_norm, dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D/heads) each
         q, k = self.q_norm(q), self.k_norm(k)

@@ -21,6 +21,7 @@ from models.layers import (
     Mlp,
     PatchEmbed,
     QKNorm,
+    Rotation,
     TimestepEmbedder,
     merge_cells,
     modulate,
@@ -59,8 +60,8 @@ class Block(nn.Module):
         xavier(self)
         self.adaLN_modulation = modulation(cond_dim or dim, 6 * dim)
 
-    def forward(self, x: Tensor, c: Tensor, rotation: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        """x and skip (B, n, D), c (B, cond_dim), rotation (2, n, d/2) → (B, n, D)."""
+    def forward(self, x: Tensor, c: Tensor, rotation: Rotation | None = None, skip: Tensor | None = None) -> Tensor:
+        """x and skip (B, n, D), c (B, cond_dim) → (B, n, D)."""
         if self.skip_linear is not None and skip is not None:
             # What layers add to stays as wide as x, also where autocast makes matrix products narrower.
             x = self.skip_linear(torch.cat([x, skip], dim=-1)).to(x.dtype)
@@ -76,23 +77,23 @@ def positions(grid: tuple[int, int], x: Tensor) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
-def rotation(pos: Tensor, head_width: int) -> Tensor:
-    """Cosines and sines (2, n, d/2) of axial rotary angles of positions (n, 2): d/4 pairs of channels turn with the row, the
+def rotation(pos: Tensor, head_width: int) -> Rotation:
+    """Cosines and sines of axial rotary angles of positions (n, 2): d/4 pairs of channels turn with the row, the
     others with the column, pair i of each by position·10000^(−2i/(d/2))."""
     quarter = head_width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, device=pos.device, dtype=pos.dtype) / quarter)
     angle = (pos[:, :, None] * frequencies).flatten(1)
-    return torch.stack([angle.cos(), angle.sin()])
+    return angle.cos(), angle.sin()
 
 
 @dataclass
 class SiTStream(Stream):
     """A `Stream` that keeps the rotations of its positions for the blocks that share them."""
 
-    rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by head width: positions, cosines and sines
+    rotations: dict[int, tuple[Tensor, Rotation]] = field(default_factory=dict)  # by head width: positions, cosines and sines
 
-    def rotation(self, head_width: int) -> Tensor | None:
-        """Cosines and sines (2, n, d/2) of the positions, None where there are none."""
+    def rotation(self, head_width: int) -> Rotation | None:
+        """Cosines and sines of the positions, None where there are none."""
         if self.pos is None:
             return None
         pos, made = self.rotations.get(head_width, (None, None))

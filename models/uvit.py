@@ -105,11 +105,11 @@ class UViT(NullText, Backbone):
         self.add_projectors(hidden_size, z_dims)
 
     def _initialize(self) -> None:
-        """Truncated normal, zero biases; the label table N(0, 1) and the convolutions are PyTorch's default."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        """Normal (the reference cuts at ±2, a hundred deviations), zero biases; label table and convolutions are PyTorch's default."""
+        nn.init.normal_(self.pos_embed, std=0.02)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.normal_(layer.weight, std=0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 

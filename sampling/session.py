@@ -80,7 +80,7 @@ def _with_depths(options: dict[str, Any], factor: int) -> dict[str, Any]:
     """The options with the depths that "by size" stands for, where they name a model; factor: the VAE's downsampling."""
     if not options.get("model") or not options.get("resolution"):
         return options
-    arguments = models.model_spec(options["model"]).arguments(options["resolution"] // factor)
+    arguments = models.model_spec(options["model"]).arguments(options["resolution"] // factor, levels=options.get("levels"))
     depths = {k: arguments[k] for k in ("head_depth", "tail_depth") if k in arguments and options.get(k) is None}
     return {**options, **depths}
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 import models
 from common.precision import AMP_TYPES, autocast
@@ -61,7 +62,7 @@ def activation_bytes(
         inputs = _record_block_inputs(model) if config.gradient_checkpointing else []
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             _fake_losses(config, record, model, batch_size, budget)
-            for tensor in (t for _, tensors in inputs for t in tensors):
+            for tensor in filter(torch.is_tensor, tree_leaves([tensors for _, tensors in inputs])):
                 keep(tensor)
             if inputs:
                 block, tensors = max(inputs, key=lambda pair: pair[1][0].numel())

@@ -213,7 +213,7 @@ class Plan:
         if self.encoders:
             with self.checked():
                 names = [e.name for e in self.encoders]
-                load_encoders(names, config.resolution, self.model.grid_size, config.encoder_weights)
+                load_encoders(names, config.resolution, self.model.feature_grid, config.encoder_weights)
                 sides = ", ".join(f"{e.name} at {e.side} px" for e in self.encoders)
                 self.say("REPA", f"{sides}; weight {config.proj_coeff:g}")
         if config.init_from:

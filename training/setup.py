@@ -32,9 +32,9 @@ from training.resume import ALLOWED
 
 
 def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
-    """(rows, columns) of the model's tokens."""
-    side = config.resolution // record.downsample_factor // models.model_spec(config.model).sizes["patch_size"]
-    return side, side
+    """(rows, columns) of the tokens that REPA reads."""
+    with torch.device("meta"):
+        return build_model(config, record, []).feature_grid
 
 
 def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Backbone:
@@ -97,7 +97,12 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
         warnings.append(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
     spec = models.model_spec(config.model)
-    if spec.elastic and "encoder_depth" in given and config.head_depth is None:
+    if spec.elastic and trained_budgets(config)[-1] * config.elit_group_size**2 < spec.merged_latents - 1e-6:
+        least = f"{spec.merged_latents}/{config.elit_group_size**2}"
+        warnings.append(
+            f"budgets below {least} cost {config.model} no less in its inner blocks, which merge {spec.merged_latents} latents"
+        )
+    if "head_depth" in spec.sizes and "encoder_depth" in given and config.head_depth is None:
         warnings.append(
             f"--encoder-depth {config.encoder_depth} is the block that REPA reads; the head of {config.model} has "
             f"{spec.sizes['head_depth']} blocks (the published code would take {config.encoder_depth}: "
@@ -109,6 +114,10 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
 def check_model(config: TrainConfig) -> None:
     """Refuse options that contradict the model or its flow."""
     spec = models.model_spec(config.model)
+    if spec.text:
+        raise UserError(
+            f"--model {config.model}: is conditioned on text, which arrives with captions; training takes class labels"
+        )
     masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
     if not spec.elastic and any(masks):
         raise UserError(f"--elit-max-mask-prob: {config.model} has no latents to mask; only ELIT models do")

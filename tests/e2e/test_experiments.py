@@ -23,7 +23,7 @@ from models.elit import budget_to_k, mask_levels, mask_to_budget
 from sampling import cost as cost_module
 
 ROOT = Path(__file__).resolve().parents[2] / "experiments_updated"
-TRAIN = sorted(p for p in (ROOT / "train").glob("*.yaml") if not p.stem.startswith("quickstart"))
+TRAIN = sorted(p for p in (ROOT / "train").glob("*.yaml") if not re.match("quickstart|.*(vit|hdit)_", p.stem))
 CHEAP = ROOT / "generation" / "cheap_cfg.yaml"  # laid over another
 GENERATION = sorted(p for p in (ROOT / "generation").glob("*.yaml") if not p.stem.startswith("quickstart") and p != CHEAP)
 
