@@ -1,29 +1,44 @@
-# make quickstart: set up and run the main job.  make test: set up and run the tests.
+# make quickstart: set up and run the quick start.  make test, make test-fast, make lint: set up and check.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CONSTRAINTS ?= -c constraints.txt
+# Processes that run the tests, each with one thread.
+JOBS ?= 2
+# 1: `make lint` includes `make lint-strict`.
+STRICT ?= 0
+# Complexity, docstrings, annotations, numbers of arguments. Special methods' types and docstrings are left to their class's docstring.
+STRICT_RULES := --extend-select C90,D,ANN,PLR0913 --ignore ANN204,ANN401,D105,D107
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-fast lint lint-strict clean
 
-$(VENV)/.run: requirements.txt
+$(VENV)/.run: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet -r requirements.txt $(CONSTRAINTS)
 	$(BIN)/python -m common.torchvision_shim
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt $(CONSTRAINTS)
 	touch $@
 
 quickstart: $(VENV)/.run
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments_updated/quickstart.sh
 
+test test-fast: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-lint: $(VENV)/.dev
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not e2e and not slow"
+
+lint: $(VENV)/.dev $(if $(filter 1,$(STRICT)),lint-strict)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-strict: $(VENV)/.dev
+	$(BIN)/ruff check $(STRICT_RULES) .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -9,7 +9,6 @@ given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The o
 """
 
 import json
-import sys
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from checkpoint import reading, training_state, weights
 from checkpoint.inspect import look, show
 from common.errors import UserError, cli_main
 from config.options import ConvertCheckpointConfig
-from config.parsing import parse, with_names
+from config.parsing import parse
 from sampling import checks, session
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
@@ -26,8 +25,8 @@ PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which d
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    argv = with_names(ConvertCheckpointConfig, sys.argv[1:] if argv is None else argv, ("source", "dest"))
-    config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py IN [OUT]")
+    """Convert a checkpoint, or show what is in it."""
+    config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py")
     if config.source is None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
     if config.dest is None and not config.show:
@@ -54,11 +53,14 @@ def check_dest(config: ConvertCheckpointConfig) -> None:
 
 def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     """Write OUT; the weights are checked against the model first."""
+    assert config.dest is not None
     dest = Path(config.dest)
     if config.safetensors:
         names = [config.weights or "ema"]
     else:
         names = [config.weights] if config.weights else list(look(source).sets)
+    if not names:
+        raise UserError(f"{config.source}: holds no weights")
     sets: dict[str, weights.Weights] = {}
     checksum = None
     for name in names:

@@ -1,14 +1,16 @@
-"""Makes training data: `convert` (any images → numbered PNGs), `encode` (→ VAE latents), `pack` (→ a few large files).
-`reference`: images → a reference batch for `evaluate.py`.
+r"""Makes training data and reference batches.
 
-    python dataset_tools.py convert --source=ImageNet/train --dest=DATA_DIR/images --resolution=256x256 \\
+`convert`: any images → numbered PNGs; `encode`: → VAE latents; `pack`: → a few large files; `check`, `stats`: is a data set whole,
+and the statistics of its latents; `demo`: the images of the quick start; `reference`: images → a batch for `evaluate.py`.
+
+    python dataset_tools.py convert --source=ImageNet/train --dest=DATA_DIR/images --resolution=256x256 \
         --transform=center-crop-dhariwal
     python dataset_tools.py encode --source=DATA_DIR/images --dest=DATA_DIR/vae-sd
     python dataset_tools.py pack --source=DATA_DIR/vae-sd --dest=DATA_DIR/packed
     python dataset_tools.py check DATA_DIR
     python dataset_tools.py stats DATA_DIR
 
-A command that was stopped is continued by giving it again: complete files are kept. The label file or index is written last, so
+Every command is resumable: run it again and it continues; complete files are kept. The label file or index is written last, so
 that a data set which has one is whole.
 """
 
@@ -16,10 +18,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from common.distributed import end_with_launcher
+from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main, did_you_mean
-from config.options import CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, PackConfig, ReferenceConfig, StatsConfig
+from common.logging import warn
+from common.precision import set_tf32
 from config.parsing import parse, require_options
+from config.tool_options import CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, PackConfig, ReferenceConfig, StatsConfig
 from preprocessing.check import check
 from preprocessing.convert import convert
 from preprocessing.demo import demo
@@ -30,13 +34,11 @@ from preprocessing.stats import stats
 
 def reference(config: ReferenceConfig) -> None:
     """Images of one size → a reference batch for evaluation; under torchrun, too."""
-    from metrics.evaluation import start_processes
     from metrics.reference import make_reference
 
     state = start_processes()
-    make_reference(
-        config, state, lambda text: state.is_main_process and print(f"dataset_tools.py: warning: {text}", file=sys.stderr)
-    )
+    set_tf32(False)
+    make_reference(config, state, warn)
     state.destroy_process_group()
 
 
@@ -53,6 +55,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
+    """Run the command that the first argument names."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
@@ -62,10 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}; commands are {', '.join(COMMANDS)}")
     cls, run = COMMANDS[argv[0]]
-    options = list(argv[1:])
-    if cls in (CheckConfig, StatsConfig) and options and not options[0].startswith("-"):  # check DIR, stats DIR
-        options.insert(0, "--source")
-    config, _ = parse(cls, options, prog=f"dataset_tools.py {argv[0]}")
+    config, _ = parse(cls, argv[1:], prog=f"dataset_tools.py {argv[0]}")
     require_options(config)
     end_with_launcher()
     run(config)

@@ -14,61 +14,76 @@
 At scale 1 there is no guidance: one pass, whatever the mode. With a schedule as --inference-budget all are means over the steps.
 """
 
-import sys
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from checkpoint import weights
+from checkpoint.weights import Weights
 from common import files
 from common.errors import cli_main
+from common.logging import warn
 from common.plotting import bar_plot, labelled_grid
 from config.options import CCFGConfig
 from models.elit import budget_to_k
 from samplers import BudgetSchedule, Guidance, parse_budget
 from sampling import checks, cost, session
+from sampling.session import Session
 
 MODES = {"CFG": "CFG", "CCFG": "cheap CFG", "AutoG": "autoguidance"}
 
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, given, found = session.from_command_line(CCFGConfig, argv, "elit_ccfg_inference.py")
-    check(config, given)
-    compare(config, found)
-
-
-def check(config: CCFGConfig, given: dict) -> None:
-    """Refuse what cannot be sampled, before anything is loaded or written; round the budgets down to multiples of 1/J."""
+    """The command: options → `compare`."""
+    config, given, weights = session.from_command_line(CCFGConfig, argv, "elit_ccfg_inference.py", check_options)
     checks.check_elit(config)
+    raise_lowest_budget(config, given)
+    check(config)
+    round_budgets(config)
+    compare(config, weights)
+
+
+def check_options(config: CCFGConfig) -> None:
+    """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
+    checks.check_options(config, config.cfg_scales)
+    checks.check_folder("--output-dir", config.output_dir)
+
+
+def check(config: CCFGConfig) -> None:
+    """Refuse what the model cannot be sampled with, before anything is loaded or written."""
     checks.check_labels(config, "--class-label", config.class_label)
+    checks.check_model(config)
+
+
+def raise_lowest_budget(config: CCFGConfig, given: Mapping[str, Any]) -> None:
+    """Where nobody asked for a guiding budget: at least the model's lowest."""
+    lowest = 1 / config.elit_group_size**2
+    if "unconditional_inference_budget" not in given and config.unconditional_inference_budget < lowest:
+        warn(f"this model's lowest budget is 1/{config.elit_group_size**2}; the guiding passes run at that")
+        config.unconditional_inference_budget = lowest
+
+
+def round_budgets(config: CCFGConfig) -> None:
+    """Round the budgets down to multiples of 1/J, each with a warning."""
     J = config.elit_group_size**2
-    if "unconditional_inference_budget" not in given and config.unconditional_inference_budget < 1 / J:
-        _warn(f"this model's lowest budget is 1/{J}; the guiding passes run at that")
-        config.unconditional_inference_budget = 1 / J
-    checks.check_budget(config, "--inference-budget", config.inference_budget)
-    checks.check_budget(config, "--unconditional-inference-budget", config.unconditional_inference_budget)
 
     def rounded(name: str, budget: float) -> float:
         below = budget_to_k(budget, J) / J
         if abs(below - budget) > 1e-6:
-            _warn(f"--{name.replace('_', '-')} {budget:g} is no multiple of 1/{J}; running at {below:g}, the nearest below")
+            warn(f"--{name.replace('_', '-')} {budget:g} is no multiple of 1/{J}; running at {below:g}, the nearest below")
         return below
 
     budget = parse_budget(config.inference_budget)
     if isinstance(budget, BudgetSchedule):
         pieces = tuple((rounded("inference_budget", b), start, end) for b, start, end in budget.pieces)
         config.inference_budget = str(BudgetSchedule(pieces))
-    else:
+    elif budget is not None:
         config.inference_budget = str(rounded("inference_budget", budget))
     config.unconditional_inference_budget = rounded("unconditional_inference_budget", config.unconditional_inference_budget)
-    for scale in config.cfg_scales:
-        guidance(config, "AutoG", scale).check()
-    checks.check_sampler(config)
-    checks.check_folder("--output-dir", config.output_dir)
 
 
 def guidance(config: CCFGConfig, mode: str, cfg_scale: float) -> Guidance:
@@ -81,9 +96,9 @@ def guidance(config: CCFGConfig, mode: str, cfg_scale: float) -> Guidance:
     )
 
 
-def compare(config: CCFGConfig, found: weights.Weights) -> list[dict]:
+def compare(config: CCFGConfig, weights: Weights) -> list[dict[str, Any]]:
     """Sample with every kind of guidance at every scale, measure, and write all files; returns the entries of results.json."""
-    model, vae, shape, folder = session.setup_tool(config, found, _warn)
+    loaded, folder = session.setup_tool(config, weights, config.output_dir)
 
     scales = sorted(set(config.cfg_scales))
     runs = {(mode, scale): guidance(config, mode, scale) for mode in MODES for scale in scales}
@@ -91,8 +106,8 @@ def compare(config: CCFGConfig, found: weights.Weights) -> list[dict]:
         images: dict[tuple[str, float], np.ndarray] = {}
         for (mode, scale), g in tqdm(runs.items(), desc="sample", unit="guidance"):
             same = images.get(("CFG", scale)) if scale == 1 else None  # no guidance is the same in every mode
-            images[mode, scale] = session.sample_all(config, g, model, vae, shape)[1] if same is None else same
-        results = measure(config, model, runs, shape)
+            images[mode, scale] = session.sample_classes(loaded, config, g)[1] if same is None else same
+        results = measure(config, loaded, runs)
     # (labels × modes, scales, H, W, 3)
     grid = np.stack([[images[mode, s][i] for s in scales] for i in range(len(config.class_label)) for mode in MODES])
     rows = [f"class {label}\n{name}" for label in config.class_label for name in MODES.values()]
@@ -100,12 +115,12 @@ def compare(config: CCFGConfig, found: weights.Weights) -> list[dict]:
                   inches=min(max(config.resolution / 160, 1.0), 1.6))  # fmt: skip
     bars = {MODES[e["mode"]]: e["gflops_per_guided_step"] for e in results if e["cfg_scale"] == scales[-1]}
     budget = parse_budget(config.inference_budget)
-    said = f"schedule {budget}" if isinstance(budget, BudgetSchedule) else f"budget {budget:g}"
+    budget_name = f"schedule {budget}" if isinstance(budget, BudgetSchedule) else f"budget {budget:g}"
     bar_plot(
         folder / "cfg_vs_ccfg_flops.png",
         bars,
         ylabel="GFLOPs per guided step of one image",
-        title=f"{config.model}, {said}, guiding at {config.unconditional_inference_budget:g}",
+        title=f"{config.model}, {budget_name}, guiding at {config.unconditional_inference_budget:g}",
     )
     files.write_json(results, folder / "results.json")
     for name, gflops in bars.items():
@@ -115,28 +130,25 @@ def compare(config: CCFGConfig, found: weights.Weights) -> list[dict]:
     return results
 
 
-def measure(
-    config: CCFGConfig, model: nn.Module, runs: dict[tuple[str, float], Guidance], shape: tuple[int, ...]
-) -> list[dict]:
+def measure(config: CCFGConfig, loaded: Session, runs: dict[tuple[str, float], Guidance]) -> list[dict[str, Any]]:
     """FLOPs and latency of each (mode, scale): the entries of results.json."""
-    device = next(model.parameters()).device
     count = min(len(config.class_label), config.per_proc_batch_size)
-    noise = session.starting_noise(model, shape, config.seed, range(count))
-    y = torch.tensor(config.class_label[:count], device=device)
+    noise = loaded.starting_noise(config.seed, range(count))
+    y = torch.tensor(config.class_label[:count], device=loaded.device)
 
     # What a step costs depends on its passes alone, not on the scale: (mode, passes) → a job to be timed.
     whole = {key: cost.passes_of_run(config, g) for key, g in runs.items()}
-    flops = cost.pass_flops(model, whole.values())
+    flops = cost.pass_flops(loaded.model, whole.values())
     jobs, steps = {}, {}
     for (mode, scale), g in runs.items():
-        evaluations = cost.evaluations(config)
+        evaluations = loaded.flow.evaluations()
         evaluations = [times for times in evaluations if any(map(g.active, times))] or evaluations
         passes = [tuple(g.passes(*times)) for times in evaluations]
         steps[mode, scale] = [(mode if len(p) > 1 else "", p) for p in passes]
         for times, step in zip(evaluations, steps[mode, scale], strict=True):
-            jobs.setdefault(step, partial(cost.one_evaluation, model, noise, times, y, g))
-    with session.autocast(config, device):
-        latency = cost.interleaved_times(jobs, device)
+            jobs.setdefault(step, partial(loaded.flow.evaluate, loaded.model, noise, times, y, g))
+    with loaded.autocast():
+        latency = cost.interleaved_times(jobs, loaded.device)
 
     results = []
     for (mode, scale), g in runs.items():
@@ -159,10 +171,6 @@ def measure(
             }
         )
     return results
-
-
-def _warn(message: str) -> None:
-    print(f"elit_ccfg_inference.py: warning: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

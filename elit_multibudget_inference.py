@@ -15,14 +15,14 @@ With --attention also `attention_maps.png`, `attention_entropy.png` and `attenti
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint.weights import Weights
@@ -30,61 +30,61 @@ from common import files
 from common.errors import cli_main
 from common.plotting import attention_maps, labelled_grid, line_plot
 from config.options import MultibudgetConfig
-from loss import interpolate
-from models.dfm import decompose
 from samplers import BudgetSchedule, Guidance
 from sampling import checks, cost, session
+from sampling.session import Session
 
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, _, found = session.from_command_line(MultibudgetConfig, argv, "elit_multibudget_inference.py")
+    """The command: options → `compare`."""
+    config, _, weights = session.from_command_line(MultibudgetConfig, argv, "elit_multibudget_inference.py", check_options)
     check(config)
-    compare(config, found)
+    compare(config, weights)
 
 
-def check(config: MultibudgetConfig) -> None:
-    """Refuse what cannot be sampled, before anything is loaded or written; fill in the budgets."""
-    checks.check_elit(config)
-    checks.check_labels(config, "--class-label", config.class_label)
-    if config.budgets is None:
-        config.budgets = checks.all_budgets(config.elit_group_size**2)
-    for budget in config.budgets:
-        checks.check_budget(config, "--budgets", budget)
-    checks.check_budget(config, "--inference-budget", config.inference_budget)
-    checks.check_budget(config, "--unconditional-inference-budget", config.unconditional_inference_budget)
-    session.guidance(config).check()
-    checks.check_sampler(config)
+def check_options(config: MultibudgetConfig) -> None:
+    """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
+    checks.check_options(config)
     checks.check_folder("--output-dir", config.output_dir)
 
 
-def compare(config: MultibudgetConfig, found: Weights) -> list[dict]:
-    """Sample at every budget, measure, and write all files; returns the entries of results.json."""
-    model, vae, shape, folder = session.setup_tool(config, found, _warn)
+def check(config: MultibudgetConfig) -> None:
+    """Refuse what the model cannot be sampled with, before anything is loaded or written."""
+    checks.check_elit(config)
+    checks.check_labels(config, "--class-label", config.class_label)
+    for budget in config.budgets or []:
+        checks.check_budget(config, "--budgets", budget)
+    checks.check_model(config)
 
-    asked = session.guidance(config)
-    columns: list[float | BudgetSchedule] = sorted(set(config.budgets))
-    if isinstance(asked.inference_budget, BudgetSchedule):
-        columns.append(asked.inference_budget)
-    elif asked.inference_budget is not None:
-        columns = sorted({*columns, asked.inference_budget})
+
+def compare(config: MultibudgetConfig, weights: Weights) -> list[dict[str, Any]]:
+    """Sample at every budget, measure, and write all files; returns the entries of results.json."""
+    loaded, folder = session.setup_tool(config, weights, config.output_dir)
+
+    requested = session.guidance(config)
+    columns: list[float | BudgetSchedule] = sorted(set(config.budgets or checks.all_budgets(config.elit_group_size**2)))
+    if isinstance(requested.inference_budget, BudgetSchedule):
+        columns.append(requested.inference_budget)
+    elif requested.inference_budget is not None:
+        columns = sorted({*columns, requested.inference_budget})
     # The full budget is sampled in any case: it is what the others are compared with.
     images: dict[float | BudgetSchedule, np.ndarray] = {}
     latents: dict[float | BudgetSchedule, Tensor] = {}
     with torch.inference_mode():
         for column in tqdm([*columns, 1.0] if 1.0 not in columns else columns, desc="sample", unit="budget"):
-            g = asked._replace(inference_budget=column)
-            latents[column], images[column] = session.sample_all(config, g, model, vae, shape)
-        results = measure(config, model, asked, columns, shape)
+            g = requested._replace(inference_budget=column)
+            latents[column], images[column] = session.sample_classes(loaded, config, g)
+        results = measure(config, loaded, requested, columns)
         for entry, column in zip(results, columns, strict=True):
             entry["psnr"] = psnr(images[column], images[1.0])
         labels = [f"class {label}" for label in config.class_label]
         grid = np.stack([images[column] for column in columns], axis=1)  # (labels, budgets, H, W, 3)
         labelled_grid(grid, labels, [_heading(e) for e in results], folder / "image_grid.png",
                       inches=min(max(config.resolution / 160, 1.0), 1.6), fontsize=8)  # fmt: skip
-        plot(config, asked, results, columns, folder, session.device_name(latents[1.0].device))
+        plot(config, requested, results, columns, folder, session.device_name(latents[1.0].device))
         if config.attention:
-            show_attention(config, model, latents[1.0], images[1.0], labels, folder)
+            show_attention(config, loaded, latents[1.0], images[1.0], labels, folder)
     files.write_json(results, folder / "results.json")
     for entry in results:
         print(
@@ -96,24 +96,19 @@ def compare(config: MultibudgetConfig, found: Weights) -> list[dict]:
 
 
 def measure(
-    config: MultibudgetConfig,
-    model: nn.Module,
-    asked: Guidance,
-    columns: Sequence[float | BudgetSchedule],
-    shape: Sequence[int],
-) -> list[dict]:
+    config: MultibudgetConfig, loaded: Session, requested: Guidance, columns: Sequence[float | BudgetSchedule]
+) -> list[dict[str, Any]]:
     """FLOPs and latency of each column: the entries of results.json but for `psnr`."""
-    device = next(model.parameters()).device
-    runs = [cost.passes_of_run(config, asked._replace(inference_budget=column)) for column in columns]
-    flops = cost.pass_flops(model, runs)
+    runs = [cost.passes_of_run(config, requested._replace(inference_budget=column)) for column in columns]
+    flops = cost.pass_flops(loaded.model, runs)
 
     count = min(len(config.class_label), config.per_proc_batch_size)
-    noise = session.starting_noise(model, shape, config.seed, range(count))
-    y = torch.tensor(config.class_label[:count], device=device)
-    with session.autocast(config, device):
+    noise = loaded.starting_noise(config.seed, range(count))
+    y = torch.tensor(config.class_label[:count], device=loaded.device)
+    with loaded.autocast():
         budgets = {passes[0] for run in runs for passes in run}
-        jobs = {b: partial(cost.one_forward, model, noise, y, b) for b in budgets}
-        times = cost.interleaved_times(jobs, device)
+        jobs = {b: partial(loaded.flow.forward, loaded.model, noise, y, b) for b in budgets}
+        times = cost.interleaved_times(jobs, loaded.device)
 
     results = []
     for column, run in zip(columns, runs, strict=True):
@@ -141,7 +136,7 @@ def psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
 
 def plot(
     config: MultibudgetConfig,
-    asked: Guidance,
+    requested: Guidance,
     results: Sequence[dict],
     columns: Sequence[float | BudgetSchedule],
     folder: Path,
@@ -153,12 +148,12 @@ def plot(
     scheduled = [(e, c) for e, c in zip(results, columns, strict=True) if isinstance(c, BudgetSchedule)]
 
     def points(key: str) -> dict[str, tuple[float, float]]:
-        found = {}
+        means = {}
         for entry, column in scheduled:
-            run = cost.passes_of_run(config, asked._replace(inference_budget=column))
+            run = cost.passes_of_run(config, requested._replace(inference_budget=column))
             if entry[key] is not None:
-                found[f"schedule {column} (mean)"] = (sum(passes[0] for passes in run) / len(run), entry[key])
-        return found
+                means[f"schedule {column} (mean)"] = (sum(passes[0] for passes in run) / len(run), entry[key])
+        return means
 
     line_plot(
         folder / "budget_vs_flops.png",
@@ -173,7 +168,7 @@ def plot(
         folder / "budget_vs_latency.png",
         budgets,
         [e["latency_ms"] for e in fixed],
-        spread=tuple([e["latency_ms_quartiles"][side] for e in fixed] for side in (0, 1)),
+        spread=([e["latency_ms_quartiles"][0] for e in fixed], [e["latency_ms_quartiles"][1] for e in fixed]),
         spread_label="quartiles",
         points=points("latency_ms"),
         xlabel="inference budget",
@@ -194,29 +189,21 @@ def plot(
 
 
 def show_attention(
-    config: MultibudgetConfig, model: nn.Module, latents: Tensor, images: np.ndarray, labels: Sequence[str], folder: Path
+    config: MultibudgetConfig, loaded: Session, latents: Tensor, images: np.ndarray, labels: Sequence[str], folder: Path
 ) -> None:
     """What each latent reads from the model's own images, noised again to time t = --attention-time with their first noise.
 
     Read's last layer, at the full budget. The maps show the heads' mean; each latent's map is made of those of all groups,
     and the total is the mean over all latents. The entropy is that of each head's attention, mean over heads, groups and images.
     """
-    dtype = next(model.parameters()).dtype
+    model: Any = loaded.model
     means, entropies = [], []
     for first in range(0, len(latents), config.per_proc_batch_size):
         x = latents[first : first + config.per_proc_batch_size]
-        noise = session.starting_noise(model, x.shape[1:], config.seed, range(first, first + len(x)))
+        noise = loaded.starting_noise(config.seed, range(first, first + len(x)))
         y = torch.tensor(config.class_label[first : first + len(x)], device=x.device)
         t = torch.full((len(x),), config.attention_time, device=x.device)
-        if isinstance(noise, list):  # DFM: every stage at that time
-            state = [
-                interpolate(*pair, t, config.path_type)[0].to(dtype)
-                for pair in zip(decompose(x, len(noise)), noise, strict=True)
-            ]
-            t = t[:, None].expand(-1, len(noise))
-        else:
-            state = interpolate(x, noise, t, config.path_type)[0].to(dtype)
-        weights = model.read_attention(state, t, y)
+        weights = model.read_attention(*loaded.flow.noised(model, x, noise, t), y)
         means.append(weights.mean(dim=2))  # (B, G, J latents, J tokens)
         entropies.append(torch.special.entr(weights).sum(dim=-1).mean(dim=(1, 2)))  # (B, J)
     mean, entropy = torch.cat(means), torch.cat(entropies).mean(dim=0).tolist()
@@ -258,10 +245,6 @@ def _heading(entry: dict) -> str:
     if isinstance(entry["budget"], str):  # a schedule: a line for each piece, no wider than an image
         name = ",\n".join(f"{b:g}@{start:g}-{end:g}" for b, start, end in BudgetSchedule.parse(entry["budget"]).pieces)
     return f"{name}\n{entry['gflops_per_forward']:.3g} GFLOPs\n{entry['latency_ms']:.3g} ms"
-
-
-def _warn(message: str) -> None:
-    print(f"elit_multibudget_inference.py: warning: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

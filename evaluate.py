@@ -5,54 +5,48 @@
 REF, SAMPLES: .npz files in ADM's format, or folders of PNG. Alone or under torchrun: the result is the same.
 """
 
-import sys
 from pathlib import Path
 
-from accelerate import PartialState
-
-from common import files
-from common.distributed import end_with_launcher
+from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main
-from config.options import EvaluateConfig
-from config.parsing import parse, with_names
-from metrics.evaluation import METRICS, evaluate, start_processes
-from sampling import checks
+from common.files import check_folder, make_folder, write_json
+from common.logging import warn
+from common.precision import set_tf32
+from common.tables import markdown_table
+from config.parsing import parse
+from config.tool_options import EvaluateConfig
+from metrics.evaluation import METRICS, evaluate
 
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "recall": "Recall", "fdd": "FDD"}
 
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    argv = with_names(EvaluateConfig, sys.argv[1:] if argv is None else argv, ("ref", "samples"))
-    config, _ = parse(EvaluateConfig, argv, prog="evaluate.py REF SAMPLES")
+    """Evaluate a set of images: print a table, write a JSON file."""
+    config, _ = parse(EvaluateConfig, argv, prog="evaluate.py")
     if config.ref is None or config.samples is None:
         raise UserError("give the reference and the samples: evaluate.py REF SAMPLES, before --metrics")
     output = Path(config.output)
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; wanted: a JSON file")
-    checks.check_folder("--output: the folder", output.parent)
+    check_folder("--output: the folder", output.parent)
     end_with_launcher()
     state = start_processes()
-    found = evaluate(config, state, lambda message: _warn(state, message))
-    if found is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(found, output)
-        print(table(found))
+    set_tf32(False)
+    results = evaluate(config, state, warn)
+    if results is not None:
+        make_folder(output.parent, "--output")
+        write_json(results, output, option="--output")
+        print(table(results))
         print(f"{config.samples} against {config.ref}: {config.output}")
     state.destroy_process_group()
 
 
-def table(found: dict) -> str:
-    """The figures that were asked for, and the number of images."""
-    asked = [name for name in METRICS if found[name] is not None]
-    cells = {NAMES[name]: f"{found[name]:.4f}" for name in asked}
-    cells |= {"samples": str(found["num_samples"]), "reference": str(found["num_ref"])}
-    return "\n".join("| " + " | ".join(line) + " |" for line in (cells, ["---"] * len(cells), cells.values()))
-
-
-def _warn(state: PartialState, message: str) -> None:
-    if state.is_main_process:
-        print(f"evaluate.py: warning: {message}", file=sys.stderr, flush=True)
+def table(results: dict) -> str:
+    """The computed figures and the number of images, as a Markdown table of one row."""
+    cells = {NAMES[name]: f"{results[name]:.4f}" for name in METRICS if results[name] is not None}
+    cells |= {"samples": str(results["num_samples"]), "reference": str(results["num_ref"])}
+    return markdown_table(list(cells), [list(cells.values())])
 
 
 if __name__ == "__main__":

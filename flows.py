@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,10 @@ from samplers import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 Shape = Sequence[int]
-State = Tensor | list[Tensor]
+State = TypeVar("State", Tensor, list[Tensor])
 OnStage = Callable[[int, Tensor], None]  # (stage, the latents (B, C, h_s, w_s) of the image up to that stage)
 
 
@@ -72,7 +72,7 @@ class FlowLoss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Flow(ABC):
+class Flow(ABC, Generic[State]):
     """A flow and its options, which have the names of the command line's.
 
     Attributes:
@@ -102,8 +102,7 @@ class Flow(ABC):
 
     def check_sampling(self) -> None:
         """Raise UserError for options that the flow cannot be sampled with."""
-        if self.heun and self.mode == "sde":
-            raise UserError("--heun: Heun's correction belongs to --mode ode")
+        check_sampler(self.mode, self.heun)
 
     # ----------------------------------------------------------------------------------------------- training
 
@@ -230,11 +229,11 @@ class Flow(ABC):
         """One velocity evaluation, to be timed, guidance included; times: an entry of `evaluations`."""
 
     @abstractmethod
-    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
-        """Latents x (B, C, h, w) on their way to `noise`, all of a state at times t (B,): the state, and its times for the model."""
+    def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
+        """Latents x (B, C, h, w) on the way to `noise`, every part at times t (B,): the state in the model's dtype, and its times."""
 
 
-class FlowMatching(Flow):
+class FlowMatching(Flow[Tensor]):
     """Plain flow matching: one state of the latents' shape, one time."""
 
     @override
@@ -278,8 +277,7 @@ class FlowMatching(Flow):
         return euler_sampler(model, noise, y, heun=self.heun, **options)
 
     @override
-    def latents(self, state: State) -> Tensor:
-        assert isinstance(state, Tensor)
+    def latents(self, state: Tensor) -> Tensor:
         return state
 
     @override
@@ -287,20 +285,20 @@ class FlowMatching(Flow):
         return [(t,) for t in evaluation_times(self.num_steps, self.mode, self.heun, self.time_shift)]
 
     @override
-    def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
+    def forward(self, model: nn.Module, noise: Tensor, y: Condition, budget: float | None) -> None:
         model(noise, torch.full((len(noise),), 0.5, device=noise[0].device), y, inference_budget=budget)
 
     @override
-    def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
-        guided_velocity(model, self.latents(noise).double(), *times, y, guidance)
+    def evaluate(self, model: nn.Module, noise: Tensor, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
+        guided_velocity(model, noise.double(), times[0], y, guidance)
 
     @override
-    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[Tensor, Tensor]:
-        return interpolate(x, self.latents(noise), t, self.path_type)[0], t
+    def noised(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return interpolate(x, noise, t, self.path_type)[0].to(next(model.parameters()).dtype), t
 
 
 @dataclass(frozen=True)
-class DFM(Flow):
+class DFM(Flow[list[Tensor]]):
     """Decomposable flow matching: a state of S stages of a Laplacian pyramid, each with a time of its own.
 
     Attributes:
@@ -398,16 +396,16 @@ class DFM(Flow):
         )
 
     @override
-    def latents(self, state: State) -> Tensor:
+    def latents(self, state: list[Tensor]) -> Tensor:
         return recompose(state)
 
-    @override
     @property
+    @override
     def num_views(self) -> int:
         return self.stages_count + 1
 
     @override
-    def views(self, vae: "AutoencoderKL", state: State) -> Tensor:
+    def views(self, vae: "AutoencoderKL", state: list[Tensor]) -> Tensor:
         return decode_stages(vae, state)
 
     @override
@@ -415,8 +413,8 @@ class DFM(Flow):
         last = self.stages_count - 1
         return {s: resolution // 2 ** (last - s) for s in range(last)}
 
-    @override
     @property
+    @override
     def total_steps(self) -> int:
         return sum(self.num_steps_per_scale)
 
@@ -426,19 +424,23 @@ class DFM(Flow):
         return [times[: phase.active_stage + 1] for phase in phases for times in phase.times[:-1]]
 
     @override
-    def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
+    def forward(self, model: nn.Module, noise: list[Tensor], y: Condition, budget: float | None) -> None:
         t = torch.full((len(noise[0]), len(noise)), 0.5, device=noise[0].device)
         model(noise, t, y, inference_budget=budget)
 
     @override
-    def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
+    def evaluate(
+        self, model: nn.Module, noise: list[Tensor], times: tuple[float, ...], y: Condition, guidance: Guidance
+    ) -> None:
         waiting = (1.0,) * (len(noise) - len(times))
         guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, guidance)
 
     @override
-    def noised(self, x: Tensor, noise: State, t: Tensor) -> tuple[list[Tensor], Tensor]:
+    def noised(self, model: nn.Module, x: Tensor, noise: list[Tensor], t: Tensor) -> tuple[list[Tensor], Tensor]:
+        dtype = next(model.parameters()).dtype
         pairs = zip(decompose(x, len(noise)), noise, strict=True)
-        return [interpolate(*pair, t, self.path_type)[0] for pair in pairs], t[:, None].expand(-1, len(noise))
+        state = [interpolate(*pair, t, self.path_type)[0].to(dtype) for pair in pairs]
+        return state, t[:, None].expand(-1, len(noise))
 
 
 FLOWS: dict[str, type[Flow]] = {"flow matching": FlowMatching, "DFM": DFM}  # by the attribute `flow` of a model's class
@@ -453,6 +455,12 @@ def flow_of(options: Any, **changes: Any) -> Flow:
     flow = FLOWS[models.model_spec(options.model).constructor.flow]
     names = [f.name for f in dataclasses.fields(flow)]
     return flow(**{name: getattr(options, name) for name in names if hasattr(options, name)} | changes)
+
+
+def check_sampler(mode: str, heun: bool) -> None:
+    """Raise UserError for a sampler that no flow has."""
+    if heun and mode == "sde":
+        raise UserError("--heun: Heun's correction belongs to --mode ode")
 
 
 def _to_device(y: Condition, device: torch.device) -> Condition:

@@ -4,69 +4,78 @@
 number of processes, batch size or restart gives the same set.
 """
 
-import os
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-import models
-from checkpoint import weights
-from common.distributed import end_with_launcher
+from checkpoint.weights import Weights
+from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main
 from common.files import FolderLock, check_name
+from common.logging import warn
 from config.options import GenerateConfig
-from models.dfm import recompose
-from models.vae import decode
+from flows import OnStage, flow_of
 from randomness import image_labels
-from samplers import OnStage, parse_budget
 from sampling import checks, cost, session
 from sampling.image_folder import (
-    WRITERS,
-    coarser_stages,
+    ImageWriter,
     image_name,
     images_folder,
     missing_images,
     open_folder,
-    write_image,
+    settings,
+    stage_folders,
     write_npz,
 )
+from sampling.session import Session
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, given, found = session.from_command_line(GenerateConfig, argv, "generate.py")
-    if config.exp_name is None:
-        recorded = found.config.get("exp_name") or config.model.replace("/", "-")
-        config.exp_name = check_name(recorded, f"{config.ckpt}: exp_name (--exp-name gives another)", plain=True)
+    """The command: options → `generate`."""
+    config, given, weights = session.from_command_line(GenerateConfig, argv, "generate.py", check_options)
+    name_run(config, weights)
     check(config)
     end_with_launcher()
-    if "num_steps" in given and models.model_spec(config.model).staged:
-        _warn("--num-steps has no effect: a DFM model is sampled with --num-steps-per-scale")
-    generate(config, found)
+    for option, reason in flow_of(config).ignored_options.items():
+        if option in given:
+            warn(f"--{option.replace('_', '-')} has no effect: {reason}")
+    generate(config, weights)
+
+
+def check_options(config: GenerateConfig) -> None:
+    """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
+    checks.check_options(config)
+    if config.class_labels not in (["random"], ["balanced"]):
+        for label in config.class_labels:
+            if not label.isdecimal():
+                raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
+    checks.check_folder("--sample-dir", config.sample_dir)
+
+
+def name_run(config: GenerateConfig, weights: Weights) -> None:
+    """Fill in `exp_name`: the checkpoint's, else the model's name."""
+    if config.exp_name is None:
+        recorded = weights.config.get("exp_name") or config.model.replace("/", "-")
+        config.exp_name = check_name(recorded, f"{config.ckpt}: exp_name (--exp-name gives another)", plain=True)
 
 
 def check(config: GenerateConfig) -> None:
-    """Refuse what cannot be sampled, before anything is loaded or written."""
-    checks.check_sampler(config)
-    for name in ("inference_budget", "unconditional_inference_budget"):
-        checks.check_budget(config, "--" + name.replace("_", "-"), getattr(config, name))
-    session.guidance(config).check()
-    if config.preview and not models.model_spec(config.model).staged:
+    """Refuse what the model cannot be sampled with, before anything is loaded or written."""
+    check_options(config)
+    checks.check_model(config)
+    if config.preview and not flow_of(config).preview_sides(config.resolution):
         raise UserError(f"--preview: {config.model} has no coarser stages; only DFM models do")
-    if config.inference_budget is not None:
-        config.inference_budget = str(parse_budget(config.inference_budget))  # one spelling, for records and names
     if config.class_labels not in (["random"], ["balanced"]):
-        for label in config.class_labels:
-            if not label.isdigit():
-                raise UserError(f"--class-labels {label}: not random, balanced or class ids below {config.num_classes}")
         checks.check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
     images_folder(config)
 
@@ -79,113 +88,95 @@ def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
     return torch.tensor([cycle[i % len(cycle)] for i in indices])
 
 
-def draw(
-    config: GenerateConfig,
-    model: nn.Module,
-    vae: nn.Module,
-    shape: Sequence[int],
-    indices: Sequence[int],
-    on_stage: OnStage | None = None,
-) -> Tensor:
-    """Images `indices` as uint8 (B, 3, H, W); shape: (C, h, w) of the VAE latents. on_stage: see `samplers.dfm_sampler`."""
-    labels, g = labels_of(config, indices), session.guidance(config)
-    return decode(vae, session.sample(config, g, model, shape, config.global_seed, indices, labels, on_stage))
+def draw(loaded: Session, config: GenerateConfig, indices: Sequence[int], on_stage: OnStage | None = None) -> Tensor:
+    """Images `indices` as uint8 (B, 3, H, W) by the options `config`. on_stage: see `Flow.sample_state`."""
+    sampled = loaded.with_options(config)
+    labels = labels_of(config, indices)
+    return sampled.decode(sampled.latents(session.guidance(config), config.global_seed, indices, labels, on_stage))
 
 
-def generate(config: GenerateConfig, found: weights.Weights) -> Path:
-    """Draw what is missing of the images 0 … num_fid_samples − 1, then write the .npz. Returns the folder of the images."""
-    on_cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu)
-    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:
-        raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} process(es) run; start with torchrun"
-        )
-    session.set_precision(config, state.device, _warn)
-    model, vae, shape = session.load(config, found, state.device)
+def generate(config: GenerateConfig, weights: Weights) -> Path:
+    """Draw what is missing of the images 0 … num_fid_samples − 1, then write the .npz. Returns the folder of the images.
 
-    folder = images_folder(config)
-    folders = {-1: folder} | {s: folder.with_name(f"{folder.name}-stage{s}") for s in coarser_stages(config)}
-    lock, error = None, ""
+    Args:
+        config: options that passed `check`, with the architecture and name filled in.
+    Raises:
+        UserError: the folder holds other images or cannot be written, or latents are not finite.
+    """
+    state = start_processes()
+    device = torch.device(state.device or "cpu")
+    session.set_precision(config, device)
+    loaded = session.load(config, weights, device)
+    lock = lock_folder(config, settings(config, weights, loaded.vae_sha256) if state.is_main_process else {}, state)
     try:
+        drawn, seconds = draw_missing(config, loaded, state)
         if state.is_main_process:
-            try:
-                lock = FolderLock(folder.with_name(f"{folder.name}.lock"), folder, _warn)
-                open_folder(folder, config, found)
-                for where in folders.values():
-                    where.mkdir(exist_ok=True)
-            except OSError as failed:
-                error = f"--sample-dir {config.sample_dir}: cannot use {folder}: {failed}"
-            except UserError as refused:
-                error = str(refused)
-        (error,) = broadcast_object_list([error])
-        if error:
-            raise UserError(error)
-        draw_missing(config, state, model, vae, shape, folders)
+            finish(config, loaded, drawn, seconds)
+        state.wait_for_everyone()
     finally:
         if lock is not None:
             lock.release()
     state.destroy_process_group()
-    return folder
+    return images_folder(config)
 
 
-def draw_missing(
-    config: GenerateConfig,
-    state: PartialState,
-    model: nn.Module,
-    vae: nn.Module,
-    shape: Sequence[int],
-    folders: dict[int, Path],
-) -> None:
-    """Fill `folders`, by stage (-1: the finished images), and write the .npz. Every process draws its share."""
-    folder = folders[-1]
+def lock_folder(config: GenerateConfig, made_with: dict[str, Any], state: "PartialState") -> FolderLock | None:
+    """Keep other runs out of the folder, and make it or check its record; rank 0 does it, and all raise what it met."""
+    folder, lock, error = images_folder(config), None, ""
+    if state.is_main_process:
+        try:
+            lock = FolderLock(folder.with_name(f"{folder.name}.lock"), folder, warn)
+            open_folder(folder, config, made_with)
+            for where, _ in stage_folders(config).values():
+                where.mkdir(exist_ok=True)
+        except UserError as refused:
+            error = str(refused)
+        except OSError as failed:
+            error = f"--sample-dir {config.sample_dir}: cannot use {folder}: {failed}"
+    (error,) = broadcast_object_list([error])
+    if error:
+        if lock is not None:
+            lock.release()
+        raise UserError(error)
+    return lock
+
+
+def draw_missing(config: GenerateConfig, loaded: Session, state: "PartialState") -> tuple[int, float]:
+    """Fill the folders, each process its share. Returns how many images were missing, and the seconds it took."""
+    folders = stage_folders(config)
     # Each process looks at its share of the files; all then agree on what is missing.
-    mine = range(state.process_index, config.num_fid_samples, state.num_processes)
-    sides = {-1: config.resolution} | coarser_stages(config)
-    lacking = {i for s, where in folders.items() for i in missing_images(where, mine, sides[s])}
-    missing = sorted(gather_object(list(lacking)))
+    own = range(state.process_index, config.num_fid_samples, state.num_processes)
+    missing = sorted(gather_object(list({i for where, side in folders.values() for i in missing_images(where, own, side)})))
     todo = missing[state.process_index :: state.num_processes]
-    batch_size = config.per_proc_batch_size
     start = time.perf_counter()
     with (
         torch.inference_mode(),
-        ThreadPoolExecutor(WRITERS) as pool,
+        ImageWriter() as writer,
         tqdm(total=len(missing), desc="generate", unit="image", disable=not state.is_main_process) as bar,
     ):
-        writing: list = []
+        for first in range(0, len(todo), config.per_proc_batch_size):
+            indices = todo[first : first + config.per_proc_batch_size]
 
-        def write(images: Tensor, stage: int = -1) -> None:
-            images = images.permute(0, 2, 3, 1).cpu().numpy()
-            for job in writing:  # at most one batch waits to be written
-                job.result()
-            pairs = zip(indices, images, strict=True)
-            writing[:] = [pool.submit(write_image, folders[stage], i, image) for i, image in pairs]
+            def preview(stage: int, latents: Tensor, indices: Sequence[int] = indices) -> None:
+                writer.write(folders[stage][0], indices, loaded.decode(latents))
 
-        def preview(stage: int, clean: list[Tensor]) -> None:
-            write(decode(vae, recompose(clean)), stage)
-
-        for first in range(0, len(todo), batch_size):
-            indices = todo[first : first + batch_size]
-            write(draw(config, model, vae, shape, indices, preview if config.preview else None))
+            images = draw(loaded, config, indices, preview if config.preview else None)
+            writer.write(folders[-1][0], indices, images)
             bar.update(min(len(indices) * state.num_processes, len(missing) - bar.n))
-        for job in writing:
-            job.result()
     state.wait_for_everyone()
-    if state.is_main_process:
-        seconds = time.perf_counter() - start
-        rate = f", {len(missing) / seconds:.2f} images/s" if missing else ""
-        kept = config.num_fid_samples - len(missing)
-        write_npz(
-            folder.with_name(folder.name + ".npz"), (folder / image_name(i) for i in range(config.num_fid_samples)), config
-        )
-        print(f"{folder}: {len(missing)} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
-        flops = cost.mean_flops_per_step(config, session.guidance(config), model)
-        print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
-    state.wait_for_everyone()
+    return len(missing), time.perf_counter() - start
 
 
-def _warn(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"generate.py: warning: {message}", file=sys.stderr, flush=True)
+def finish(config: GenerateConfig, loaded: Session, drawn: int, seconds: float) -> None:
+    """Write the .npz of all images, and say what was drawn at what rate and cost."""
+    folder = images_folder(config)
+    files = (folder / image_name(i) for i in range(config.num_fid_samples))
+    write_npz(folder.with_name(folder.name + ".npz"), files, config)
+    rate = f", {drawn / seconds:.2f} images/s" if drawn else ""
+    kept = config.num_fid_samples - drawn
+    print(f"{folder}: {drawn} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
+    flops = cost.mean_flops_per_step(config, session.guidance(config), loaded.model)
+    print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.conditioning import Condition, null_condition, select
 from models.dfm import decompose
@@ -62,7 +62,7 @@ def dropped_labels(y: Tensor, draws: Draws, probability: float, num_classes: int
     return torch.where(draws.label_drop < probability, num_classes, y)
 
 
-def drop_conditions(model: nn.Module, y: Condition, draws: Draws, probability: float) -> Condition:
+def drop_conditions(model: Any, y: Condition, draws: Draws, probability: float) -> Condition:
     """Labels (B,) or text, a share of them replaced by the model's null condition, for classifier-free guidance."""
     if probability == 0:  # a text model without a null prompt trains, too
         return y
@@ -70,7 +70,7 @@ def drop_conditions(model: nn.Module, y: Condition, draws: Draws, probability: f
 
 
 def flow_matching_loss(
-    model: Callable, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, path_type: PathType, **kwargs
+    model: Callable, x: Tensor, noise: Tensor, t: Tensor, y: Condition, path_type: PathType, **kwargs: Any
 ) -> Tensor:
     """Velocity mean squared error of each sample (B,), in float32.
 
@@ -107,7 +107,14 @@ def stage_times(t: Tensor, normals: Tensor, active: int) -> Tensor:
 
 
 def dfm_loss(
-    model: Callable, x: Tensor, noise: Sequence[Tensor], t: Tensor, y: Tensor, path_type: PathType, active: int, **kwargs
+    model: Callable,
+    x: Tensor,
+    noise: Sequence[Tensor],
+    t: Tensor,
+    y: Condition,
+    path_type: PathType,
+    active: int,
+    **kwargs: Any,
 ) -> Tensor:
     """DFM's loss of each sample (B,): the velocity errors of the stages up to `active`, summed (arXiv 2506.19839).
 
@@ -122,7 +129,8 @@ def dfm_loss(
     )
     states = [*states[: active + 1], *(torch.zeros_like(n) for n in noise[active + 1 :])]
     velocities = model(states, t, y, active_stage=active, **kwargs)
-    return sum(squared_error(v, target) for v, target in zip(velocities, targets, strict=False))
+    losses = [squared_error(v, target) for v, target in zip(velocities, targets, strict=False)]
+    return sum(losses[1:], start=losses[0])
 
 
 def velocity_loss(

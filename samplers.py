@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import randomness
 from common.errors import UserError
 from loss import PathType, interpolant, shift_time
+from models.conditioning import Condition, map_condition, null_condition
 
 
 class BudgetSchedule(NamedTuple):
@@ -55,12 +56,12 @@ class BudgetSchedule(NamedTuple):
         return ",".join(f"{budget}@{start}-{end}" for budget, start, end in self.pieces)
 
 
-def parse_budget(text: str | None) -> "float | BudgetSchedule | None":
+def parse_budget(text: str | float | None) -> "float | BudgetSchedule | None":
     """`None`, a number, or a schedule as text → what samplers take. Raises UserError for anything else."""
     if text is None:
         return None
     if "@" in str(text):
-        return BudgetSchedule.parse(text)
+        return BudgetSchedule.parse(str(text))
     try:
         return float(text)
     except ValueError:
@@ -110,17 +111,17 @@ class Guidance(NamedTuple):
         return [budget] + ([budget if low is None else low] if any(map(self.active, times)) else [])
 
 
-def guided_velocity(model: nn.Module, x: Tensor, t: float, y: Tensor, guidance: Guidance) -> Tensor:
+def guided_velocity(model: nn.Module, x: Tensor, t: float, y: Condition, guidance: Guidance) -> Tensor:
     """Velocity (B, C, H, W) in float64 at the state x (float64) and time t; one, two or one doubled forward."""
 
-    def velocity(states: list[Tensor], y: Tensor, budget: dict) -> list[Tensor]:
+    def velocity(states: list[Tensor], y: Condition, budget: dict) -> list[Tensor]:
         return [model(states[0], _times([t], states[0])[:, 0], y, **budget)]
 
     return _guided(model, velocity, [x], [t], y, guidance)[0]
 
 
 def guided_velocities(
-    model: nn.Module, pyramid: Sequence[Tensor], times: Sequence[float], active_stage: int, y: Tensor, guidance: Guidance
+    model: nn.Module, pyramid: Sequence[Tensor], times: Sequence[float], active_stage: int, y: Condition, guidance: Guidance
 ) -> list[Tensor]:
     """DFM's velocity in float64 of each stage up to the active one; each is guided where its own time lies in the interval.
 
@@ -129,7 +130,7 @@ def guided_velocities(
     """
     states = [x if s <= active_stage else torch.zeros_like(x) for s, x in enumerate(pyramid)]
 
-    def velocity(states: list[Tensor], y: Tensor, budget: dict) -> list[Tensor]:
+    def velocity(states: list[Tensor], y: Condition, budget: dict) -> list[Tensor]:
         return model(states, _times(times, states[0]), y, active_stage=active_stage, **budget)
 
     return _guided(model, velocity, states, times[: active_stage + 1], y, guidance)
@@ -142,21 +143,21 @@ def _times(times: Sequence[float], x: Tensor) -> Tensor:
 
 
 def _guided(
-    model: nn.Module, velocity: Callable, states: Sequence[Tensor], times: Sequence[float], y: Tensor, g: Guidance
+    model: nn.Module, velocity: Callable, states: Sequence[Tensor], times: Sequence[float], y: Condition, g: Guidance
 ) -> list[Tensor]:
     """v_low + s·(v_cond − v_low) for each stage whose time lies in the interval; only v_cond where none does."""
     dtype = next((p.dtype for p in model.parameters()), states[0].dtype)
     states = [x.to(dtype) for x in states]
     budget, *low = g.passes(*times)
 
-    def run(states: list[Tensor], y: Tensor, budget: float | None) -> list[Tensor]:
+    def run(states: list[Tensor], y: Condition, budget: float | None) -> list[Tensor]:
         return [v.double() for v in velocity(states, y, {} if budget is None else {"inference_budget": budget})]
 
     if not low:
         return run(states, y, budget)
-    y_low = y if g.autoguidance else torch.full_like(y, model.num_classes)
+    y_low = y if g.autoguidance else null_condition(model, y)
     if low == [budget]:
-        doubled = run([torch.cat([x, x]) for x in states], torch.cat([y, y_low]), budget)
+        doubled = run([torch.cat([x, x]) for x in states], map_condition(lambda *pair: torch.cat(pair), y, y_low), budget)
         pairs = [v.chunk(2) for v in doubled]
     else:
         pairs = zip(run(states, y, budget), run(states, y_low, *low), strict=True)
@@ -204,18 +205,18 @@ def score_from_velocity(velocity: Tensor, x: Tensor, t: float, path_type: PathTy
 def euler_sampler(
     model: nn.Module,
     latents: Tensor,
-    y: Tensor,
+    y: Condition,
     *,
     num_steps: int,
     heun: bool = False,
     path_type: PathType = "linear",
     time_shift: float = 1.0,
-    **guidance,
+    **guidance: Any,
 ) -> Tensor:
     """Probability-flow ODE on a uniform (or shifted) grid of `num_steps`, by Euler or, with `heun`, second-order steps (but the last).
 
     Args:
-        latents: (B, C, H, W) noise. y: (B,) class ids.
+        latents: (B, C, H, W) noise. y: class ids (B,) or text.
         guidance: the fields of `Guidance`: cfg_scale, guidance_low, guidance_high, inference_budget,
             unconditional_inference_budget, autoguidance.
     Returns:
@@ -238,13 +239,13 @@ def euler_sampler(
 def euler_maruyama_sampler(
     model: nn.Module,
     latents: Tensor,
-    y: Tensor,
+    y: Condition,
     *,
     num_steps: int,
     path_type: PathType = "linear",
     time_shift: float = 1.0,
     noise: Callable[[int, torch.Size], Tensor] | None = None,
-    **guidance,
+    **guidance: Any,
 ) -> Tensor:
     """Reverse SDE with diffusion w(t) = 2t: `num_steps` points from 1 to 0.04, then one noise-free step to 0.
 
@@ -315,18 +316,18 @@ def dfm_schedule(num_steps_per_scale: Sequence[int], stage_sampling_thresholds: 
 def dfm_sampler(
     model: nn.Module,
     latents: Sequence[Tensor],
-    y: Tensor,
+    y: Condition,
     *,
     num_steps_per_scale: Sequence[int],
     stage_sampling_thresholds: Sequence[float],
     path_type: PathType = "linear",
     on_stage: OnStage | None = None,
-    **guidance,
+    **guidance: Any,
 ) -> list[Tensor]:
     """DFM's progressive sampler: Euler steps, a phase for each stage (arXiv 2506.19839).
 
     Args:
-        latents: noise of each stage, coarsest first. y: (B,) class ids.
+        latents: noise of each stage, coarsest first. y: class ids (B,) or text.
         num_steps_per_scale, stage_sampling_thresholds: see `dfm_schedule`.
         on_stage: called as `on_stage(i, stages)` after each phase i but the last, with the estimates of the clean stages 0 … i.
         guidance: the fields of `Guidance`, as in `euler_sampler`.
@@ -339,6 +340,7 @@ def dfm_sampler(
     if len(phases) != len(latents):
         raise UserError(f"num_steps_per_scale {_listed(num_steps_per_scale)}: the model has {len(latents)} stages")
     pyramid = [x.double() for x in latents]
+    velocities, times_next = [], ()
     for active, phase_times in phases:
         for times, times_next in pairwise(phase_times):
             velocities = guided_velocities(model, pyramid, times, active, y, g)

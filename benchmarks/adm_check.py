@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import cli_main
-from config.options import EvaluateConfig
+from config.tool_options import EvaluateConfig
 from metrics.evaluation import evaluate, start_processes
 
 PUBLISHED = {  # by ADM's evaluator; how far another framework may be off

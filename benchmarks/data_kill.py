@@ -1,7 +1,7 @@
 """SIGKILLs at seeded moments in convert, encode and pack: `python -m benchmarks.data_kill [--kills 20] [--seed 0]`.
 
-Each command is killed again and again, a fifth of the times inside a write, and given again; in the end its output must be
-byte-identical to an undisturbed run's. Commands run in forked processes of this one, which has all imports.
+Each command is killed repeatedly, a fifth of the times inside a write, and run again; the final output must be byte-identical to
+that of an uninterrupted run. Commands run in forks of this process, which has imported everything.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def digest(path: Path) -> dict[str, str]:
 
 
 def child(argv: list[str], spoil: Callable[[], None] = lambda: None) -> int:
-    """Start a command in a process group of its own; `spoil` is called there first. Returns its process id."""
+    """Start a command in its own process group; `spoil` is called there first. Returns its process id."""
     pid = os.fork()
     if pid:
         os.setpgid(pid, pid)
@@ -91,12 +91,12 @@ def die_inside_a_write(which: int) -> Callable[[], None]:
 
 
 def soak(name: str, argv: list[str], dest: Path, kills: int, seed: int) -> bool:
-    """Kill a command `kills` times; True if the result is that of an undisturbed run."""
+    """Kill a command `kills` times; True if the result is that of an uninterrupted run."""
     whole = dest.with_name("whole-" + dest.name)
     start = time.perf_counter()
     _, status = os.waitpid(child([*argv, f"--dest={whole}"]), 0)
     seconds = time.perf_counter() - start
-    assert status == 0, f"{name} fails undisturbed"
+    assert status == 0, f"{name} fails when it is not interrupted"
     expected = {file.removeprefix("whole-"): h for file, h in digest(whole).items()}
     rng = np.random.default_rng(seed)
     killed = rounds = 0
@@ -133,7 +133,7 @@ def soak(name: str, argv: list[str], dest: Path, kills: int, seed: int) -> bool:
         dest.rmdir() if dest.is_dir() else dest.unlink()
     _, status = os.waitpid(child([*argv, f"--dest={dest}"]), 0)
     same = status == 0 and digest(dest) == expected
-    print(f"{name}: {kills} kills in {rounds} runs, {'byte-identical to' if same else 'DIFFERS from'} the undisturbed run")
+    print(f"{name}: {kills} kills in {rounds} runs, {'byte-identical to' if same else 'DIFFERS from'} the uninterrupted run")
     return same
 
 

@@ -1,4 +1,4 @@
-"""SIGKILL a training run again and again and compare it with one that nothing disturbed: `python -m benchmarks.kill_resume`.
+"""SIGKILL a training run repeatedly and compare it with an uninterrupted one: `python -m benchmarks.kill_resume`.
 
 The moments come from a seed and are printed: some before the first checkpoint is there, some while a checkpoint is being
 written (at a share of its bytes), the others at any time. CPU, where the two runs must be the same to the last bit.
@@ -79,7 +79,7 @@ def arguments(data: Path, run_dir: Path, steps: int) -> list[str]:
 
 
 def start(argv: list[str], log: Path) -> int:
-    """train.py in a process of its own, which need not import anything any more; returns its id."""
+    """Fork a process that runs train.py, with everything imported already; returns its id."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -104,8 +104,8 @@ def writing(folder: Path) -> tuple[str, int]:
     """Name and size of the checkpoint that this attempt is writing."""
     for path in folder.glob("*.pt.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            if (found := path.stat()).st_mtime > 0:
-                return path.name, found.st_size
+            if (status := path.stat()).st_mtime > 0:
+                return path.name, status.st_size
     return "", 0
 
 
@@ -150,11 +150,11 @@ def newest(folder: Path) -> int:
 
 def lines_of(run_dir: Path) -> list[dict]:
     """The whole lines of metrics.jsonl."""
-    path, found = run_dir / "metrics.jsonl", []
+    path, entries = run_dir / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            found.append({k: v for k, v in json.loads(line).items() if k not in TIMED})
-    return found
+            entries.append({k: v for k, v in json.loads(line).items() if k not in TIMED})
+    return entries
 
 
 def lost(folder: Path, before: int) -> int:
@@ -203,10 +203,10 @@ def main(argv: list[str] | None = None) -> None:
             time.sleep(0.001)
         last = training_state.step_path(whole / "checkpoints", args.steps)
         if not last.exists():
-            raise SystemExit(f"the undisturbed run failed:\n{log.read_text()}")
+            raise SystemExit(f"the uninterrupted run failed:\n{log.read_text()}")
         size = last.stat().st_size
         print(
-            f"undisturbed: {args.steps} steps in {time.perf_counter() - since:.1f} s, first checkpoint after {first:.2f} s, {size:,} bytes each"
+            f"uninterrupted: {args.steps} steps in {time.perf_counter() - since:.1f} s, first checkpoint after {first:.2f} s, {size:,} bytes each"
         )
 
         argv_cut, kills, missing = arguments(root / "data", cut, args.steps), [], 0

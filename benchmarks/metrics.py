@@ -44,8 +44,8 @@ def ball_tree(ref: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
     for rows, others, tree in ((samples, ref, trees[1]), (ref, samples, trees[0])):
         radii = BallTree(others).query(others, 4)[0][:, 3]
         inside = np.zeros(len(rows), dtype=bool)
-        for found in tree.query_radius(others, radii):
-            inside[found] = True
+        for neighbours in tree.query_radius(others, radii):
+            inside[neighbours] = True
         shares.append(inside.mean())
     return tuple(map(float, shares))
 
@@ -70,14 +70,14 @@ def main(argv: list[str] | None = None) -> None:
     for count, kind in ((4096, "full rank"), (1000, "deficient rank")):
         gaussians = [f for seed in (0, 1) for f in _gaussian(features(count, seed) + 0.1 * noise(count, seed))]
         ours, _ = timed(f"Fréchet, {DIM} dimensions, {kind}: ours", lambda g=gaussians: frechet_distance(*g))
-        theirs, _ = timed(f"Fréchet, {DIM} dimensions, {kind}: scipy sqrtm", lambda g=gaussians: scipy_distance(*g))
-        _say("scipy / ours", theirs / ours, 5)
+        other, _ = timed(f"Fréchet, {DIM} dimensions, {kind}: scipy sqrtm", lambda g=gaussians: scipy_distance(*g))
+        _say("scipy / ours", other / ours, 5)
 
     ref, samples = features(2000, 0), features(2000, 1)
     ours, _ = timed("P/R 2,000 × 2,000, float16 as ADM", lambda: precision_recall(ref, samples))
     timed("P/R 2,000 × 2,000, float32", lambda: precision_recall(ref, samples, dtype="float32"))
-    theirs, _ = timed("P/R 2,000 × 2,000, ball tree", lambda: ball_tree(ref, samples))
-    _say("ball tree / ours", theirs / ours, 70)
+    other, _ = timed("P/R 2,000 × 2,000, ball tree", lambda: ball_tree(ref, samples))
+    _say("ball tree / ours", other / ours, 70)
 
     if options.full:
         ref, samples = features(10_000, 0), features(50_000, 1)

@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             report_to="none",
         )
         trainer = Trainer(config)
+        trainer.open()
         device = trainer.accelerator.device
         bare = BareStep(models.create_model(args.model, input_size=SIDE).to(device), args.batch_size, args.mixed_precision)
         batches = iter(trainer.loader)
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.log_line()
 
         timed = functools.partial(durations, device, time.perf_counter)
-        trainer.start_measuring()
+        trainer.speed.start()
         rounds = []
         for r in range(-args.warmup, args.repeats):
             first, second = timed(step, bare) if r % 2 else reversed(timed(bare, step))

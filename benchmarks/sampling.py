@@ -2,7 +2,7 @@
 
 Two tables. The first samples with one model at budgets 1, ½, ¼ and 1/16 under CFG and cheap CFG. The second compares single
 evaluations of a wide model: the time of a forward at a budget over that at the full one, and of a step with cheap CFG over one
-with CFG. All variants run in one process, in turn, again and again; the ratios are of times of the same round. CPU or GPU.
+with CFG. All variants run in one process, in turn, round after round; the ratios are of times of the same round. CPU or GPU.
 """
 
 import argparse

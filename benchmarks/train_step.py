@@ -1,6 +1,6 @@
 """Training step and forward pass of SiT, ELIT-SiT and DFM-SiT against what FLOPs allow: `python -m benchmarks.train_step`.
 
-All variants run in one process, in turn, again and again; each line is the median over the rounds of the ratio of two times
+All variants run in one process, in turn, round after round; each line is the median over the rounds of the ratio of two times
 of the same round, so that a machine whose speed wanders does not matter much. Times in seconds; CPU or GPU.
 """
 

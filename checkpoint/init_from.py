@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
+from checkpoint.published import depth_of
 from checkpoint.weights import Weights
 from common.errors import UserError
+from models.latent_interface import LatentInterface
+from models.uvit import UViT
 
 # The options whose change a user should see.
 DESCRIBING = ("model", "resolution", "num_classes", "path_type", "qk_norm", "enc_type", "elit_group_size", "elit_tail")
@@ -45,7 +48,7 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     """What of `found` goes into `model`, whose options are `config`; nothing is loaded yet.
 
     - Blocks are matched by their place, so that SiT's become head, core and tail of an ELIT model.
-    - The fixed sine–cosine table is the model's own; a learned one is resized as an image (bicubic), its rows before the patches kept.
+    - The fixed sine–cosine table is the model's own; of a learned one (U-ViT's) the patches' rows are resized as an image (bicubic).
     - Of another number of classes the null label's row is kept; the classes are others.
     - `read_pos` and `write_pos` lie on the tokens of a group, and are resized as images (bicubic).
     - `latent_pos` lies on the grid of groups, and is resized likewise, latent by latent. Latents are in the order of their
@@ -55,6 +58,8 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     Raises:
         UserError: the models' blocks differ, in kind, width or number.
     """
+    if not found.config.get("model"):
+        raise UserError(f"--init-from {where}: records no model")
     backbones = [models.model_spec(c["model"]).backbone for c in (found.config, config)]
     if backbones[0] != backbones[1]:
         raise UserError(
@@ -73,61 +78,70 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
         differing = [k for k in differing if not k.startswith("elit_")]
     options = "".join(f", {k} {found.config[k]} → {config[k]}" for k in differing)
     made = Transfer(f"started from {where}: step {found.step}{options}", left=[*aside, *(k for k in other if k not in own)])
-    for name, mine in own.items():
-        theirs = other.get(name)
-        if theirs is not None and theirs.shape == mine.shape:
-            made.state_dict[name] = theirs
-        elif theirs is not None and name in _ADAPT:
-            made.state_dict[name], made.changed[name] = _ADAPT[name](theirs, mine, model)
+    for name, dst in own.items():
+        src = other.get(name)
+        if src is not None and src.shape == dst.shape:
+            made.state_dict[name] = src
+        elif src is not None and name in _ADAPT:
+            try:
+                made.state_dict[name], made.changed[name] = _ADAPT[name](src, dst, model)
+                fits = made.state_dict[name].shape == dst.shape
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                fits = False
+            if not fits:
+                shapes = f"{tuple(src.shape)} cannot be brought to {tuple(dst.shape)}"
+                raise UserError(f"--init-from {where}: {name} of shape {shapes}")
         else:
             made.new.append(name)
     return made
 
 
 def _check_blocks(own: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
+    name = next(k for k in own if k.startswith("blocks.0.") and k.endswith(("mlp.fc1.weight", "ff.up_proj.weight")))
+    if name not in other or other[name].dim() != 2:
+        raise UserError(f"--init-from {where}: {name} is missing, or no matrix")
+
     def size(state: dict[str, Tensor]) -> tuple[int, int, int]:
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        mlp = next(
-            v for k, v in state.items() if k.startswith("blocks.0.") and k.endswith((".fc1.weight", "ff.up_proj.weight"))
-        )
-        return depth, *reversed(mlp.shape)
+        hidden, width = state[name].shape
+        return depth_of(state), width, hidden
 
     if size(own) != size(other):
-        said = ["{} blocks of width {} (MLP {})".format(*size(state)) for state in (other, own)]
-        raise UserError(f"--init-from {where}: has {said[0]}, but the model {said[1]}; they must be the same")
+        sizes = ["{} blocks of width {} (MLP {})".format(*size(state)) for state in (other, own)]
+        raise UserError(f"--init-from {where}: has {sizes[0]}, but the model {sizes[1]}; they must be the same")
 
 
-def _labels(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
-    table = mine.clone()
-    table[-1] = theirs[-1]
-    return table, f"null label's row kept, {len(mine) - 1} class rows new"
+def _labels(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    table = dst.clone()
+    table[-1] = src[-1]
+    return table, f"null label's row kept, {len(dst) - 1} class rows new"
 
 
-def _patch_positions(theirs: Tensor, mine: Tensor, model: nn.Module) -> tuple[Tensor, str]:
-    prefix, side = model.prefix, math.isqrt(theirs.shape[1] - model.prefix)
-    if prefix + side**2 != theirs.shape[1]:
-        return mine, "new: the other has other tokens before the patches"
-    patches = _as_image(theirs[0, prefix:], (side, side), model.grid_size)
-    return torch.cat(
-        [theirs[:, :prefix], patches[None]], dim=1
-    ), f"{side} × {side} → {model.grid_size[0]} × {model.grid_size[1]} tokens"
+def _patch_positions(src: Tensor, dst: Tensor, model: nn.Module) -> tuple[Tensor, str]:
+    assert isinstance(model, UViT)
+    (rows, columns), side = model.grid_size, math.isqrt(max(0, src.shape[1] - model.prefix))
+    if model.prefix + side**2 != src.shape[1]:
+        return dst, "as initialised: the other has other tokens before the patches"
+    patches = _as_image(src[0, model.prefix :], (side, side), (rows, columns))
+    return torch.cat([src[:, : model.prefix], patches[None]], dim=1), f"{side} × {side} → {rows} × {columns} tokens"
 
 
-def _query(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
-    return _along_order(theirs, len(mine)), f"{len(theirs)} → {len(mine)} latents"
+def _query(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    return _along_order(src, len(dst)), f"{len(src)} → {len(dst)} latents"
 
 
-def _token_positions(theirs: Tensor, mine: Tensor, _: nn.Module) -> tuple[Tensor, str]:
-    before, after = math.isqrt(len(theirs)), math.isqrt(len(mine))
-    return _as_image(theirs, (before, before), (after, after)), f"{before} × {before} → {after} × {after} tokens"
+def _token_positions(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
+    before, after = math.isqrt(len(src)), math.isqrt(len(dst))
+    return _as_image(src, (before, before), (after, after)), f"{before} × {before} → {after} × {after} tokens"
 
 
-def _latent_positions(theirs: Tensor, mine: Tensor, model: nn.Module) -> tuple[Tensor, str]:
-    (rows, columns), g = model.interface.grid_size, model.interface.group_size
-    before, after = math.isqrt(len(theirs)), (rows // g, columns // g)
-    table = _as_image(theirs.flatten(1), (before, before), after).unflatten(1, theirs.shape[1:])  # (G, J, D)
-    table = _along_order(table.transpose(0, 1), mine.shape[1]).transpose(0, 1).contiguous()
-    how = f"{before} × {before} → {after[0]} × {after[1]} groups, {theirs.shape[1]} → {mine.shape[1]} latents"
+def _latent_positions(src: Tensor, dst: Tensor, model: nn.Module) -> tuple[Tensor, str]:
+    interface = model.interface
+    assert isinstance(interface, LatentInterface)
+    rows, columns = (n // g for n, g in zip(interface.grid_size, interface.group_shape, strict=True))
+    before, after = math.isqrt(len(src)), (rows, columns)
+    table = _as_image(src.flatten(1), (before, before), after).unflatten(1, src.shape[1:])  # (G, J, D)
+    table = _along_order(table.transpose(0, 1), dst.shape[1]).transpose(0, 1).contiguous()
+    how = f"{before} × {before} → {after[0]} × {after[1]} groups, {src.shape[1]} → {dst.shape[1]} latents"
     return table, how
 
 

@@ -4,6 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,12 @@ class Held:
     others: list[str]  # entries beside the weights
 
 
+def _tensors(values: Any) -> dict[str, Tensor]:
+    """Those among the entries of a state dict."""
+    entries = values.items() if isinstance(values, dict) else ()
+    return {k: v for k, v in entries if isinstance(k, str) and isinstance(v, Tensor)}
+
+
 def look(path: Path) -> Held:
     """The sets of weights in a checkpoint file. Raises UserError for what is no checkpoint or carries code."""
     if path.suffix == ".safetensors":
@@ -31,20 +38,22 @@ def look(path: Path) -> Held:
         return Held(f"safetensors, {kind}", {"ema": tensors}, sorted(metadata))
     state = tensor_files.load(path)
     if "format" in state:
-        sets = {"model": state.get("model") or {}} | {f"ema:{d}": v for d, v in (state.get("ema") or {}).items()}
-        others = [k for k, v in state.items() if k not in ("model", "ema", "format") and v]
-        return Held(f"this code's, version {state['format']}", sets, others)
+        ema = state["ema"] if isinstance(state.get("ema"), dict) else {}
+        sets = {"model": _tensors(state.get("model"))} | {f"ema:{d}": _tensors(v) for d, v in ema.items()}
+        others = [k for k, v in state.items() if k not in ("model", "ema", "format") and (isinstance(v, Tensor) or v)]
+        version = state["format"] if type(state["format"]) is int and abs(state["format"]) < 10**9 else "unknown"
+        return Held(f"this code's, version {version}", sets, list(map(str, others)))
     if isinstance(state.get("args"), argparse.Namespace):
-        sets = {k: state[k] for k in ("model", "ema") if isinstance(state.get(k), dict)}
-        return Held("the published ELIT code's", sets, [k for k in state if k not in sets])
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    return Held("a bare state dict", {"ema": tensors}, [k for k in state if k not in tensors])
+        sets = {k: _tensors(state[k]) for k in ("model", "ema") if isinstance(state.get(k), dict)}
+        return Held("the published ELIT code's", sets, [str(k) for k in state if k not in sets])
+    tensors = _tensors(state)
+    return Held("a bare state dict", {"ema": tensors}, [str(k) for k in state if k not in tensors])
 
 
 def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     """Print the format, model, options and tensors of a file."""
     held = look(source)
-    chosen = config.weights or ("ema" if "ema" in held.sets else list(held.sets)[-1])
+    chosen = config.weights or ("ema" if "ema" in held.sets else next(reversed(held.sets), ""))
     tensors = held.sets.get(chosen, {})
     lines = [f"{config.source}", f"format      {held.format}"]
     lines.append(f"weights     {', '.join(held.sets) if len(held.sets) > 1 else 'one set'}")
@@ -73,10 +82,9 @@ def summary(tensors: dict[str, Tensor]) -> list[str]:
     """A line for each tensor, those of numbered layers that look the same in one: name, shape, type."""
     alike: dict[tuple, list[tuple[int, ...]]] = {}
     for name, value in tensors.items():
-        if isinstance(value, Tensor):
-            pattern = re.sub(r"\d+", "#", name)
-            key = (pattern, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            alike.setdefault(key, []).append(tuple(int(n) for n in re.findall(r"\d+", name)))
+        pattern = re.sub(r"\d{1,9}", "#", name)
+        key = (pattern, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        alike.setdefault(key, []).append(tuple(int(n) for n in re.findall(r"\d{1,9}", name)))
     lines = []
     for (pattern, shape, dtype), numbers in alike.items():
         name = pattern

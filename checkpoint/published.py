@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import models
+from checkpoint.records import check_state_dict, recorded_config, recorded_step
 from checkpoint.weights import Weights
 from common.errors import UserError
-from config.options import ARCHITECTURE_KEYS, TrainConfig
-from config.parsing import coerce
+from config.options import ARCHITECTURE_KEYS
 from models.vae import SD_VAE, VAERecord, load_vae
 
 _PUBLISHED_NAMES = {
@@ -34,28 +34,55 @@ _PATCH_EMBEDDING = re.compile(r"x_embedder\.(embedders\.\d+\.)?proj\.weight")
 PUBLISHED_HEAD_DEPTH = 8  # of an ELIT model whose checkpoint records no encoder_depth
 
 
+_DIMENSIONS = {  # of the tensors whose shapes tell the architecture, or that are converted
+    "pos_embed": 3,
+    "y_embedder.embedding_table.weight": 2,
+    "t_embedder.mlp.0.weight": 2,
+    "final_layer.linear.weight": 2,
+    "final_layer.linear.bias": 1,
+    "interface.query": 2,
+    "interface.reader.adaLN_modulation.1.weight": 2,
+    "interface.reader.adaLN_modulation.1.bias": 1,
+}
+
+
+def _check_dimensions(path: Path, state_dict: dict[str, Tensor]) -> None:
+    for name, tensor in state_dict.items():
+        wanted = 4 if _PATCH_EMBEDDING.fullmatch(name) else _DIMENSIONS.get(name, tensor.dim())
+        if tensor.dim() != wanted or (wanted == 4 and tensor.shape[2] != tensor.shape[3]):
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, which no model has")
+
+
+def depth_of(state_dict: dict[str, Tensor]) -> int:
+    """One more than the highest number of a block."""
+    return 1 + max((int(m[1]) for k in state_dict if (m := re.match(r"blocks\.([0-9]{1,6})\.", k))), default=-1)
+
+
 def read_published(path: Path, state: dict[str, Any], weights: str) -> Weights:
     """The published ELIT code's format: `model`, `ema`, `steps` and an argparse Namespace of the options."""
     if weights not in ("ema", "model") or weights not in state:
         raise UserError(f"--weights {weights}: not in {path}; it holds {', '.join(k for k in ('model', 'ema') if k in state)}")
-    recorded = {k: v for k, v in vars(state["args"]).items() if k in ARCHITECTURE_KEYS}
-    recorded = {k: coerce(TrainConfig, k, v, f"{path}: {k}") for k, v in recorded.items() if v is not None}
+    recorded = {k: v for k, v in vars(state["args"]).items() if k in ARCHITECTURE_KEYS and v is not None}
+    recorded = recorded_config(recorded, path)
     found = read_bare(path, state[weights], recorded)
-    return Weights(found.state_dict, recorded | found.config, step=int(state.get("steps", 0)))
+    return Weights(found.state_dict, recorded | found.config, step=recorded_step(state.get("steps", 0), path))
 
 
 def read_bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> Weights:
     """A state dict under the published names or ours: what its shapes tell, and for what they don't, the options `given`."""
-    if not all(isinstance(v, Tensor) for v in state_dict.values()) or not any(map(_PATCH_EMBEDDING.fullmatch, state_dict)):
-        raise UserError(f"{path}: not a checkpoint of a SiT, ELIT or DFM model (it holds {', '.join(list(state_dict)[:3])})")
-    state_dict = dict(state_dict)
+    if not isinstance(state_dict, dict) or not any(isinstance(k, str) and _PATCH_EMBEDDING.fullmatch(k) for k in state_dict):
+        held = ", ".join(map(str, list(state_dict)[:3])) if isinstance(state_dict, dict) else type(state_dict).__name__
+        raise UserError(f"{path}: not a checkpoint of a SiT, ELIT or DFM model (it holds {held})")
+    state_dict = check_state_dict(state_dict, str(path))
     if any(k.startswith("decoder_blocks.") for k in state_dict):  # old REPA files
-        first = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("blocks."))
+        first = depth_of(state_dict)
         state_dict = {
-            re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", k): v for k, v in state_dict.items()
+            re.sub(r"^decoder_blocks\.([0-9]{1,6})", lambda m: f"blocks.{int(m[1]) + first}", k): v
+            for k, v in state_dict.items()
         }
     published = any(k.startswith("input_token_editor.") for k in state_dict)
     state_dict = {_our_name(k): v for k, v in state_dict.items()}
+    _check_dimensions(path, state_dict)
     channels = next(v.shape[1] for k, v in state_dict.items() if _PATCH_EMBEDDING.fullmatch(k))
     record = load_vae(given["vae"])[1] if given.get("vae") else SD_VAE
     if channels != record.latent_channels:
@@ -64,8 +91,13 @@ def read_bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> 
         )
     config = _shapes(path, state_dict, given, record)
     spec = models.model_spec(config["model"])
-    if not spec.staged and len(state_dict["final_layer.linear.weight"]) == 2 * channels * spec.sizes["patch_size"] ** 2:
-        _turn_original_sit(state_dict, channels)
+    if not spec.staged:
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias", "t_embedder.mlp.0.weight"):
+            if name not in state_dict:
+                raise UserError(f"{path}: not a checkpoint of a {config['model']}: {name} is missing")
+        outputs = [len(state_dict[f"final_layer.linear.{kind}"]) for kind in ("weight", "bias")]
+        if outputs == [2 * channels * spec.sizes["patch_size"] ** 2] * 2:
+            _turn_original_sit(path, state_dict, channels)
     if spec.elastic:
         names = ("head_depth", "tail_depth", "elit_tail")
         if published:
@@ -86,7 +118,7 @@ def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any], re
     config = {"path_type": given.get("path_type") or "linear"}
     embeddings = [v.shape for k, v in state_dict.items() if _PATCH_EMBEDDING.fullmatch(k)]  # of DFM, one for each stage
     width, patch_size = embeddings[0][0], max(shape[-1] for shape in embeddings)
-    depth = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("blocks.")), default=-1)
+    depth = depth_of(state_dict)
     elit = "interface.query" in state_dict
     staged = "x_embedder.proj.weight" not in state_dict
     family = ("DFM-" if staged else "") + ("ELIT-SiT" if elit else "SiT")
@@ -118,7 +150,7 @@ def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any], re
     return config
 
 
-def _turn_original_sit(state_dict: dict[str, Tensor], channels: int) -> None:
+def _turn_original_sit(path: Path, state_dict: dict[str, Tensor], channels: int) -> None:
     """Fold original SiT's conventions into the weights: v(x, t) = −v_SiT(x, 1 − t), and of 2C output channels the first C.
 
     The sinusoidal features of 1 − t are a rotation of those of t, since cos((1−t)f) = cos f·cos tf + sin f·sin tf and
@@ -129,6 +161,8 @@ def _turn_original_sit(state_dict: dict[str, Tensor], channels: int) -> None:
         kept = value.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
         state_dict[f"final_layer.linear.{kind}"] = -kept
     weight = state_dict["t_embedder.mlp.0.weight"]
+    if weight.shape[1] % 2:
+        raise UserError(f"{path}: t_embedder.mlp.0.weight has an odd number of columns, which no model has")
     half = weight.shape[1] // 2
     f = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64))
     of_cos, of_sin = weight.double().chunk(2, dim=1)
@@ -153,7 +187,7 @@ def _turn_published_interface(
     side = config["resolution"] // record.downsample_factor // spec.sizes["patch_size"]
     g = config["elit_group_size"]
     table = state_dict.get("interface.latent_pos")
-    if table is not None and side % g == 0 and table.dim() == 2 and len(table) >= side * side:
+    if table is not None and side and side % g == 0 and table.dim() == 2 and len(table) >= side * side:
         # Raster order of the token grid there, group order here.
         grid = table[: side * side].reshape(side // g, g, side // g, g, -1)
         state_dict["interface.latent_pos"] = grid.transpose(1, 2).reshape(-1, g * g, table.shape[1])

@@ -1,7 +1,6 @@
 """Weights from any checkpoint file: ours, safetensors, the published code's, bare state dicts."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -9,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint.published import read_bare, read_published
-from checkpoint.training_state import FORMAT
+from checkpoint.records import (
+    check_format,
+    check_state_dict,
+    recorded_config,
+    recorded_step,
+    recorded_vae,
+)
 from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
 from common.errors import UserError
-from common.files import check_name
-from common.tensor_files import PRETRAINED, Checksum, load, load_safetensors
-from config.options import TrainConfig
-from config.parsing import coerce
-from models.vae import VAERecord
+from common.hub import local_file
+from common.tensor_files import Checksum, load, load_safetensors
 
 
 def read_weights(
@@ -44,6 +46,7 @@ def read_weights(
         if not projectors:
             found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
         _check_finite(path, found.state_dict)
+        _check_sizes(path, found)
     except UserError:
         if checksum is not None:
             checksum.check()  # damage is the better reason
@@ -64,15 +67,31 @@ def _read(path: Path, weights: str, given: dict[str, Any]) -> Weights:
     return read_bare(path, state, given)
 
 
-def load_model(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu", **overrides: Any):
-    """(model in eval mode, recorded configuration) of a checkpoint file.
+def load_model(
+    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu", **overrides: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint file, in eval mode on `device`, and its recorded configuration.
 
     Args:
+        path: a file of any format that `read_weights` takes, a folder of `save_pretrained`, or `hf://owner/repo/file`.
         weights: `ema` (the first decay), `ema:0.999` (a named one) or `model` (the raw weights).
+        device: where the model goes.
         overrides: constructor arguments, e.g. `elit_tail="skip"`.
+
+    Raises:
+        UserError: the file is damaged, carries code, or does not hold such a model.
     """
     found = read_weights(path, weights, overrides)
     return build_model(found, path, device, **overrides), found.config
+
+
+def _check_sizes(path: Path, found: Weights) -> None:
+    """Refuse numbers of layers and latents for which the file holds no weights, before anything is made of them."""
+    largest = max(tensor.numel() for tensor in found.state_dict.values())
+    for name in ("elit_read_depth", "elit_write_depth", "stages_count", "elit_group_size"):
+        most = math.isqrt(largest) if name == "elit_group_size" else len(found.state_dict)
+        if (found.config.get(name) or 0) > most:
+            raise UserError(f"{path}: {name}: {found.config[name]} is recorded, but there are no weights for so many")
 
 
 def _check_finite(path: Path, state_dict: dict[str, Tensor]) -> None:
@@ -85,11 +104,7 @@ def _check_finite(path: Path, state_dict: dict[str, Tensor]) -> None:
 
 
 def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
-    if state["format"] != FORMAT:
-        raise UserError(f"{path}: format {state['format']} is not known; this version reads {FORMAT}")
-    missing = [k for k in ("model", "ema", "config", "vae", "step") if k not in state]
-    if missing:
-        raise UserError(f"{path}: {missing[0]} is missing from the checkpoint")
+    check_format(state, path)
     kind, _, decay = weights.partition(":")
     if kind == "model" and not decay:
         state_dict = state["model"]
@@ -98,7 +113,10 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
     else:
         known = ", ".join(["model", "ema", *(f"ema:{d}" for d in state["ema"])])
         raise UserError(f"--weights {weights}: not in {path}; it holds {known}")
-    return Weights(state_dict, state["config"], VAERecord.from_dict(state["vae"], str(path)), state["step"])
+    state_dict = check_state_dict(state_dict, str(path))
+    return Weights(
+        state_dict, recorded_config(state["config"], path), recorded_vae(state["vae"], path), recorded_step(state["step"], path)
+    )
 
 
 def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
@@ -114,45 +132,17 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
             # The mixin leaves out defaults of a constructor's base classes; of these only the tail's is not told by the weights.
             recorded = {"elit_tail": "drop"} | json.loads(beside.read_text()) if beside.is_file() else {}
             recorded = {k: v for k, v in recorded.items() if k in MODEL_OPTIONS}
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{beside}: must hold a JSON object") from None
-        return read_bare(
-            path, state_dict, given | {k: coerce(TrainConfig, k, v, f"{beside}: {k}") for k, v in recorded.items()}
-        )
+        return read_bare(path, state_dict, given | recorded_config(recorded, beside))
     try:
         config, record = json.loads(metadata["config"]), json.loads(metadata["vae"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         raise UserError(f"{path}: its metadata config and vae must hold JSON") from None
-    return Weights(state_dict, config, VAERecord.from_dict(record, str(path)), int(metadata.get("step", 0)))
+    state_dict, step = check_state_dict(state_dict, str(path)), recorded_step(metadata.get("step", 0), path)
+    return Weights(state_dict, recorded_config(config, path), recorded_vae(record, path), step)
 
 
 def _check_single(path: Path, weights: str) -> None:
     if weights not in ("ema", "model"):
         raise UserError(f"--weights {weights}: {path} holds one set of weights")
-
-
-def local_file(path: str | Path) -> Path:
-    """A file as it is; of a folder of `save_pretrained` its weights; `hf://owner/repo/file` as the local copy of that file."""
-    text = str(path)
-    if not text.startswith("hf://"):
-        pretrained = Path(path) / PRETRAINED
-        return pretrained if pretrained.is_file() else Path(path)
-    owner, _, rest = text.removeprefix("hf://").partition("/")
-    repository, _, file = rest.partition("/")
-    if not (owner and repository and file):
-        raise UserError(f"{text}: must be hf://owner/repo/file")
-    for part, plain in ((owner, True), (repository, True), (file, False)):
-        check_name(part, text, plain=plain)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    folder, _, name = file.rpartition("/")
-    try:
-        local = Path(hf_hub_download(f"{owner}/{repository}", file))
-        if name == PRETRAINED:  # pushed by `push_to_hub`, it has its configuration beside it
-            with contextlib.suppress(EntryNotFoundError):
-                hf_hub_download(f"{owner}/{repository}", f"{folder}/config.json".lstrip("/"))
-        return local
-    except Exception as error:  # network, authentication, no such repository or file, no space …
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{text}: could not be downloaded ({type(error).__name__}: {reason}); give a local file") from None

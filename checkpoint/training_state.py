@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Buffer
 
+from checkpoint.records import FORMAT
 from common.errors import UserError
 from common.tensor_files import Unreadable, load, sidecar
-
-FORMAT = 1
 
 
 class HashingFile:
@@ -26,12 +26,14 @@ class HashingFile:
     def __init__(self, path: Path):
         self.file, self.sha256, self.error = path.open("wb"), hashlib.sha256(), None
 
-    def write(self, data) -> int:
+    def write(self, data: Buffer) -> int:
+        """The number of bytes taken, all of them, whatever becomes of them."""
         self._try(self.file.write, data)
         self.sha256.update(data)
         return memoryview(data).nbytes
 
     def flush(self) -> None:
+        """Hand over to the system what was written."""
         self._try(self.file.flush)
 
     def close(self) -> None:
@@ -42,7 +44,7 @@ class HashingFile:
             if self.error is not None:
                 raise self.error
 
-    def _try(self, action: Callable, *arguments) -> None:
+    def _try(self, action: Callable, *arguments: Any) -> None:
         if self.error is None:
             try:
                 action(*arguments)
@@ -62,7 +64,7 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     try:
         out = HashingFile(aside)
         with contextlib.closing(out):
-            torch.save({"format": FORMAT} | state, out)
+            torch.save({"format": FORMAT} | state, out)  # pyright: ignore[reportArgumentType], it only writes and flushes
         out_sum = HashingFile(sidecar(aside))
         with contextlib.closing(out_sum):
             out_sum.write(f"{out.sha256.hexdigest()}  {path.name}\n".encode())
@@ -143,6 +145,15 @@ def saved_steps(folder: str | Path) -> list[int]:
     return sorted(int(name[:-3]) for name in names if re.fullmatch(r"[0-9]{7}\.pt|[1-9][0-9]{7,}\.pt", name))
 
 
+def load_step(folder: str | Path, step: int) -> dict[str, Any]:
+    """The checkpoint of a step, compared with its checksum. Raises as `load`, and where it records another step."""
+    path = step_path(folder, step)
+    state = load(path, verify=True)
+    if type(state.get("step")) is not int or state["step"] != step:
+        raise UserError(f"{path}: does not record step {step}")
+    return state
+
+
 def load_newest(folder: str | Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, `None` where the folder has none; `warn(message)` tells of each one passed over.
 
@@ -153,7 +164,7 @@ def load_newest(folder: str | Path, warn: Callable[[str], None]) -> dict[str, An
     passed: list[str] = []
     for step in reversed(saved_steps(folder)):
         try:
-            state = load(step_path(folder, step), verify=True)
+            state = load_step(folder, step)
         except Unreadable:
             raise
         except UserError as error:

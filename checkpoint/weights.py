@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import models
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.tensor_files import Checksum
+from config.options import Architecture
+from config.rules import names
 from models.vae import SD_VAE, VAERecord
 
 # The architecture options that the state dict's shapes depend on, or that change what a forward computes.
-ELIT_OPTIONS = ("head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail")
+ELIT_OPTIONS = names(Architecture, model=True, group="elit")
 
 
-MODEL_OPTIONS = ("qk_norm", *ELIT_OPTIONS, "levels", "stages_count")
+MODEL_OPTIONS = names(Architecture, model=True)
 
 
 @dataclass
@@ -38,20 +40,24 @@ class Weights:
 def build_model(found: Weights, where: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> nn.Module:
     """The model that `found` records, in eval mode with its weights loaded and checked; `overrides` are constructor arguments."""
     config = found.config
-    if not config.get("model"):
-        raise UserError(f"{where}: the checkpoint records no model; give --model")
+    for name in ("model", "resolution", "num_classes"):
+        if not config.get(name):
+            raise UserError(f"{where}: the checkpoint records no {name}; give --{name.replace('_', '-')}")
     if config["resolution"] % found.record.downsample_factor:
         raise UserError(
             f"{where}: resolution {config['resolution']} is not divisible by the VAE's factor {found.record.downsample_factor}"
         )
-    with torch.device("meta"):  # no time spent on initial weights: all of them are replaced
-        model = models.create_model(
-            config["model"],
-            input_size=config["resolution"] // found.record.downsample_factor,
-            in_channels=found.record.latent_channels,
-            num_classes=config["num_classes"],
-            **(model_options(config) | {"fused_attn": config.get("fused_attn", True)} | overrides),
-        )
+    try:
+        with torch.device("meta"):  # no time spent on initial weights: all of them are replaced
+            model = models.create_model(
+                config["model"],
+                input_size=config["resolution"] // found.record.downsample_factor,
+                in_channels=found.record.latent_channels,
+                num_classes=config["num_classes"],
+                **(model_options(config) | {"fused_attn": config.get("fused_attn", True)} | overrides),
+            )
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
+        raise UserError(f"{where}: no such model can be made: {first_line(error)}") from None
     load_state_dict(model, found.state_dict, where, assign=True)
     found.check()
     return model.to(device).eval().requires_grad_(False)

@@ -30,10 +30,10 @@ PATIENCE = 3  # seconds in which workers may finish what they do
 ACCELERATE = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"}
 
 
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Linux sends this process the signal `number` once its parent has ended, however it ended. Elsewhere nothing happens."""
+def end_with_parent(number: int | None = None) -> None:
+    """Linux sends this process the signal `number` (SIGKILL) once its parent has ended, however it ended. Elsewhere nothing happens."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL if number is None else number))
 
 
 def end_with_launcher() -> None:
@@ -45,11 +45,17 @@ def end_with_launcher() -> None:
         end_with_parent(signal.SIGTERM)
 
 
+def cpu_count() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_processes(timeout: timedelta | None = None) -> "PartialState":
     """This process among those of torchrun or `accelerate launch`, or alone.
 
     Args:
         timeout: how long processes wait for each other; PyTorch's default where there is none.
+
     Raises:
         UserError: WORLD_SIZE is not the number of processes that run.
     """
@@ -101,8 +107,10 @@ def _killed(workers: list[Any]) -> str:
         with contextlib.suppress(RuntimeError):  # PyTorch's report of it
             number = next((-w.exitcode for w in workers if (w.exitcode or 0) < 0), None)
             time.sleep(0.01)
-    hints = {signal.SIGKILL: " (out of memory?)", signal.SIGBUS: " (out of shared memory?)"}
-    return "" if number is None else f"{signal.Signals(number).name}{hints.get(number, '')}"
+    if number is None:
+        return ""
+    name = signal.Signals(number).name
+    return name + {"SIGKILL": " (out of memory?)", "SIGBUS": " (out of shared memory?)"}.get(name, "")
 
 
 def _end(workers: set[Any], batches: Any) -> None:

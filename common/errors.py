@@ -1,11 +1,13 @@
 """A user's mistake: one exception type, reported as one line on stderr."""
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from common.logging import set_script
 
@@ -27,9 +29,12 @@ def cli_main(main: Callable) -> Callable:
     """Decorator for a script's `main(argv=None)`: a `UserError` becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
-    def wrapper(argv: list[str] | None = None):
+    def wrapper(argv: list[str] | None = None) -> Any:
         script = Path(main.__code__.co_filename).name
         set_script(script)
+        for stream in (sys.stdout, sys.stderr):  # a locale without UTF-8: other characters are escaped, not an error
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except UserError as error:
@@ -52,6 +57,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {folded[found[0]]}?)" if found else ""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception of a library says first, for a message of one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,18 +1,15 @@
-"""Files: folders and zips to read from, writes that are whole or not at all, and the record of what is being made."""
+"""Files: names from outside, writes that are whole or not at all, locks."""
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from common.errors import UserError, first_line
 
@@ -40,8 +37,10 @@ def check_name(name: Any, source: str | Path, *, plain: bool = False) -> str:
     """`name`, a relative path that comes from outside (an index, an archive, an option …), unless it could lead out of a folder.
 
     Args:
+        name: what should be a relative path.
         source: what holds the name (a file, an option), for the message.
         plain: the name of one file or folder; no separator is allowed.
+
     Raises:
         UserError: not text, empty, too long, absolute, with a drive letter, a backslash, a NUL or a part `..`.
     """
@@ -67,6 +66,16 @@ def check_name(name: Any, source: str | Path, *, plain: bool = False) -> str:
     raise UserError(f"{source}: refused: {name[:80]!r} {wrong}; wanted: {wanted}")
 
 
+def encode_name(name: str) -> bytes:
+    """A file name as bytes: UTF-8, and what is none as the file system gave it."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def decode_name(name: bytes) -> str:
+    """The inverse of `encode_name`."""
+    return name.decode("utf-8", "surrogateescape")
+
+
 def join_inside(folder: str | Path, name: Any, source: str | Path, *, plain: bool = False) -> Path:
     """`folder / name` for a name that comes from outside; `UserError` unless it lies below the folder (see `check_name`)."""
     return Path(folder) / check_name(name, source, plain=plain)
@@ -78,66 +87,6 @@ def parse_json(content: bytes, source: str | Path) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise UserError(f"{source}: not valid JSON: {first_line(error)}") from None
-
-
-class FileTree:
-    """The files of a folder or of a zip, by their path inside it with forward slashes.
-
-    Works in DataLoader workers, forked or spawned: a zip is opened by each process for itself, when it first reads.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._zip: tuple[int, zipfile.ZipFile] | None = None
-        if not self.path.exists():
-            raise UserError(f"{self.path}: no such folder or zip file")
-        if not self.path.is_dir():
-            names = self._archive().namelist()
-            for name in names:
-                # Nothing is ever extracted here, but such names come from no honest data set, and others may extract.
-                if name != "./":  # the folder itself, which some archivers store
-                    check_name(name, self.path)
-            if len(set(names)) < len(names):
-                seen: set[str] = set()
-                twice = next(name for name in names if name in seen or seen.add(name))
-                raise UserError(f"{self.path}: refused, since it holds two files of one name: {twice!r}")
-
-    def names(self) -> list[str]:
-        """Every file, sorted by path as text."""
-        if not self.path.is_dir():
-            return sorted(name for name in self._archive().namelist() if not name.endswith("/"))
-        found = []
-        for folder, _, files in os.walk(self.path, followlinks=True):  # class folders are often links
-            inside = Path(folder).relative_to(self.path).as_posix()
-            found += files if inside == "." else [f"{inside}/{file}" for file in files]
-        return sorted(found)
-
-    def read(self, name: str) -> bytes:
-        """The content of one file. `DataError` if it cannot be read."""
-        try:
-            return (self.path / name).read_bytes() if self.path.is_dir() else self._archive().read(name)
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
-            raise DataError(f"{self.where(name)}: cannot be read: {error}") from None
-
-    def where(self, name: str) -> str:
-        """How messages name a file."""
-        return str(self.path / name)
-
-    def _archive(self) -> zipfile.ZipFile:
-        if self._zip is None or self._zip[0] != os.getpid():
-            try:
-                self._zip = (os.getpid(), zipfile.ZipFile(self.path))
-            except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # e.g. names that are no UTF-8
-                raise UserError(f"{self.path}: neither a folder nor a readable zip file: {error}") from None
-        return self._zip[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zip": None}
-
-
-def read_json(files: FileTree, name: str) -> Any:
-    """The content of a JSON file; `UserError` that names it if it is none."""
-    return parse_json(files.read(name), files.where(name))
 
 
 def aside_of(path: Path) -> Path:
@@ -165,8 +114,10 @@ def written_aside(path: str | Path, *, fsync: bool = False, option: str = "") ->
     """The path to write `path` under; renamed to `path` at the end of the context, removed where that is left by an error.
 
     Args:
+        path: the file.
         fsync: the content and the new name survive a power cut.
         option: how an error names the file, e.g. `--output`.
+
     Raises:
         WriteError: for an OSError; `path` is then what it was.
     """
@@ -193,8 +144,11 @@ def write_atomically(
     """Write a file that is whole under its name or not there: aside, then renamed.
 
     Args:
+        path: the file.
         content: bytes, text (UTF-8), or what writes to the open file.
-        fsync, option: see `written_aside`.
+        fsync: the content and the new name survive a power cut.
+        option: how an error names the file, e.g. `--output`.
+
     Raises:
         WriteError: which is a UserError and an OSError.
     """
@@ -221,37 +175,44 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path, is_target: Callable[[str], object]) -> None:
-    """Remove what killed runs left of files that `written_aside` wrote: `{name}.{pid}.tmp` where `is_target(name)`.
+    """Remove what killed runs left of files that `written_aside` wrote: `{name}.{pid}.tmp` (or `{name}.tmp`) of `is_target(name)`.
 
     Only regular files directly in `folder` are removed: other files named `*.tmp`, links and subfolders stay.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
-            match = re.fullmatch(r"(.+)\.\d+\.tmp", entry.name, re.DOTALL)
+            match = re.fullmatch(r"(.+?)(\.\d+)?\.tmp", entry.name, re.DOTALL)
             if match and is_target(match[1]) and entry.is_file(follow_symlinks=False):
                 Path(entry.path).unlink(missing_ok=True)
 
 
+def check_folder(option: str, folder: str | Path) -> None:
+    """Refuse a folder that cannot be made or written to; nothing is made."""
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.exists(p))  # noqa: PTH110
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{option} {folder}: cannot write there: {there} is no folder that can be written to")
+
+
 def make_folder(path: Path, option: str = "--dest") -> None:
-    """Make a folder and its parents, if they are not there. Raises WriteError."""
+    """Make a folder and its parents, if they are not there. `UserError` where that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WriteError(path, error, option) from None
+        raise UserError(f"{option} {path}: cannot be made: {error.strerror}", local=True) from None
 
 
 def lock(path: Path) -> Any:
     """Open a file (made where there is none) and lock it for this process; None where another one has it. OSError: no locks.
 
-    The lock is POSIX's: it ends with the process, and no forked worker inherits it.
+    The lock ends with the process. On POSIX no forked worker inherits it.
     """
     while True:
         file = path.open("a+")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take_lock(file)
         except OSError as error:
             file.close()
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 return None
             raise
         try:
@@ -260,6 +221,20 @@ def lock(path: Path) -> Any:
         except FileNotFoundError:
             pass
         file.close()  # its owner removed it meanwhile
+
+
+def _take_lock(file: IO[str]) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        # A byte far behind the end: nobody else could read one that is locked.
+        os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        os.lseek(file.fileno(), 0, os.SEEK_END)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Busy(UserError):
@@ -305,41 +280,6 @@ def _owner(path: Path) -> str:
         if text := path.read_text()[:200].strip():
             return f" ({text})"
     return ""
-
-
-class Unfinished:
-    """The record of what is being made in a place: the file `path`, locked by the process that makes it, until that is done."""
-
-    def __init__(self, path: Path, making: dict[str, Any], dest: Path, *, is_begun: bool):
-        """Lock and write the record. `UserError` if another run has it, or if what `is_begun` in `dest` is something else."""
-        self.path = path
-        try:
-            self._file = lock(path)
-        except OSError as error:
-            raise WriteError(dest, error, "--dest") from None
-        if self._file is None:
-            raise UserError(f"--dest {dest}: another run is writing there (it holds {path.name}); wait for its end")
-        self._file.seek(0)
-        try:
-            before = json.load(self._file)
-        except (ValueError, RecursionError):  # new, or killed before anything was made
-            before = None
-        before = before if isinstance(before, dict) else {}
-        for key, value in making.items() if is_begun else ():
-            if key in before and before[key] != value:
-                self.release(remove=False)
-                raise UserError(
-                    f"--dest {dest}: holds a stopped run of another {key} ({before[key]}, not {value}); give a new name"
-                )
-        if before != making:
-            self._file.truncate(0)
-            self._file.write(json.dumps(making, indent=2))  # mode a: at the end, which is the start
-            self._file.flush()
-
-    def release(self, *, remove: bool) -> None:
-        if remove:
-            self.path.unlink(missing_ok=True)
-        self._file.close()
 
 
 def write_json(values: object, path: str | Path, *, option: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Image files: reading any format as RGB, PNG bytes, writing aside."""
+"""Image files: reading any format as RGB, PNG bytes, writing atomically."""
 
 import io
 import warnings
@@ -8,19 +8,19 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from common.files import DataError, FileTree, write_atomically
+from common.errors import first_line
+from common.file_tree import FileTree
+from common.files import DataError, write_atomically
+
+MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, above which it warns of a decompression bomb
+
+# Above its limit Pillow warns, and only at twice that refuses; `check_pixels` refuses at once.
+warnings.filterwarnings("ignore", message="Image size .* exceeds limit", category=Warning)
 
 
 def save_png(image: Image.Image, path: str | Path, compress_level: int = 6) -> None:
     """Write a PNG atomically: a killed run leaves no half-written picture under its name. Raises WriteError if it cannot."""
     write_atomically(path, lambda file: image.save(file, format="png", compress_level=compress_level))
-
-
-MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, above which it warns of a decompression bomb
-
-
-# Above its limit Pillow warns, and only at twice that refuses; `_rgb` refuses at once.
-warnings.filterwarnings("ignore", message="Image size .* exceeds limit", category=Warning)
 
 
 def read_image(files: FileTree, name: str) -> np.ndarray:
@@ -30,16 +30,26 @@ def read_image(files: FileTree, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(content)) as image:
             return _rgb(image)
     except Exception as error:  # Pillow's plugins raise whatever they like on broken files
-        reason = str(error) if not isinstance(error, Image.UnidentifiedImageError) else "unknown format"
-        raise DataError(f"{files.where(name)}: not a readable image: {reason}") from None
+        raise DataError(f"{files.where(name)}: not a readable image: {image_problem(error)}") from None
+
+
+def image_problem(error: Exception) -> str:
+    """What an exception of Pillow says, for a message of one line."""
+    return "unknown format" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise ValueError for a size that only a decompression bomb has."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} × {height} pixels; the limit is {MAX_PIXELS:,}, against decompression bombs")
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} × {image.height} pixels; the limit is {MAX_PIXELS:,}, against decompression bombs")
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits of grey: Pillow would clip them at 255; the high byte, as it takes of 16-bit colour
+    check_pixels(image.width, image.height)
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # of unknown range: Pillow would clip at 255
+        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        raise ValueError(f"{kind} pixels, whose range is not known; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits of grey: the high byte, as Pillow takes of 16-bit colour; it would clip these
         grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.asarray(image.convert("RGB"))
@@ -60,9 +70,10 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 
 def png_pixels(content: bytes) -> np.ndarray:
-    """The pixels of a PNG; ValueError if it is broken."""
+    """The pixels of a PNG; ValueError if it is broken, or a decompression bomb."""
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            check_pixels(image.width, image.height)
             return np.asarray(image)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(str(error)) from None
+    except Exception as error:  # OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError …
+        raise ValueError(image_problem(error)) from None

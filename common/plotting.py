@@ -116,6 +116,8 @@ def attention_maps(
 
     Args:
         images: uint8 (rows, H, W, 3).
+        row_labels: what each image is.
+        path: the PNG.
         maps: (rows, columns, h, w) in units of uniform attention, laid over the images.
         windows: (columns, g, g), the same, of a single group.
         names: what each column is.
@@ -140,12 +142,11 @@ def attention_maps(
         for c in range(columns):
             axes[r, c + 1].imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes[r, c + 1].imshow(maps[r, c], alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
-    for c in range(columns):
-        shown = axes[rows, c + 1].imshow(windows[c], **options)
+    mappable = [axes[rows, c + 1].imshow(windows[c], **options) for c in range(columns)][-1]
     axes[rows, 0].set_ylabel("mean over\nall groups", fontsize=9, rotation=0, ha="right", va="center")
     for axis, name in zip(axes[0], ["image", *names], strict=True):
         axis.set_title(name, fontsize=9)
-    bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.01, extend="max")
+    bar = figure.colorbar(mappable, ax=axes, fraction=0.03, pad=0.01, extend="max")
     bar.set_label("attention (1: uniform)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     save_figure(figure, path)

@@ -22,6 +22,7 @@ from common.files import file_sha256, written_aside
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
+    """An npy file."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
@@ -29,10 +30,12 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 def npy_array(content: bytes) -> np.ndarray:
     """The array of an npy file; ValueError if it is broken."""
+    if content[:6] != b"\x93NUMPY":
+        raise ValueError("does not start as an npy file does")
     try:
         return np.load(io.BytesIO(content), allow_pickle=False)
-    except EOFError as error:
-        raise ValueError(str(error)) from None
+    except Exception as error:  # NumPy evaluates the header: a damaged one raises whatever Python's parser does
+        raise ValueError(first_line(error)) from None
 
 
 PRETRAINED = "model.safetensors"  # the weights in a folder of `save_pretrained`
@@ -139,15 +142,15 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises UserError where it is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, MemoryError) as error:
         raise Unreadable(path, error) from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: truncated, or not a safetensors file: {error}") from None
+    except Exception as error:  # SafetensorError, and whatever odd types of numbers make of it
+        raise UserError(f"{path}: truncated, or not a safetensors file: {first_line(error)}") from None
 
 
 def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

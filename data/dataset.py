@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from common.files import DataError, FileTree, parse_json
+from common.file_tree import FileTree, read_regular
+from common.files import DataError, decode_name, encode_name, parse_json
 from common.image_files import image_names, read_image
 from data import remote
 from data.latent_files import LatentFiles, format_shape, pair_key, pair_keys
@@ -20,13 +21,14 @@ from models.vae import VAERecord
 STATS_FILE = "latent_stats.json"
 
 
-def open_latents(data_dir: str | Path, cache_dir: str | None = None) -> LatentFiles | PackedLatents:
+def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str = "--data-dir") -> LatentFiles | PackedLatents:
     """The latents in a data folder: `packed/` (or the folder itself), `vae-sd/` or `vae-sd.zip`, the first that is there.
 
-    `data_dir` may be remote, e.g. `s3://bucket/folder`: packed latents are then copied to `cache_dir` first.
+    `data_dir` may be remote, e.g. `s3://bucket/folder`: packed latents are then copied to `cache_dir` first. `option`: how errors
+    name a remote folder.
     """
     if remote.is_remote(data_dir):
-        return PackedLatents(remote.local_copy(str(data_dir), cache_dir))
+        return PackedLatents(remote.local_copy(str(data_dir), cache_dir, option))
     data_dir = Path(data_dir)
     if (data_dir / INDEX_FILE).is_file():
         return PackedLatents(data_dir)
@@ -45,9 +47,9 @@ class LatentDataset(Dataset):
     Raises `UserError` for a folder that holds no such data set, and `DataError` for a broken file met on reading.
     """
 
-    def __init__(self, data_dir: str | Path, *, images: bool = False, cache_dir: str | None = None):
+    def __init__(self, data_dir: str | Path, *, images: bool = False, cache_dir: str | None = None, option: str = "--data-dir"):
         self.data_dir = data_dir
-        self.latents = open_latents(data_dir, cache_dir)
+        self.latents = open_latents(data_dir, cache_dir, option)
         self.record, self.shape = self.latents.record, self.latents.shape
         channels = 2 * self.record.latent_channels
         if len(self.shape) != 3 or self.shape[0] != channels:
@@ -65,18 +67,23 @@ class LatentDataset(Dataset):
 
     @property
     def labels(self) -> np.ndarray | None:
+        """int64 (n,), or None where unlabelled."""
         return self.latents.labels
 
     def check(self, *, num_classes: int | None = None, resolution: int | None = None) -> None:
         """Raise `UserError` if the labels do not fit `num_classes`, or the latents an image side of `resolution` pixels."""
         if num_classes is not None and self.labels is None and num_classes != 1:
             raise UserError(f"{self.latents.label_file}: unlabelled, which trains with --num-classes 1 only, not {num_classes}")
-        if num_classes is not None and self.labels is not None and self.labels.max() >= num_classes:
-            first = int(np.argmax(self.labels >= num_classes))
-            raise UserError(
-                f"{self.latents.label_file}: label {self.labels[first]} of {self.latents.name(first)} is out of range; "
-                f"--num-classes {num_classes} allows 0 to {num_classes - 1}"
-            )
+        if self.labels is not None:
+            wrong = self.labels < 0 if num_classes is None else (self.labels < 0) | (self.labels >= num_classes)
+            if wrong.any():
+                first = int(np.argmax(wrong))
+                allowed = (
+                    "labels start at 0" if num_classes is None else f"--num-classes {num_classes} allows 0 to {num_classes - 1}"
+                )
+                raise UserError(
+                    f"{self.latents.label_file}: label {self.labels[first]} of {self.latents.name(first)} is out of range; {allowed}"
+                )
         if resolution is not None:
             factor = self.record.downsample_factor
             if resolution % factor:
@@ -102,17 +109,16 @@ class LatentDataset(Dataset):
         items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
         if self._images is not None:
             for item, index in zip(items, indices, strict=True):
-                item["image"] = self._read_image(index)
+                item["image"] = self._read_image(self._images, index)
         return items
 
-    def _read_image(self, index: int) -> Tensor:
-        name = self._image_names[index].decode()
-        image = read_image(self._images, name)
+    def _read_image(self, images: FileTree, index: int) -> Tensor:
+        name = decode_name(self._image_names[index])
+        image = read_image(images, name)
         wanted = tuple(self.record.downsample_factor * n for n in self.shape[1:])
         if image.shape[:2] != wanted:
-            where = self._images.where(name)
             raise DataError(
-                f"{where}: has {format_shape(image.shape[:2])} pixels; its latents were made of {format_shape(wanted)}"
+                f"{images.where(name)}: has {format_shape(image.shape[:2])} pixels; its latents were made of {format_shape(wanted)}"
             )
         return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
@@ -120,20 +126,21 @@ class LatentDataset(Dataset):
 def paired_images(images: FileTree, latents: LatentFiles | PackedLatents) -> np.ndarray:
     """The image's name (bytes) for each latent: that of the same sub-folder and number. `UserError` where there is none."""
     pairs = pair_keys(images, image_names(images.names()))
-    found = []
+    names = []
     for index in range(len(latents)):
-        name = pairs.get(pair_key(latents.name(index)))
+        key = pair_key(latents.name(index))
+        name = None if key is None else pairs.get(key)
         if name is None:
             raise UserError(f"{images.path}: holds no image for {latents.where(index)}")
-        found.append(name.encode())
-    return np.array(found)
+        names.append(encode_name(name))
+    return np.array(names)
 
 
 def channel_record(data_dir: str | Path, latents: LatentFiles | PackedLatents) -> VAERecord:
     """The record of the latents, with the mean and deviation of each channel that `dataset_tools.py stats` wrote beside them."""
     where = f"{data_dir}/{STATS_FILE}"
     try:
-        content = remote.read(str(data_dir), STATS_FILE) if remote.is_remote(data_dir) else Path(where).read_bytes()
+        content = remote.read(str(data_dir), STATS_FILE) if remote.is_remote(data_dir) else read_regular(Path(where))
         stats = parse_json(content, where)
         count, values = stats["count"], {"channel_mean": stats["mean"], "channel_std": stats["std"]}
     except FileNotFoundError:

@@ -1,6 +1,5 @@
 """Latents as `encode` writes them, one npy file each, and the label file."""
 
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -10,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError, first_line
-from common.files import DataError, FileTree, check_name, read_json
+from common.errors import UserError
+from common.file_tree import FileTree, read_json
+from common.files import DataError, check_name, decode_name, encode_name
+from common.tensor_files import npy_array
 from models.vae import SD_VAE, VAERecord
 
 LABEL_FILE = "dataset.json"
 
 
 VAE_FILE = "vae.json"
+MAX_LABEL = 2**31 - 1
 
 
 def read_labels(files: FileTree) -> dict[str, int] | None:
@@ -33,9 +35,11 @@ def read_labels(files: FileTree) -> dict[str, int] | None:
     labels: dict[str, int] = {}
     for entry in content["labels"]:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)) or type(entry[1]) is not int:
-            raise UserError(f"{where}: {json.dumps(entry)} is not [file name, class], with the class a whole number")
-        if entry[1] < 0:
-            raise UserError(f"{where}: label {entry[1]} of {entry[0]} is negative")
+            raise UserError(f"{where}: {json.dumps(entry)[:80]} is not [file name, class], with the class a whole number")
+        if not 0 <= entry[1] <= MAX_LABEL:
+            raise UserError(
+                f"{where}: label {str(entry[1])[:40]} of {entry[0]} is {'negative' if entry[1] < 0 else 'too large'}"
+            )
         name = check_name(entry[0].replace("\\", "/"), where)
         if name in labels:
             raise UserError(f"{where}: labels {name} twice")
@@ -61,7 +65,7 @@ class LatentFiles:
                 f"{self.files.where(LABEL_FILE)}: missing; encode writes it last, so continue it by the same command"
             )
         self.labels = self._read_labels(names)
-        self._names = np.array([name.encode() for name in names])
+        self._names = np.array([encode_name(name) for name in names])
         self.record = SD_VAE
         if VAE_FILE in listed:
             self.record = VAERecord.from_dict(read_json(self.files, VAE_FILE), self.files.where(VAE_FILE))
@@ -72,23 +76,26 @@ class LatentFiles:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return self._names[index].decode()
+        """The name of file `index` in the folder or zip."""
+        return decode_name(self._names[index])
 
     def where(self, index: int) -> str:
+        """How messages name file `index`."""
         return self.files.where(self.name(index))
 
     @property
     def label_file(self) -> str:
+        """How messages name the file of the labels."""
         return self.files.where(LABEL_FILE)
 
     def array(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """File `index` (2C, h, w) as it is stored, checked to hold finite numbers, and those of `shape`."""
         content = self.files.read(self.name(index))
         try:
-            moments = np.load(io.BytesIO(content), allow_pickle=False)
-        except Exception as error:  # NumPy evaluates the header, so that a damaged one raises whatever Python's parser does
-            raise DataError(f"{self.where(index)}: not a readable npy file: {first_line(error)}") from None
-        if not isinstance(moments, np.ndarray) or moments.dtype.kind != "f":
+            moments = npy_array(content)
+        except ValueError as error:
+            raise DataError(f"{self.where(index)}: not a readable npy file: {error}") from None
+        if moments.dtype.kind != "f":
             raise DataError(f"{self.where(index)}: holds no floating-point array")
         if moments.ndim == 4 and moments.shape[0] == 1:
             moments = moments[0]
@@ -131,6 +138,7 @@ def pair_key(name: str) -> tuple[str, int] | None:
 
 
 def pair_keys(files: FileTree, names: list[str]) -> dict[tuple[str, int], str]:
+    """`pair_key` → name. `UserError` for a name without a number, and for two of one key."""
     keys: dict[tuple[str, int], str] = {}
     for name in names:
         key = pair_key(name)
@@ -143,4 +151,5 @@ def pair_keys(files: FileTree, names: list[str]) -> dict[tuple[str, int], str]:
 
 
 def format_shape(shape: Sequence[int]) -> str:
+    """`8 × 32 × 32`."""
     return " × ".join(map(str, shape))

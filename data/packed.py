@@ -7,7 +7,6 @@ packed/  index.json              count, shape, dtype, VAE record, and each file'
 """
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from common.files import check_name, parse_json
+from common.file_tree import open_regular, read_regular
+from common.files import DataError, check_name, decode_name, parse_json
 from models.vae import VAERecord
 
 INDEX_FILE, LABELS_FILE, NAMES_FILE = "index.json", "labels.npy", "names.npy"
@@ -28,6 +28,7 @@ FORMAT = 1
 
 
 def shard_file(number: int) -> str:
+    """The name of a packed file."""
     return f"latents-{number:05d}.npy"
 
 
@@ -54,18 +55,24 @@ class PackedLatents:
         return PackedLatents, (self.path,)
 
     def name(self, index: int) -> str:
-        return check_name(os.fsdecode(self._names[index]), self.path / NAMES_FILE)
+        """The name of latent `index` in `vae-sd/`."""
+        return check_name(decode_name(self._names[index]), self.path / NAMES_FILE)
 
     def where(self, index: int) -> str:
+        """How messages name latent `index`."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.path / shard_file(shard)}[{index - self._starts[shard]}]"
 
     @property
     def label_file(self) -> str:
+        """How messages name the file of the labels."""
         return str(self.path / LABELS_FILE)
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
-        """float32 (2C, h, w) of each index: views of one array, gathered from every file at once and in the order of the file."""
+        """float32 (2C, h, w) of each index: views of one array, gathered from every file at once and in the order of the file.
+
+        Raises DataError where a value is not finite.
+        """
         order = np.argsort(indices, kind="stable")
         ordered = np.asarray(indices)[order]
         if len(ordered) and not 0 <= ordered[0] <= ordered[-1] < len(self):
@@ -76,6 +83,9 @@ class PackedLatents:
             first, last = bounds[shard], bounds[shard + 1]
             # mode clip: by the default, NumPy gathers into a buffer of its own first
             np.take(self._shards[shard], ordered[first:last] - self._starts[shard], axis=0, out=rows[first:last], mode="clip")
+        if not np.isfinite(rows).all():
+            broken = next(i for i, row in zip(ordered.tolist(), rows, strict=True) if not np.isfinite(row).all())
+            raise DataError(f"{self.where(broken)}: holds values that are not finite")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         gathered = torch.from_numpy(rows).float()
@@ -84,6 +94,7 @@ class PackedLatents:
     def _map(self, file: str, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray:
         path = self.path / file
         try:
+            open_regular(path).close()
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # NumPy evaluates the header, so that a damaged one raises whatever Python's parser does
             raise UserError(f"{path}: missing, truncated or not an npy file: {first_line(error)}") from None
@@ -100,7 +111,7 @@ def read_index(path: Path) -> dict[str, Any]:
     if not where.is_file():
         raise UserError(f"{where}: missing; it is written last, so continue `dataset_tools.py pack` or `encode --packed`")
     try:
-        return parse_index(where.read_bytes(), where)
+        return parse_index(read_regular(where), where)
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from None
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.errors import UserError
-from common.files import file_sha256, join_inside, lock
+from common.errors import UserError, first_line
+from common.files import encode_name, file_sha256, join_inside, lock, remove_leftovers, write_atomically, written_aside
 from data.packed import INDEX_FILE, checksums, parse_index
 
 DEFAULT_CACHE = "~/.cache/elastic-dit"
@@ -24,33 +24,32 @@ DOWNLOADS = 4  # files at once
 
 
 def is_remote(path: str | Path) -> bool:
+    """Is it a URL, such as `s3://bucket/folder`?"""
     return "://" in str(path)
 
 
-def local_copy(url: str, cache_dir: str | None = None) -> Path:
+def local_copy(url: str, cache_dir: str | None = None, option: str = "--data-dir") -> Path:
     """The local folder that holds a whole copy of the packed latents at `url` (the folder itself, or the one that holds packed/).
 
     Each file is written aside, compared with the index's checksum and renamed. Processes of one machine share the work: one
-    copies a file, the others wait for it. `UserError` if it cannot be read, or is not what the index says.
+    copies a file, the others wait for it. `option`: how errors name the URL. `UserError` if it cannot be read, or is not what the index says.
     """
-    source = _Source(url)
+    source = _Source(url, option)
     index = source.read(INDEX_FILE)
-    files = list(checksums(parse_index(index, f"--data-dir {source.url}/{INDEX_FILE}")).items())  # before anything is written
-    name = f"{url.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(url.encode() + index).hexdigest()[:16]}"
+    files = list(checksums(parse_index(index, f"{option} {source.url}/{INDEX_FILE}")).items())  # before anything is written
+    name = f"{url.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(encode_name(url) + index).hexdigest()[:16]}"
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
-    folder = join_inside(cache, name, f"--data-dir {url}", plain=True)  # other content at the same URL is another folder
+    folder = join_inside(cache, name, f"{option} {url}", plain=True)  # other content at the same URL is another folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"{INDEX_FILE}.{os.getpid()}.tmp"
-        aside.write_bytes(index)
-        aside.replace(folder / INDEX_FILE)
+        write_atomically(folder / INDEX_FILE, index)
         # The processes begin at different files, so that they rarely wait for each other.
         first = int(os.environ.get("LOCAL_RANK", 0)) * len(files) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         files = files[first:] + files[:first]
         missing = [(file, digest) for file, digest in files if not (folder / file).exists()]
         quiet = not missing or os.environ.get("LOCAL_RANK", "0") != "0"
         with ThreadPoolExecutor(DOWNLOADS) as threads, tqdm(total=len(missing), desc=url, unit="file", disable=quiet) as bar:
-            for _ in threads.map(lambda item: source.copy(*item, folder), missing):
+            for _ in threads.map(lambda item: source.copy(item[0], item[1], folder), missing):
                 bar.update()
     except OSError as error:
         raise UserError(f"--cache-dir {cache}: cannot be written: {error.strerror or error}") from None
@@ -71,10 +70,10 @@ def read(url: str, file: str) -> bytes:
 class _Source:
     """A remote folder of packed latents."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, option: str = "--data-dir"):
         import fsspec
 
-        self.url = url.rstrip("/")
+        self.url, self.option = url.rstrip("/"), option
         try:
             self.files, self.given = fsspec.core.url_to_fs(self.url)
             inside = f"{self.given}/packed"
@@ -83,38 +82,40 @@ class _Source:
             raise self.unreadable(error) from None
 
     def read(self, file: str) -> bytes:
+        """One file of the folder. Raises UserError."""
         try:
             return self.files.cat_file(f"{self._path}/{file}")
         except FileNotFoundError:
             raise UserError(
-                f"--data-dir {self.url}: holds no {file}; remote data must be packed (`dataset_tools.py pack`)"
+                f"{self.option} {self.url}: holds no {file}; remote data must be packed (`dataset_tools.py pack`)"
             ) from None
         except Exception as error:
             raise self.unreadable(error) from None
 
     def copy(self, file: str, digest: str, folder: Path) -> None:
         """Copy one file into `folder`, unless another process has done so meanwhile."""
-        path = join_inside(folder, file, f"--data-dir {self.url}/{INDEX_FILE}", plain=True)
-        locked, aside = path.with_name(f"{file}.lock"), path.with_name(f"{file}.tmp")
-        while (held := lock(locked)) is None:  # a blocking one would be taken for a deadlock of two processes
+        path = join_inside(folder, file, f"{self.option} {self.url}/{INDEX_FILE}", plain=True)
+        lock_file = path.with_name(f"{file}.lock")
+        while (locked := lock(lock_file)) is None:  # a blocking one would be taken for a deadlock of two processes
             time.sleep(0.1)
         try:
             if path.exists():
                 return
-            try:
-                self.files.get_file(f"{self._path}/{file}", str(aside))
-            except Exception as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise  # it is the cache
-                raise self.unreadable(error, file) from None
-            if file_sha256(aside) != digest:
-                aside.unlink()
-                raise UserError(f"--data-dir {self.url}/{file}: damaged: its SHA-256 is not what {INDEX_FILE} says")
-            aside.replace(path)
+            remove_leftovers(folder, file.__eq__)
+            with written_aside(path) as aside:
+                try:
+                    self.files.get_file(f"{self._path}/{file}", str(aside))
+                except Exception as error:
+                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                        raise  # it is the cache
+                    raise self.unreadable(error, file) from None
+                if file_sha256(aside) != digest:
+                    raise UserError(f"{self.option} {self.url}/{file}: damaged: its SHA-256 is not what {INDEX_FILE} says")
         finally:
-            locked.unlink(missing_ok=True)
-            held.close()
+            lock_file.unlink(missing_ok=True)
+            locked.close()
 
     def unreadable(self, error: Any, file: str = "") -> UserError:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return UserError(f"--data-dir {self.url}{file and '/' + file}: cannot be read ({type(error).__name__}: {reason})")
+        """One line for what fsspec or a protocol's library raised."""
+        where = f"{self.url}{file and '/' + file}"
+        return UserError(f"{self.option} {where}: cannot be read ({type(error).__name__}: {first_line(error)})")

@@ -14,11 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import generate
 from common.errors import UserError, cli_main
 from common.plotting import labelled_grid
-from config.options import GenerateConfig, option
+from config.options import GenerateConfig
+from config.rules import option
 from experiments_updated import digit_classifier
-from models.vae import decode_stages
-from randomness import pyramid_noise
-from samplers import dfm_sampler
 from sampling import image_folder, session
 
 
@@ -26,19 +24,20 @@ from sampling import image_folder, session
 class ReportConfig(GenerateConfig):
     """Options of quickstart_dfm_report.py: those of the samples, and where to write."""
 
-    output_dir: str = option("quickstart", "folder of stages.png and dfm.json; classifier.pt is kept there")
+    output_dir: str = option("output", "quickstart", "folder of stages.png and dfm.json; classifier.pt is kept there")
 
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, _, found = session.from_command_line(ReportConfig, argv, "quickstart_dfm_report.py")
-    config.exp_name = config.exp_name or found.config.get("exp_name")
+    """The command: options → stages.png and dfm.json."""
+    config, _, weights = session.from_command_line(ReportConfig, argv, "quickstart_dfm_report.py", generate.check_options)
+    generate.name_run(config, weights)
     generate.check(config)
     folder = image_folder.images_folder(config)
     samples = folder.with_name(folder.name + ".npz")
     if not samples.is_file():
         raise UserError(f"--sample-dir {config.sample_dir}: no {samples}; make it with generate.py and the same options")
-    model, vae, _ = session.load(config, found, session.device())
+    loaded = session.load(config, weights, session.device())
 
     out = Path(config.output_dir)
     images = torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2)
@@ -48,10 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{share:.3f} of {len(labels)} digits in the asked class")
     (out / "dfm.json").write_text(json.dumps({"digits": len(labels), "digits_in_class": share}) + "\n")
 
-    schedule = {k: getattr(config, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds")}
-    noise = pyramid_noise(config.global_seed, range(config.num_classes), model.stage_shapes)
-    guidance = session.guidance(config)._asdict()
-    stages = decode_stages(vae, dfm_sampler(model, noise, torch.arange(config.num_classes), **schedule, **guidance))
+    guidance, classes = session.guidance(config), range(config.num_classes)
+    state = loaded.flow.sample_state(
+        loaded.model, loaded.shape, config.global_seed, classes, torch.arange(config.num_classes), guidance
+    )
+    stages = loaded.flow.views(loaded.vae, state).cpu()
     names = [f"stage {s}" for s in range(len(stages) - 1)] + ["result"]
     columns = [str(c) for c in range(config.num_classes)]
     labelled_grid(stages.permute(0, 1, 3, 4, 2).numpy(), names, columns, out / "stages.png")

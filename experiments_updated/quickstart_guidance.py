@@ -1,7 +1,7 @@
-"""Guidance and budgets over time on the quick start's model: a table of quality against compute.
+r"""Guidance and budgets over time on the quick start's model: a table of quality against compute.
 
-    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0001800.pt \\
-        --config experiments_updated/generation/quickstart.yaml --cfg-scale 3 --num-fid-samples 60 \\
+    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0001800.pt \
+        --config experiments_updated/generation/quickstart.yaml --cfg-scale 3 --num-fid-samples 60 \
         --sample-dir quickstart/samples --output-dir quickstart
 
 draws the same images with every kind of guidance at several budgets, and with three schedules of budgets. Stopped at any point, it
@@ -12,6 +12,7 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import generate
 from common import files
 from common.errors import cli_main
-from config.options import GenerateConfig, option
-from config.parsing import require_options
+from common.tables import markdown_table
+from config.options import GenerateConfig
+from config.rules import option
 from experiments_updated import digit_classifier
 from metrics import frechet_distance
 from sampling import checks, cost, session
@@ -36,27 +38,26 @@ SCHEDULES = ("0.0625@1.0-0.5,1.0@0.5-0.0", "1.0@1.0-0.5,0.0625@0.5-0.0", "0.0625
 class GuidanceConfig(GenerateConfig):
     """Options of quickstart_guidance.py: those of the samples, and what to compare."""
 
-    output_dir: str = option("quickstart", "folder of guidance.md and guidance.json; classifier.pt is kept there")
-    budgets: list[float] = option([0.25, 1.0], "budgets to guide at, each above the guiding one", gt=0, le=1)
-    guiding_budget: float = option(0.0625, "budget of the guiding pass of cheap CFG and autoguidance", gt=0, le=1)
+    output_dir: str = option("output", "quickstart", "folder of guidance.md and guidance.json; classifier.pt is kept there")
+    budgets: list[float] = option("sample", [0.25, 1.0], "budgets to guide at, each above the guiding one", gt=0, le=1)
+    guiding_budget: float = option("guidance", 0.0625, "budget of the guiding pass of cheap CFG and autoguidance", gt=0, le=1)
 
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, _, found = session.from_command_line(GuidanceConfig, argv, "quickstart_guidance.py")
-    config.exp_name = config.exp_name or found.config.get("exp_name")
-    require_options(config, "exp_name")
+    """The command: options → the images of every cell, and the table."""
+    config, _, weights = session.from_command_line(GuidanceConfig, argv, "quickstart_guidance.py", check_options)
+    generate.name_run(config, weights)
     runs = cells(config)
     for run in runs.values():
         generate.check(run)
-    checks.check_folder("--output-dir", config.output_dir)
 
     out = Path(config.output_dir)
     classifier = digit_classifier.load_or_train(out / "classifier.pt")
     reference = digit_classifier.statistics(classifier, digit_classifier.digit_images(held_out=True)[0])
-    folders = [generate.generate(run, found) for run in runs.values()]
-    model, vae, shape = session.load(config, found, session.device())
-    jobs = {name: partial(generate.draw, run, model, vae, shape, range(TIMED_IMAGES)) for name, run in runs.items()}
+    folders = [generate.generate(run, weights) for run in runs.values()]
+    loaded = session.load(config, weights, session.device())
+    jobs = {name: partial(generate.draw, loaded, run, range(TIMED_IMAGES)) for name, run in runs.items()}
     with torch.inference_mode():
         times = cost.interleaved_times(jobs, session.device())
     rows = []
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         images = torch.from_numpy(np.load(folder.with_name(folder.name + ".npz"))["arr_0"]).permute(0, 3, 1, 2)
         digits = digit_classifier.quarters(images)
         labels = generate.labels_of(run, range(len(images))).repeat_interleave(4)
-        flops = run.num_steps * cost.mean_flops_per_step(run, session.guidance(run), model)
+        flops = run.num_steps * cost.mean_flops_per_step(run, session.guidance(run), loaded.model)
         rows.append(
             {
                 "guidance": name[0],
@@ -82,24 +83,31 @@ def main(argv: list[str] | None = None) -> None:
     print(table)
 
 
+def check_options(config: GuidanceConfig) -> None:
+    """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
+    generate.check_options(config)
+    checks.check_folder("--output-dir", config.output_dir)
+
+
 def cells(config: GuidanceConfig) -> dict[tuple[str, str], GenerateConfig]:
     """(guidance, budget) → the options of its samples."""
     common = {f.name: getattr(config, f.name) for f in dataclasses.fields(GenerateConfig)}
     plain = GenerateConfig(**common | {"unconditional_inference_budget": None, "autoguidance": False})
     low = {"unconditional_inference_budget": config.guiding_budget}
-    found = [("none", config.budgets[-1], {"cfg_scale": 1.0})]
-    found += [("CFG", b, {}) for b in [config.guiding_budget, *config.budgets, *SCHEDULES]]
-    found += [("cheap CFG", b, low) for b in [*config.budgets, SCHEDULES[0]]]
-    found += [("autoguidance", b, low | {"autoguidance": True}) for b in config.budgets]
-    return {(name, str(b)): dataclasses.replace(plain, inference_budget=str(b), **changes) for name, b, changes in found}
+    kinds = [("none", config.budgets[-1], {"cfg_scale": 1.0})]
+    kinds += [("CFG", b, {}) for b in [config.guiding_budget, *config.budgets, *SCHEDULES]]
+    kinds += [("cheap CFG", b, low) for b in [*config.budgets, SCHEDULES[0]]]
+    kinds += [("autoguidance", b, low | {"autoguidance": True}) for b in config.budgets]
+    return {(name, str(b)): dataclasses.replace(plain, inference_budget=str(b), **changes) for name, b, changes in kinds}
 
 
-def _table(rows: list[dict]) -> str:
-    lines = ["| guidance | budget | digits in class | Fréchet distance | GFLOPs / image | images/s |", "| --- " * 6 + "|"]
+def _table(rows: list[dict[str, Any]]) -> str:
+    head = ["guidance", "budget", "digits in class", "Fréchet distance", "GFLOPs / image", "images/s"]
+    lines = []
     for r in rows:
         figures = (f"{r['digits_in_class']:.3f}", f"{r['frechet_distance']:.1f}", f"{r['gflops_per_image']:.1f}")
-        lines.append("| " + " | ".join([r["guidance"], r["budget"], *figures, f"{r['images_per_second']:.2f}"]) + " |")
-    return "\n".join(lines)
+        lines.append([r["guidance"], r["budget"], *figures, f"{r['images_per_second']:.2f}"])
+    return markdown_table(head, lines)
 
 
 if __name__ == "__main__":

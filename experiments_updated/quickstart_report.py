@@ -16,49 +16,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import evaluate
 import generate
 import models
-from checkpoint import weights
+from checkpoint.weights import Weights
 from common.errors import UserError, cli_main
 from common.plotting import labelled_grid
-from config.options import GenerateConfig, option
+from common.tables import markdown_table
+from config.options import GenerateConfig
 from config.parsing import require_options
+from config.rules import option
 from data.dataset import LatentDataset
 from experiments_updated import digit_classifier
-from loss import val_losses
+from flows import flow_of
 from metrics.images import write_npz
-from sampling import image_folder, session
+from sampling import checks, image_folder, session
+from sampling.session import Session
 
 TIMED_IMAGES, TIMED_ROUNDS = 20, 2
-HELD_OUT_REPEATS = 2  # noise and times drawn for each held-out canvas
+VAL_REPEATS = 2  # noise and times drawn for each held-out canvas
 
 
 @dataclasses.dataclass
 class ReportConfig(GenerateConfig):
     """Options of quickstart_report.py: those of the samples, and where the held-out data are."""
 
-    val_data_dir: str = option(..., "held-out data set")
-    output_dir: str = option("quickstart", "folder of budgets.png, table.md and results.json")
-    budgets: list[float] = option([0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1)
+    val_data_dir: str = option("data", ..., "held-out data set")
+    output_dir: str = option("output", "quickstart", "folder of budgets.png, table.md and results.json")
+    budgets: list[float] = option("sample", [0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1)
 
 
 @cli_main
 def main(argv: list[str] | None = None) -> None:
-    config, _, found = session.from_command_line(ReportConfig, argv, "quickstart_report.py")
-    require_options(config, "val_data_dir")
-    config.exp_name = config.exp_name or found.config["exp_name"]
+    """The command: options → budgets.png, table.md and results.json."""
+    config, _, weights = session.from_command_line(ReportConfig, argv, "quickstart_report.py", check_options)
+    generate.name_run(config, weights)
     generate.check(config)
-    model, vae, shape = session.load(config, found, session.device())
+    loaded = session.load(config, weights, session.device())
 
     out = Path(config.output_dir)
     classifier = digit_classifier.load_or_train(out / "classifier.pt")
-    held_out_digits, held_out_labels = digit_classifier.digit_images(held_out=True)
-    accuracy = digit_classifier.accuracy(classifier, held_out_digits, held_out_labels)
+    val_digits, val_labels = digit_classifier.digit_images(held_out=True)
+    accuracy = digit_classifier.accuracy(classifier, val_digits, val_labels)
     print(f"digit classifier: {accuracy:.3f} of the 1,000 held-out digits right")
 
     samples = [_samples(config, budget) for budget in config.budgets]  # (n, H, W, 3) each
     labels = generate.labels_of(config, range(len(samples[0]))).numpy()
-    rates = _images_per_second(config, model, vae, shape)
-    losses = _held_out(config, model, found)
-    figures = _figures(config, held_out_digits, samples)
+    rates = _images_per_second(config, loaded)
+    losses = _val_losses(config, loaded, weights)
+    figures = _figures(config, val_digits, samples)
     rows = []
     for i, (budget, images) in enumerate(zip(config.budgets, samples, strict=True)):
         predicted = digit_classifier.features(classifier, _digits(images))[1].argmax(dim=1).numpy()
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(
             {
                 "budget": budget,
-                "gflops_per_forward": models.count_flops(model, budget) / 1e9,
+                "gflops_per_forward": models.count_flops(loaded.model, budget) / 1e9,
                 "images_per_second": rates[i],
                 "digits_in_class": float((predicted == labels.repeat(4)).mean()),
                 **{name: figures[i][name] for name in ("fid", "is", "precision", "recall")},
@@ -87,6 +90,13 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
+def check_options(config: ReportConfig) -> None:
+    """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
+    require_options(config, "val_data_dir")
+    generate.check_options(config)
+    checks.check_folder("--output-dir", config.output_dir)
+
+
 def _with_budget(config: ReportConfig, budget: float) -> ReportConfig:
     return dataclasses.replace(config, inference_budget=str(budget))
 
@@ -99,41 +109,44 @@ def _samples(config: ReportConfig, budget: float) -> np.ndarray:
     return np.load(path)["arr_0"]
 
 
-def _images_per_second(config: ReportConfig, model, vae, shape) -> list[float]:
+def _images_per_second(config: ReportConfig, loaded: Session) -> list[float]:
     """Sampling and decoding at each budget, the budgets by turns; the best of the rounds."""
     best = [float("inf")] * len(config.budgets)
     with torch.inference_mode():
         for _ in range(TIMED_ROUNDS):
             for i, budget in enumerate(config.budgets):
                 start = time.perf_counter()
-                generate.draw(_with_budget(config, budget), model, vae, shape, range(TIMED_IMAGES)).cpu()
+                generate.draw(loaded, _with_budget(config, budget), range(TIMED_IMAGES)).cpu()
                 best[i] = min(best[i], time.perf_counter() - start)
     return [TIMED_IMAGES / seconds for seconds in best]
 
 
-def _held_out(config: ReportConfig, model, found: weights.Weights) -> np.ndarray:
-    """Velocity loss of each held-out canvas at each budget (budgets, canvases), over a few fixed draws of time and noise."""
+def _val_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.ndarray:
+    """Velocity loss of each held-out canvas at each budget (budgets, canvases), over a few fixed draws of time and noise.
+
+    Times as in training: its weighting and shift. Of DFM the mean over the stages.
+    """
     dataset = LatentDataset(config.val_data_dir)
-    device = next(model.parameters()).device
+    flow = flow_of(config, weighting=weights.config["weighting"])
+    conditions = flow.conditions(config.budgets)  # budgets × stages
     batch_size, total = 50, []
     for start in range(0, len(dataset), batch_size):
         indices = range(start, min(start + batch_size, len(dataset)))
         batch = torch.utils.data.default_collate(dataset.__getitems__(list(indices)))
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = {k: v.to(loaded.device) for k, v in batch.items()}
         repeats = [
-            val_losses(
-                model,
+            flow.val_losses(
+                loaded.model,
                 batch,
                 range(r * len(dataset) + start, r * len(dataset) + indices.stop),
-                found.record,
-                [{"inference_budget": b} for b in config.budgets],
-                weighting=found.config["weighting"],
-                path_type=config.path_type,
+                weights.record,
+                conditions,
             )
-            for r in range(HELD_OUT_REPEATS)
+            for r in range(VAL_REPEATS)
         ]
         total.append(torch.stack(repeats).mean(dim=0))
-    return torch.cat(total, dim=1).cpu().numpy().astype(np.float64)
+    losses = torch.cat(total, dim=1).unflatten(0, (len(config.budgets), -1))  # (budgets, stages, canvases)
+    return losses.mean(dim=1).cpu().numpy().astype(np.float64)
 
 
 def _digits(canvases: np.ndarray) -> torch.Tensor:
@@ -141,21 +154,21 @@ def _digits(canvases: np.ndarray) -> torch.Tensor:
     return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2))
 
 
-def _figures(config: ReportConfig, held_out_digits: torch.Tensor, samples: list[np.ndarray]) -> list[dict]:
+def _figures(config: ReportConfig, val_digits: torch.Tensor, samples: list[np.ndarray]) -> list[dict]:
     """evaluate.py's JSON for each set of samples: their digits against the held-out ones, in the classifier's features."""
     folder = Path(config.output_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[digit_classifier.WEIGHTS_VARIABLE] = str(Path(config.output_dir) / "classifier.pt")
-    sets = {"held-out": held_out_digits} | {f"budget-{b:g}": _digits(s) for b, s in zip(config.budgets, samples, strict=True)}
+    sets = {"held-out": val_digits} | {f"budget-{b:g}": _digits(s) for b, s in zip(config.budgets, samples, strict=True)}
     for name, digits in sets.items():
         images = digits.permute(0, 2, 3, 1).numpy()
         write_npz(folder / f"{name}.npz", images.shape, images)
-    found = []
+    evaluated = []
     for name in list(sets)[1:]:
         reference, npz, figures = (str(folder / file) for file in ("held-out.npz", f"{name}.npz", f"{name}.json"))
         evaluate.main([reference, npz, "--features", "experiments_updated.digit_classifier:factory", "--output", figures])
-        found.append(json.loads(Path(figures).read_text()))
-    return found
+        evaluated.append(json.loads(Path(figures).read_text()))
+    return evaluated
 
 
 def _fraction(budget: float) -> str:
@@ -175,7 +188,7 @@ def _table(rows: list[dict]) -> str:
         "− full (± s.e.)",
         "pixel − full",
     ]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for r in rows:
         difference = f"{r['held_out_loss_difference']:+.4f} ± {r['held_out_loss_difference_standard_error']:.4f}"
         lines.append(
@@ -192,7 +205,7 @@ def _table(rows: list[dict]) -> str:
                 f"{r['pixel_difference']:.2f}",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(head, lines)
 
 
 if __name__ == "__main__":

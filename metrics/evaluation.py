@@ -12,14 +12,14 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import UserError, did_you_mean
-from common.image_files import DataError
-from config.options import EvaluateConfig, FeatureNetworks
+from common.errors import UserError, did_you_mean, first_line
+from common.files import DataError
+from config.tool_options import EvaluateConfig, FeatureNetworks
 from metrics import feature_extractors
 from metrics.feature_extractors import Network
 from metrics.images import ImageSet, open_images
 from metrics.precision_recall import precision_recall
-from metrics.statistics import RunningStatistics, frechet_distance, inception_score, score_of_logits
+from metrics.statistics import RunningStatistics, covariance_problem, frechet_distance, inception_score, score_of_logits
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "fdd")
 FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}  # metric → the features that it compares
@@ -41,6 +41,7 @@ class Features:
 
     @property
     def wanted(self) -> set[str]:
+        """The kinds of features that the networks must give."""
         return self.gather | self.keep
 
     def take(self, batch: dict[str, np.ndarray]) -> None:
@@ -52,20 +53,14 @@ class Features:
                 if kind not in self.rows:
                     self.rows[kind] = np.empty((self.images.count, values.shape[1]), np.float32)
                 self.rows[kind][self._taken : self._taken + len(values)] = values
-        self._taken += len(values)
+        self._taken += len(next(iter(batch.values())))
 
     def gaussian(self, kind: str) -> Gaussian:
         """Mean and covariance of one kind of features."""
         if kind in self.gather:
             return self.gathered[kind].mean, self.gathered[kind].covariance
-        return tuple(self.images.statistics[name] for name in IN_FILE[kind])
-
-
-def start_processes() -> PartialState:
-    """The processes that share the work; matrix products and convolutions are in full float32 from here on."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    return PartialState(cpu=not torch.accelerator.is_available())
+        mean, covariance = IN_FILE[kind]
+        return self.images.statistics[mean], self.images.statistics[covariance]
 
 
 def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[str, Any] | None:
@@ -74,9 +69,9 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
     sets = [open_images(path) for path in (config.ref, config.samples)]
     used: list[Network] = []
     if config.features:
-        used.append(feature_extractors.by_name(config.features, state.device))
+        used.append(feature_extractors.by_name(config.features, device_of(state)))
         probe(used[0], sets)
-    metrics = choose_metrics(config, used)
+    metrics = choose_metrics(config, used, sets, warn)
     score_on = "logits" if config.features else "pool"
     ref, samples = (plan(images, metrics, score_on if i else None) for i, images in enumerate(sets))
     check_sets(ref, samples, metrics)
@@ -93,8 +88,9 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
             gather(features, used, config.batch_size, state, name)
         if not state.is_main_process:
             return None
-        figures = compute(config, metrics, ref, samples, used, state.device)
-        ref_sha256, samples_sha256 = hashes.result()
+        assert hashes is not None
+        ref_sha256, samples_sha256 = hashes.result()  # which finds damage
+        figures = compute(config, metrics, ref, samples, used, device_of(state))
     return (
         {name: figures.get(name) for name in METRICS}
         | {"num_ref": ref.images.count or None, "num_samples": samples.images.count or None}
@@ -102,8 +98,13 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
         | {"statistics_from_file": {"ref": _from_file(ref, metrics), "samples": _from_file(samples, metrics)}}
         | {"networks": {n.name: {"weights": n.weights and str(n.weights), "sha256": n.sha256} for n in used}}
         | {"k": NEIGHBOURS, "pr_dtype": config.pr_dtype, "split_size": config.split_size, "batch_size": config.batch_size}
-        | {"device": state.device.type, "versions": versions()}
+        | {"device": device_of(state).type, "versions": versions()}
     )
+
+
+def device_of(state: PartialState) -> torch.device:
+    """The device of this process."""
+    return torch.device(state.device or "cpu")
 
 
 def versions() -> dict[str, str]:
@@ -116,19 +117,40 @@ def versions() -> dict[str, str]:
 
 
 def check_names(metrics: Sequence[str]) -> None:
+    """Refuse what is no metric."""
     for name in metrics:
         if name not in METRICS:
             raise UserError(f"--metrics {name}: not a metric{did_you_mean(name, METRICS)}; choose from {' '.join(METRICS)}")
 
 
-def choose_metrics(config: EvaluateConfig, used: Sequence[Network]) -> list[str]:
-    """The metrics asked for, else all that the network's outputs allow; fdd, which takes another network, on demand only."""
+def choose_metrics(config: EvaluateConfig, used: Sequence[Network], sets: Sequence[ImageSet], warn: Warn) -> list[str]:
+    """The metrics asked for, else all that the network's outputs and the (reference, samples) `sets` allow.
+
+    What the sets do not allow is named in a warning. fdd, which takes another network, is computed on demand only.
+    """
     kinds = used[0].dims if used else ("pool", "spatial", "logits")
     needs = {"fid": "pool", "sfid": "spatial", "is": "logits", "precision": "pool", "recall": "pool"}
     for name in config.metrics:
         if name != "fdd" and needs[name] not in kinds:
             raise UserError(f"--metrics {name}: needs {needs[name]}, which --features {config.features} does not give")
-    return config.metrics or [name for name, kind in needs.items() if kind in kinds]
+    if config.metrics:
+        return list(config.metrics)
+    possible = [name for name, kind in needs.items() if kind in kinds]
+    metrics = [name for name in possible if not lacks(name, sets)]
+    if not metrics:  # `plan` says what is missing
+        return possible
+    if left_out := [f"{name} ({lacks(name, sets)})" for name in possible if name not in metrics]:
+        warn(f"left out: {', '.join(left_out)}")
+    return metrics
+
+
+def lacks(metric: str, sets: Sequence[ImageSet]) -> str:
+    """What a metric needs and one of the (reference, samples) `sets` does not hold; an empty text where nothing is missing."""
+    for images in sets[1:] if metric == "is" else sets:
+        statistics = IN_FILE[FRECHET[metric]] if metric in FRECHET else ()
+        if not images.count and not (statistics and all(name in images.statistics for name in statistics)):
+            return f"{images.path.name} holds no arr_0{''.join(f', {name}' for name in statistics)}"
+    return ""
 
 
 def plan(images: ImageSet, metrics: Sequence[str], score_on: str | None) -> Features:
@@ -172,9 +194,9 @@ def load_networks(
     used = []
     with state.local_main_process_first():
         if wanted & {"pool", "spatial"} and not by_hand:
-            used.append(feature_extractors.inception(config.inception_weights, state.device, warn))
+            used.append(feature_extractors.inception(config.inception_weights, device_of(state), warn))
         if "dinov2" in wanted:
-            used.append(feature_extractors.dinov2(config.dino_weights, state.device))
+            used.append(feature_extractors.dinov2(config.dino_weights, device_of(state)))
     for network in used:
         probe(network, sets)
     return used
@@ -185,15 +207,25 @@ def probe(network: Network, sets: Sequence[ImageSet]) -> None:
     images = next((images for images in sets if images.count), None)
     if images is None:
         raise UserError(f"{sets[-1].path}: holds no arr_0 (images)")
-    with torch.inference_mode():
-        given = network.extract(torch.from_numpy(images.read(range(1)).transpose(0, 3, 1, 2).copy()))
-    if not isinstance(given, dict) or not given or not all(isinstance(v, Tensor) and len(v) == 1 for v in given.values()):
-        raise UserError(f"--features {network.name}: must give a dict with pool (B, d), and spatial, logits if it has them")
+    batch = torch.from_numpy(images.read(range(1)).transpose(0, 3, 1, 2).copy())
+    wanted = "must give a dict with pool (B, d), and spatial, logits if it has them"
+    try:
+        with torch.inference_mode():
+            given = network.extract(batch)
+    except Exception as error:  # whatever a function that is no feature network raises
+        raise UserError(f"--features {network.name}: {type(error).__name__}: {first_line(error)}; {wanted}") from None
+    kinds = {"pool", "spatial", "logits", "dinov2"}
+    if not isinstance(given, dict) or not given or not given.keys() <= kinds or not all(map(_is_one_row, given.values())):
+        raise UserError(f"--features {network.name}: {wanted}")
     network.dims = {kind: values.numel() for kind, values in given.items()}
 
 
+def _is_one_row(values: object) -> bool:
+    return isinstance(values, Tensor) and values.dim() > 0 and len(values) == 1 and values.numel() > 0
+
+
 def check_dimensions(ref: Features, samples: Features, metrics: Sequence[str], used: Sequence[Network], warn: Warn) -> None:
-    """Refuse statistics of a file that do not fit the features; warn once where images are fewer than dimensions."""
+    """Refuse statistics of a file that are none or do not fit the features; warn where images are fewer than dimensions."""
     dims = {kind: d for network in used for kind, d in network.dims.items()}
     few = []
     for metric in (m for m in metrics if m in FRECHET):
@@ -204,13 +236,16 @@ def check_dimensions(ref: Features, samples: Features, metrics: Sequence[str], u
                 if images.count < dims[kind]:
                     few.append(f"{metric} of {images.count} images in {dims[kind]} dimensions ({images.path})")
                 continue
+            sigma = IN_FILE[kind][1]
             mean, covariance = (images.statistics[name].shape for name in IN_FILE[kind])
             d = dims.setdefault(kind, mean[0] if mean else 0)
-            if mean != (d,) or covariance != (d, d):
+            if not d or mean != (d,) or covariance != (d, d):
                 names = " and ".join(IN_FILE[kind])
                 raise UserError(
                     f"{images.path}: {names} have shapes {mean} and {covariance}; {metric} needs ({d},) and ({d}, {d})"
                 )
+            if problem := covariance_problem(images.statistics[sigma]):
+                raise UserError(f"{images.path}: {sigma} is no covariance: {problem}")
     if few:
         warn(f"fewer images than dimensions, so the figure is far above that of a large set: {'; '.join(few)}")
 
@@ -232,7 +267,9 @@ def compute(
     if "is" in metrics and "logits" in samples.rows:
         figures["is"] = score_of_logits(samples.rows["logits"], config.split_size)
     elif "is" in metrics:
-        figures["is"] = inception_score(samples.rows["pool"], used[0].class_weight, config.split_size)
+        weight = used[0].class_weight
+        assert weight is not None  # Inception has one
+        figures["is"] = inception_score(samples.rows["pool"], weight, config.split_size)
     if {"precision", "recall"} & set(metrics):
         rows = ref.rows["pool"], samples.rows["pool"]
         both = precision_recall(*rows, NEIGHBOURS, config.pr_dtype, device=device, progress=True)
@@ -262,7 +299,7 @@ def gather(features: Features, used: Sequence[Network], batch_size: int, state: 
         for turn in range(0, len(spans), state.num_processes):
             found = None
             place = turn // state.num_processes
-            if place < len(mine):
+            if place < len(mine) and ahead is not None:
                 images = ahead.result()
                 if place + 1 < len(mine):  # read while the networks work
                     ahead = reader.submit(features.images.read, mine[place + 1])
@@ -292,6 +329,6 @@ def _gathered(found: dict[str, np.ndarray] | None, state: PartialState) -> list[
     """What each process found, in order, on the main process; nothing elsewhere."""
     if state.num_processes == 1:
         return [found]
-    received = [None] * state.num_processes if state.is_main_process else None
+    received: list[Any] | None = [None] * state.num_processes if state.is_main_process else None
     torch.distributed.gather_object(found, received, dst=0)
     return received or []

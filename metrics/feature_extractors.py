@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from checkpoint import reading
-from common import tensor_files
+from common import hub, tensor_files
 from common.errors import UserError, first_line
 from common.files import file_sha256
 from common.torchvision_shim import import_torchvision
@@ -67,11 +66,11 @@ def inception(path: str | None, device: torch.device, warn: Callable[[str], None
     torch.save(state, clean)
     clean.seek(0)
     try:
-        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)
+        model: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)
     except Exception as error:  # missing keys, other shapes, values that are no tensors
         raise UserError(f"--inception-weights {weights}: {_other_network(error, 'torch-fidelity’s Inception')}") from None
     model.to(device)
-    caught: list[Tensor] = []
+    caught: list[Any] = []
     model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: caught.append(output))  # after its ReLU
 
     def extract(images: Tensor) -> dict[str, Tensor]:
@@ -94,7 +93,7 @@ def dinov2(path: str | None, device: torch.device) -> Network:
     weights, state = _read_weights("--dino-weights", path or DINO_HUB)
     state.pop("mask_token", None)  # of the original file; used in its training alone
     with torch.device("meta"):
-        model = timm.create_model("vit_large_patch14_dinov2", img_size=DINO_SIDE, num_classes=0)
+        model: Any = timm.create_model("vit_large_patch14_dinov2", img_size=DINO_SIDE, num_classes=0)
     try:
         state["pos_embed"] = resample_positions(state["pos_embed"], DINO_GRID)
         model.load_state_dict(state, assign=True)
@@ -136,12 +135,21 @@ def by_name(name: str, device: torch.device) -> Network:
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+    wanted = "wanted: module:factory, where factory(device) gives a function of images"
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--features {name}: cannot be imported: {error}; wanted: module:factory") from None
-    extract = factory(device)
-    return Network(name, lambda images: extract(images.to(device)))
+    except (Exception, SystemExit) as error:  # of the module, too
+        raise UserError(f"--features {name}: cannot be imported: {first_line(error)}; {wanted}") from None
+    try:
+        extract: Any = factory(device)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--features {name}: {type(error).__name__}: {first_line(error)}; {wanted}") from None
+    if not callable(extract):
+        raise UserError(f"--features {name}: gives a {type(extract).__name__}; {wanted}")
+    network: Any = extract  # `callable` would narrow it to what returns an object
+    return Network(name, lambda images: network(images.to(device)))
 
 
 def _download_inception(url: str) -> Path:
@@ -162,7 +170,7 @@ def _download_inception(url: str) -> Path:
 def _read_weights(option: str, path: str | Path) -> tuple[Path, dict[str, Any]]:
     """The local file of a path or hf://owner/repo/file, and the tensors in it; read with the restricted unpickler."""
     try:
-        local = reading.local_file(path)
+        local = hub.local_file(path)
         if local.suffix == ".safetensors":
             return local, tensor_files.load_safetensors(local)[0]
         return local, tensor_files.load(local)
@@ -172,7 +180,9 @@ def _read_weights(option: str, path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def _hash_in_name(url: str) -> str:
     """PyTorch's convention: the first eight digits of the sha256 stand at the end of the name."""
-    return re.search(r"-([0-9a-f]{8})\.pth$", url)[1]
+    match = re.search(r"-([0-9a-f]{8})\.pth$", url)
+    assert match
+    return match[1]
 
 
 def _other_network(error: Exception, wanted: str) -> str:

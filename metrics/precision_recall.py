@@ -98,6 +98,7 @@ def _reduced(u: _Points, rows: slice, v: _Points, columns: slice, reduce: Callab
     """`reduce(distances, rows of the tile)` of every tile of one block; in float32 where float16 is not finite anywhere in it."""
     step = TILE if u.features[torch.float32].device.type == "cpu" else BLOCK
     tiles = [slice(i, min(i + step, rows.stop)) for i in range(rows.start, rows.stop, step)]
+    results: list[T] = []
     for dtype in u.dtypes:
         results = []
         for tile in tiles:
@@ -114,11 +115,12 @@ def _radii(points: _Points, k: int, bar: tqdm) -> Tensor:
     """Squared distance of each point to its k-th neighbour (N,): the (k + 1)-th smallest of its row, which holds itself."""
     radii = []
     for rows in points.blocks:
-        nearest = None
+        nearest: Tensor | None = None
         for columns in points.blocks:
-            found = torch.cat(_reduced(points, rows, points, columns, lambda d, _: _smallest(d, k + 1)))
-            nearest = found if nearest is None else _smallest(torch.cat([nearest, found], dim=1), k + 1)
+            candidates = torch.cat(_reduced(points, rows, points, columns, lambda d, _: _smallest(d, k + 1)))
+            nearest = candidates if nearest is None else _smallest(torch.cat([nearest, candidates], dim=1), k + 1)
             bar.update()
+        assert nearest is not None  # there is a block
         radii.append(nearest[:, k])
     return torch.cat(radii)
 

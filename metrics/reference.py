@@ -7,10 +7,10 @@ from accelerate import PartialState
 
 import randomness
 from common.errors import UserError
-from config.options import ReferenceConfig
+from common.files import check_folder, make_folder
+from config.tool_options import ReferenceConfig
 from metrics.evaluation import IN_FILE, Features, gather, load_networks
 from metrics.images import open_images, write_npz
-from sampling import checks
 
 
 def make_reference(config: ReferenceConfig, state: PartialState, warn: Callable[[str], None]) -> None:
@@ -20,7 +20,7 @@ def make_reference(config: ReferenceConfig, state: PartialState, warn: Callable[
         raise UserError(
             f"--dest {dest}: {'exists already' if dest.exists() else 'its name must end in .npz'}; give a new .npz file"
         )
-    checks.check_folder("--dest: the folder", dest.parent)
+    check_folder("--dest: the folder", dest.parent)
     images = open_images(config.source)
     if images.count < 2:
         raise UserError(f"--source {images.path}: holds {images.count} image(s); statistics need at least 2")
@@ -35,6 +35,8 @@ def make_reference(config: ReferenceConfig, state: PartialState, warn: Callable[
     order = randomness.generator("reference", config.seed, 0).permutation(images.count)
     chosen = sorted(order[: config.num_images].tolist())
     statistics = {name: a for kind in features.gathered for name, a in zip(IN_FILE[kind], features.gaussian(kind), strict=True)}
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    write_npz(dest, (len(chosen), *images.size, 3), (images.read(range(i, i + 1)) for i in chosen), statistics)
+    make_folder(dest.parent)
+    images.sha256()  # which finds damage, too
+    height, width = images.size
+    write_npz(dest, (len(chosen), height, width, 3), (images.read(range(i, i + 1)) for i in chosen), statistics)
     print(f"{dest}: {len(chosen)} of {images.count} images, {', '.join(statistics)}")

@@ -1,11 +1,13 @@
 """Mean and covariance, Fréchet distance and Inception Score, in float64."""
 
+import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 CHUNK = 1000  # rows that enter the covariance together
 SINGULAR_OFFSET = 1e-6
@@ -48,7 +50,7 @@ class RunningStatistics:
 
     @property
     def mean(self) -> np.ndarray:
-        """(dim,)"""
+        """The mean (dim,)."""
         if not self.count:
             raise UserError("the mean of no rows")
         self._take_waiting()
@@ -56,7 +58,7 @@ class RunningStatistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(dim, dim), divided by N − 1."""
+        """The covariance (dim, dim), divided by N − 1."""
         if self.count < 2:
             raise UserError(f"the covariance of {self.count} row(s); it takes at least 2")
         self._take_waiting()
@@ -81,6 +83,24 @@ class RunningStatistics:
         self._done = total
 
 
+def covariance_problem(sigma: np.ndarray) -> str:
+    """Why a matrix (d, d) is no covariance: not symmetric, or not positive semi-definite; an empty text where it is one.
+
+    Both up to a millionth of its trace: statistics may be stored in float32.
+    """
+    sigma = np.asarray(sigma, dtype=np.float64)
+    tolerance = 1e-6 * max(np.abs(np.diag(sigma)).sum(), np.finfo(np.float64).tiny)
+    if np.diag(sigma).min() < -tolerance:
+        return f"a negative variance ({np.diag(sigma).min():.4g})"
+    if np.abs(sigma - sigma.T).max() > tolerance:
+        return "not symmetric"
+    try:
+        np.linalg.cholesky(sigma + tolerance * np.eye(len(sigma)))  # a tenth of the time of the eigenvalues
+    except np.linalg.LinAlgError:
+        return "not positive semi-definite, it has negative eigenvalues"
+    return ""
+
+
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
     """Fréchet distance of two Gaussians, |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) (Heusel et al. 2017, arXiv 1706.08500).
 
@@ -95,18 +115,24 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
         raise UserError(f"statistics of shapes {shapes}; wanted (d,), (d, d), (d,), (d, d)")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise UserError("statistics that hold values which are not finite")
-    offset = 0 if _root_is_finite(sigma1, sigma2) else SINGULAR_OFFSET * np.eye(d)
-    factor = _factor(sigma1 + offset)
-    # FᵀΣ₂F has those eigenvalues of the product FFᵀΣ₂ that are not zero.
-    trace = np.sqrt(np.linalg.eigvalsh(factor.T @ (sigma2 + offset) @ factor).clip(min=0)).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+    try:
+        offset = 0 if _root_is_finite(sigma1, sigma2) else SINGULAR_OFFSET * np.eye(d)
+        factor = _factor(sigma1 + offset)
+        # FᵀΣ₂F has those eigenvalues of the product FFᵀΣ₂ that are not zero.
+        trace = np.sqrt(np.linalg.eigvalsh(factor.T @ (sigma2 + offset) @ factor).clip(min=0)).sum()
+    except (ValueError, np.linalg.LinAlgError) as error:  # an overflow
+        raise UserError(f"statistics whose covariances have no root: {first_line(error)}") from None
+    distance = float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+    if not math.isfinite(distance):
+        raise UserError("statistics that are too large: their distance is not finite")
+    return distance
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
     """F (d, r) with FFᵀ = sigma and r its numerical rank, by Cholesky with pivoting: a deficient rank is no obstacle."""
-    from scipy.linalg import lapack
+    from scipy.linalg import get_lapack_funcs
 
-    lower, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
+    lower, pivots, rank, _ = get_lapack_funcs(("pstrf",), (sigma,))[0](sigma, lower=1)
     factor = np.empty((len(sigma), rank))
     factor[pivots - 1] = np.tril(lower)[:, :rank]
     return factor
@@ -143,7 +169,7 @@ def score_of_logits(logits: ArrayLike, split_size: int = 5000) -> float:
     return _score(np.asarray(logits), split_size, lambda part: part)
 
 
-def _score(rows: np.ndarray, split_size: int, logits_of) -> float:
+def _score(rows: np.ndarray, split_size: int, logits_of: Callable[[np.ndarray], np.ndarray]) -> float:
     from scipy.special import logsumexp
 
     if not len(rows) or split_size < 1:

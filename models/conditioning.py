@@ -43,10 +43,10 @@ def select(drop: Tensor, null: Condition, y: Condition) -> Condition:
     return map_condition(lambda a, b: torch.where(drop.view(-1, *[1] * (b.dim() - 1)), a, b), null, y)
 
 
-def null_condition(model: nn.Module, y: Condition) -> Condition:
+def null_condition(model: Any, y: Condition) -> Condition:
     """The condition that says nothing, of the shape of y, for any model, also within DDP: its `null(y)`, or label `num_classes`."""
     model = getattr(model, "module", model)
-    return model.null(y) if hasattr(model, "null") else torch.full_like(y, model.num_classes)
+    return model.null(y) if hasattr(model, "null") else map_condition(lambda v: torch.full_like(v, model.num_classes), y)
 
 
 def check_labels(y: Condition | None, model: str) -> Tensor:

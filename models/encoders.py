@@ -6,14 +6,14 @@ An encoder sees the image at √N × its own patch size, so that it makes one fe
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import reading
-from common import tensor_files
-from common.errors import UserError, did_you_mean
+from common import hub, tensor_files
+from common.errors import UserError, did_you_mean, first_line
 from common.torchvision_shim import import_torchvision
 
 
@@ -47,10 +47,13 @@ ENCODERS = {
 class TargetEncoder(nn.Module):
     """A frozen ViT: uint8 images (B, 3, H, W) → its patch features (B, N, z), without class and register tokens."""
 
-    def __init__(self, name: str, vit: nn.Module, side: int, last_norm: bool):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, vit: Any, side: int, last_norm: bool):
         super().__init__()
         self.name, self.side, self.last_norm = name, side, last_norm
-        self.vit = vit.eval().requires_grad_(False)
+        self.vit: Any = vit.eval().requires_grad_(False)
         self.z_dim: int = vit.num_features
         for kind in ("mean", "std"):
             value = torch.tensor(vit.pretrained_cfg[kind], device="cpu").view(1, 3, 1, 1)
@@ -72,6 +75,7 @@ class TargetEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → (B, N, z)."""
         return self.features(self.preprocess(images))
 
     def features(self, x: Tensor) -> Tensor:
@@ -104,8 +108,12 @@ def load_encoders(
     """The encoders with their pretrained weights: from the hub, or from one file each.
 
     Args:
+        names: see `encoder_names`.
         resolution: side of the images in pixels.
         grid_size: (rows, columns) of the model's tokens.
+        weights: a file for each encoder; None for those on the hub.
+        device: where the encoders are put.
+
     Raises:
         UserError: unknown, weights missing or of another model, or not of as many tokens as the model's grid.
     """
@@ -182,9 +190,9 @@ def _from_hub(found: TargetEncoder) -> nn.Module:
     try:
         vit = _timm().create_model(timm_name, pretrained=True, num_classes=0)
     except Exception as error:  # network, no such repository or file, no space …
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(
-            f"--enc-type {found.name}: the weights of timm's {timm_name} could not be had from the hub ({type(error).__name__}: {reason}); "
+            f"--enc-type {found.name}: the weights of timm's {timm_name} could not be downloaded from the hub ({type(error).__name__}: {reason}); "
             "give a file: --encoder-weights PATH"
         ) from None
     vit.set_input_size(img_size=(found.side, found.side))  # resamples position embeddings: bicubic, with antialias
@@ -193,7 +201,7 @@ def _from_hub(found: TargetEncoder) -> nn.Module:
 
 def _from_file(found: TargetEncoder, path: str) -> nn.Module:
     """The encoder with the weights of a file: timm's own names, or the names of the encoder's authors, which timm translates."""
-    file = reading.local_file(path)
+    file = hub.local_file(path)
     if not file.is_file():
         raise UserError(f"--encoder-weights {path}: no such file; it should hold the weights of {found.name}")
     state = tensor_files.load_safetensors(file)[0] if file.suffix == ".safetensors" else tensor_files.load(file)

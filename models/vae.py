@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ from common.files import file_sha256
 from common.torchvision_shim import import_torchvision
 from models.dfm import recompose
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+VAE: TypeAlias = Any  # diffusers' AutoencoderKL, whose annotations do not say what its methods return
 
 
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -51,6 +50,7 @@ class VAERecord:
     channel_std: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `vae.json`."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
         return {k: v for k, v in values.items() if k in _KEYS or v is not None}
 
@@ -59,38 +59,43 @@ class VAERecord:
         """The record held by the JSON object `values`; `UserError` that names `where` if it is none. A null shift means 0."""
         if not isinstance(values, dict):
             raise UserError(f"{where}: must hold a JSON object with the keys {', '.join(_KEYS)}")
-        missing = [key for key in _KEYS if key not in values]
-        if missing:
+        if missing := [key for key in _KEYS if key not in values]:
             raise UserError(f"{where}: {missing[0]} is missing")
         values = {key: values[key] for key in _KEYS} | {key: values[key] for key in _CHANNEL_KEYS if values.get(key)}
         if values["shift_factor"] is None:
             values["shift_factor"] = 0.0
-        if not isinstance(values["vae"], str) or not isinstance(values["sha256"], str | None):
-            raise UserError(f"{where}: vae and sha256 must be text")
-        for key in ("downsample_factor", "latent_channels"):
-            if type(values[key]) is not int or values[key] < 1:
-                raise UserError(f"{where}: {key} is {values[key]!r}; it must be a whole number of at least 1")
-        for key in ("scaling_factor", "shift_factor"):
-            if not _are_numbers([values[key]], 1):
-                raise UserError(f"{where}: {key} is {values[key]!r}; it must be a number")
-            values[key] = float(values[key])
-        if values["scaling_factor"] == 0:
-            raise UserError(f"{where}: scaling_factor must not be 0")
-        for key in _CHANNEL_KEYS:
-            numbers = values.get(key)
-            if any(k in values for k in _CHANNEL_KEYS) and not _are_numbers(numbers, values["latent_channels"]):
-                raise UserError(f"{where}: {key} must be {values['latent_channels']} numbers, one for each channel")
-            if numbers is not None:
-                values[key] = tuple(float(n) for n in numbers)
-        if min(values.get("channel_std", (1.0,))) <= 0:
-            raise UserError(f"{where}: channel_std must be above 0")
-        return cls(**values)
+        _check_record(values, where)
+        values |= {key: float(values[key]) for key in ("scaling_factor", "shift_factor")}
+        return cls(**values | {key: tuple(float(n) for n in values[key]) for key in _CHANNEL_KEYS if key in values})
 
 
 _CHANNEL_KEYS = ("channel_mean", "channel_std")
 
 
 _KEYS = tuple(f.name for f in dataclasses.fields(VAERecord) if f.name not in _CHANNEL_KEYS)
+
+
+def _check_record(values: dict[str, Any], where: str) -> None:
+    """Raise UserError for a value that its key cannot have."""
+    if not isinstance(values["vae"], str) or not isinstance(values["sha256"], str | None):
+        raise UserError(f"{where}: vae and sha256 must be text")
+    for key in ("downsample_factor", "latent_channels"):
+        if type(values[key]) is not int or not 1 <= values[key] <= MAX_FACTOR:
+            shown = repr(values[key])[:80]
+            raise UserError(f"{where}: {key} is {shown}; it must be a whole number of at least 1, at most {MAX_FACTOR}")
+    for key in ("scaling_factor", "shift_factor"):
+        if not _are_numbers([values[key]], 1):
+            raise UserError(f"{where}: {key} is {repr(values[key])[:80]}; it must be a number")
+    if values["scaling_factor"] == 0:
+        raise UserError(f"{where}: scaling_factor must not be 0")
+    for key in _CHANNEL_KEYS if any(key in values for key in _CHANNEL_KEYS) else ():
+        if not _are_numbers(values.get(key), values["latent_channels"]):
+            raise UserError(f"{where}: {key} must be {values['latent_channels']} numbers, one for each channel")
+    if min(values.get("channel_std", (1.0,))) <= 0:
+        raise UserError(f"{where}: channel_std must be above 0")
+
+
+MAX_FACTOR = 2**16  # pixels per latent, and channels: far above any VAE
 
 
 def _are_numbers(values: Any, count: int) -> bool:
@@ -116,7 +121,7 @@ SD_VAE = VAERecord(SHORT_NAMES["ema"], None, 8, 4, 0.18215, 0.0)
 
 def load_vae(
     name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, expected: VAERecord | None = None
-) -> "tuple[AutoencoderKL, VAERecord]":
+) -> tuple[VAE, VAERecord]:
     """The VAE in eval mode without gradients, and its record.
 
     `name`: `ema`, `mse`, a hub name or a local folder (relative to the working folder, else to this code's). `expected`: the
@@ -127,11 +132,11 @@ def load_vae(
     if weights is None:
         raise UserError(f"--vae {name}: {folder} has no {WEIGHT_FILES[0]}")
     import_torchvision()  # which diffusers imports
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     try:
         safe = weights.suffix == ".safetensors"
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=safe, local_files_only=True)
+        vae: VAE = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=safe, local_files_only=True)
     except Exception as error:  # whatever a broken config or weights file makes diffusers raise
         raise UserError(f"--vae {name}: {folder} does not load as an AutoencoderKL: {first_line(error)}") from None
     record = VAERecord(
@@ -151,7 +156,7 @@ def load_vae(
 
 
 @torch.no_grad()
-def encode_moments(vae: "AutoencoderKL", images: Tensor) -> Tensor:
+def encode_moments(vae: VAE, images: Tensor) -> Tensor:
     """Posterior of images: uint8 (B, 3, H, W) → float32 (B, 2C, h, w), the means, then the standard deviations."""
     pixels = images.to(vae.device, torch.float32) / 127.5 - 1
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
@@ -166,7 +171,7 @@ def sample_latents(moments: Tensor, noise: Tensor, record: VAERecord) -> Tensor:
 
 
 @torch.no_grad()
-def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
+def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Images of the model's latents: (B, C, h, w), any float type → uint8 (B, 3, H, W)."""
     if vae.config.get("channel_mean"):  # `load_vae` was told so by the record of the latents
         mean, std = (latents.new_tensor(vae.config[key]).view(-1, 1, 1) for key in _CHANNEL_KEYS)
@@ -176,7 +181,7 @@ def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
     return to_uint8(vae.decode(z.to(vae.device, vae.dtype)).sample)
 
 
-def decode_stages(vae: "AutoencoderKL", pyramid: Sequence[Tensor]) -> Tensor:
+def decode_stages(vae: VAE, pyramid: Sequence[Tensor]) -> Tensor:
     """A DFM pyramid for people: each stage decoded alone, then the image of all, uint8 (S + 1, B, 3, H, W) at the image's size."""
     image = decode(vae, recompose(pyramid))
     stages = [F.interpolate(decode(vae, stage), size=image.shape[-2:], mode="nearest") for stage in pyramid]

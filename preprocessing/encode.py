@@ -4,7 +4,6 @@ The VAE sees fixed blocks of images by index, so that its latents are the same b
 any stop.
 """
 
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,15 +12,17 @@ import numpy as np
 import torch
 
 from common import image_files
+from common.distributed import start_processes
 from common.errors import UserError
 from common.files import DataError
-from config.options import EncodeConfig
+from common.precision import set_tf32
+from config.tool_options import EncodeConfig
 from models.vae import encode_moments, load_vae
 from preprocessing.latent_output import Plan, fill, open_dest
 from preprocessing.source import image_numbers, list_images, open_source
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    pass
 
 
 def encode(config: EncodeConfig) -> None:
@@ -31,10 +32,11 @@ def encode(config: EncodeConfig) -> None:
     targets = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in image_numbers(names)]
     first = image_files.read_image(source, names[0]).shape  # (H, W, 3)
     making = {"command": "encode", "source": str(source.path.resolve()), "vae": config.vae, "dtype": config.dtype}
-    state = _processes()
+    # They meet again at the end alone, and that of the slowest may be hours after that of the quickest.
+    state = start_processes(timedelta(days=7))
     with open_dest(Path(config.dest), making, targets, config.shard_size if config.packed else None, state) as dest:
-        torch.backends.cudnn.allow_tf32 = False  # the latents are promised in float32
-        vae, record = load_vae(config.vae, state.device)
+        set_tf32(False)  # the latents are promised in float32
+        vae, record = load_vae(config.vae, state.device or "cpu")
         factor = record.downsample_factor
         if first[0] % factor or first[1] % factor:
             raise UserError(
@@ -63,16 +65,3 @@ def encode(config: EncodeConfig) -> None:
             print(f"{config.dest}: {len(names)} latents of {'x'.join(map(str, shape))} by {record.vae}")
     state.wait_for_everyone()
     state.destroy_process_group()
-
-
-def _processes() -> "PartialState":
-    """This process among those of torchrun or accelerate launch."""
-    from accelerate import PartialState
-
-    # They meet again at the end alone, and that of the slowest may be hours after that of the quickest.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:
-        raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {state.num_processes} process(es) run; start with torchrun"
-        )
-    return state

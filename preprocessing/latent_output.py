@@ -10,14 +10,16 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import FileTree, Unfinished, make_folder
+from common.file_tree import FileTree
+from common.files import make_folder
 from common.tensor_files import npy_array, npy_bytes
 from data import latent_files
 from data.packed import INDEX_FILE, LABELS_FILE, NAMES_FILE, shard_file
 from models.vae import VAERecord
-from preprocessing.output import UNFINISHED_FILE, Folder, FolderDest, ZipDest, label_file, remove_files
-from preprocessing.packed_writer import ShardWriter, sum_file, write_index
+from preprocessing.output import Folder, FolderDest, ZipDest, label_file, remove_asides
+from preprocessing.packed_writer import ShardWriter, shard_aside, sum_file, write_index
 from preprocessing.source import prefetch
+from preprocessing.unfinished import UNFINISHED_FILE, Unfinished
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -44,7 +46,7 @@ class Alone:
     process_index, num_processes, is_main_process = 0, 1, True
 
     def wait_for_everyone(self) -> None:
-        pass
+        """There is nobody else."""
 
 
 def fill(
@@ -105,7 +107,7 @@ class FileLatentsDest:
     """One npy file for each latent, in a folder or zip."""
 
     def __init__(self, files: Folder | FolderDest | ZipDest):
-        self.files = files
+        self.files = files  # a `Folder` where another process has the destination
 
     def __enter__(self) -> "FileLatentsDest":
         return self
@@ -125,6 +127,7 @@ class FileLatentsDest:
                 there = 0
 
     def write(self, plan: Plan, block: range, moments: np.ndarray) -> None:
+        """Write the latents `moments` (n, 2C, h, w) of a block."""
         for i, values in zip(block, moments, strict=True):
             if self.files.existing(plan.targets[i]) != plan.shape:
                 self.files.write(plan.targets[i], npy_bytes(values))
@@ -133,7 +136,8 @@ class FileLatentsDest:
         """Write vae.json and dataset.json: from here on the set is whole."""
         self.files.write(latent_files.VAE_FILE, json.dumps(plan.record.to_dict(), indent=2).encode())
         labels = None if plan.labels is None else dict(zip(plan.targets, plan.labels, strict=True))
-        self.files.finish(label_file(plan.targets, labels))
+        if isinstance(self.files, FolderDest | ZipDest):
+            self.files.finish(label_file(plan.targets, labels))
 
 
 class PackedDest:
@@ -162,8 +166,8 @@ class PackedDest:
             )
         make_folder(path)
         self._record = Unfinished(path / UNFINISHED_FILE, making, path, is_begun=bool(present - {UNFINISHED_FILE}))
-        shards = {shard_file(number) + ".tmp" for number in range(len(self.counts))}  # are continued
-        remove_files(path, (name for name in present - shards if name.endswith(".tmp")))
+        self._record.check_aside((shard_aside(path, number) for number in range(len(self.counts))), path)  # are continued
+        remove_asides(path, own - {shard_file(number) for number in range(len(self.counts))})
 
     def __enter__(self) -> "PackedDest":
         return self
@@ -190,6 +194,7 @@ class PackedDest:
                 there = 0
 
     def write(self, plan: Plan, block: range, moments: np.ndarray) -> None:
+        """Write the latents `moments` (n, 2C, h, w) of a block, which is the next of its file."""
         number = block[0] // self.shard_size
         self._writers[number].append(moments)
         if self._writers[number].done == self.counts[number]:

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import FileTree, Unfinished, WriteError, make_folder, write_atomically
+from common.file_tree import FileTree
+from common.files import WriteError, make_folder, remove_leftovers, write_atomically
 from data import latent_files
-
-UNFINISHED_FILE = "unfinished.json"  # in a folder (beside a zip) while a command fills it
-
+from preprocessing.unfinished import UNFINISHED_FILE, Unfinished
 
 SKIPPED_FILE = "skipped.txt"
 
@@ -39,6 +38,7 @@ class Folder:
             return None
 
     def write(self, name: str, content: bytes) -> None:
+        """Write one file, in a sub-folder that is made where it is not there. Raises WriteError."""
         path = self.path / name
         make_folder(path.parent)
         write_atomically(path, content, option="--dest")
@@ -60,7 +60,7 @@ class FolderDest(Folder):
         self._check(present)
         make_folder(path)
         self._record = Unfinished(path / UNFINISHED_FILE, making, path, is_begun=bool(present & self._targets))
-        remove_files(path, (name for name in present if name.endswith(".tmp")))
+        remove_asides(path, [*self._targets, SKIPPED_FILE, latent_files.LABEL_FILE, latent_files.VAE_FILE])
 
     def __enter__(self) -> "FolderDest":
         return self
@@ -70,9 +70,10 @@ class FolderDest(Folder):
         is_empty = kind is not None and not any((self.path / name).exists() for name in self._targets)
         self._record.release(remove=kind is None or is_empty)
         if is_empty and self._is_new:
-            for folder in sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True):
-                folder.rmdir()
-            self.path.rmdir()
+            with contextlib.suppress(OSError):  # not empty after all
+                for folder in sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True):
+                    folder.rmdir()
+                self.path.rmdir()
 
     def finish(self, label_file: dict[str, Any]) -> None:
         """Write dataset.json (where there is one to write): from here on the set is whole."""
@@ -107,6 +108,8 @@ class ZipDest:
             raise WriteError(path, error, "--dest") from None
         record = path.with_name(f"{path.name}.{UNFINISHED_FILE}")
         self._record = Unfinished(record, making, path, is_begun=self._aside.exists())
+        if not self._starts_as_ours():
+            self._record.check_aside([self._aside], path)
         self._shapes: dict[str, tuple[int, ...]] = {}
         try:
             self._zip = self._continued()
@@ -130,12 +133,14 @@ class ZipDest:
         return self._shapes.get(name)
 
     def write(self, name: str, content: bytes) -> None:
+        """Write one member. Raises WriteError."""
         try:
             self._zip.writestr(zipfile.ZipInfo(name), content)  # a fixed date: the same images give the same bytes
         except OSError as error:
             raise WriteError(self.path, error, "--dest") from None
 
     def finish(self, label_file: dict[str, Any]) -> None:
+        """Write dataset.json (where there is one to write) and give the zip its name."""
         if label_file:
             self.write(latent_files.LABEL_FILE, json.dumps(label_file).encode())
         try:
@@ -145,6 +150,15 @@ class ZipDest:
             self._aside.replace(self.path)
         except OSError as error:
             raise WriteError(self.path, error, "--dest") from None
+
+    def _starts_as_ours(self) -> bool:
+        """Is what lies aside, as far as it goes, the start of a zip of the targets? Then a missing record is no matter."""
+        if self._aside.is_symlink() or not self._aside.is_file():
+            return False
+        with self._aside.open("rb") as file:
+            header = file.read(30)
+            name = file.read(int.from_bytes(header[26:28], "little") if len(header) == 30 else 0)
+        return b"PK\3\4".startswith(header[:4]) and any(target.encode().startswith(name) for target in self._targets)
 
     def _continued(self) -> zipfile.ZipFile:
         """The zip that a stopped run left, cut behind its last whole member; a new one where there is none."""
@@ -195,9 +209,16 @@ def _next_member(file: io.BufferedIOBase) -> zipfile.ZipInfo | None:
     return info
 
 
-def remove_files(folder: Path, names: Iterable[str]) -> None:
+def remove_asides(root: Path, names: Iterable[str]) -> None:
+    """Remove what killed runs left aside of the files `names` in a folder. Nothing else, and nothing behind a link."""
+    of_folder: dict[str, set[str]] = {}
     for name in names:
-        (folder / name).unlink(missing_ok=True)
+        folder, _, file = name.rpartition("/")
+        of_folder.setdefault(folder, set()).add(file)
+    for folder, files in of_folder.items():
+        path = root / folder
+        if path.is_dir() and path.resolve() == root.resolve() / folder:
+            remove_leftovers(path, files.__contains__)
 
 
 def create(dest: str, making: dict[str, Any], targets: list[str], decode: Decode) -> FolderDest | ZipDest:

@@ -6,7 +6,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import DataError
-from config.options import PackConfig
+from config.tool_options import PackConfig
 from data import latent_files
 from preprocessing.latent_output import Alone, Plan, fill, open_dest
 

@@ -5,10 +5,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from common.files import WriteError, file_sha256, write_atomically
+from common.files import WriteError, encode_name, file_sha256, write_atomically
 from common.tensor_files import npy_bytes
 from data.packed import FORMAT, INDEX_FILE, LABELS_FILE, NAMES_FILE, shard_file
 from models.vae import VAERecord
@@ -18,7 +19,7 @@ def write_index(
     path: Path, names: Sequence[str], labels: Sequence[int] | None, record: VAERecord, counts: Sequence[int]
 ) -> None:
     """Labels, names and index.json of the finished files of `counts` latents each: from here on the set is whole."""
-    arrays = {NAMES_FILE: np.array([name.encode() for name in names])}
+    arrays = {NAMES_FILE: np.array([encode_name(name) for name in names])}
     if labels is not None:
         arrays[LABELS_FILE] = np.array(labels, dtype=np.int64)
     for file, array in arrays.items():
@@ -44,6 +45,11 @@ def sum_file(path: Path, number: int) -> Path:
     return path / f"{shard_file(number)}.sha256"
 
 
+def shard_aside(path: Path, number: int) -> Path:
+    """Where a file is filled. The name is the same for every process: the work of a stopped run is continued."""
+    return path / f"{shard_file(number)}.tmp"
+
+
 class ShardWriter:
     """One packed file, filled block after block aside and renamed when it holds `count` latents.
 
@@ -53,13 +59,13 @@ class ShardWriter:
 
     def __init__(self, path: Path, number: int, count: int, shape: tuple[int, ...], dtype: np.dtype, block: int):
         self.path, self.count, self._sum = path / shard_file(number), count, sum_file(path, number)
-        self._file = None
+        self._file: BinaryIO
         header = _header(count, shape, dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         if self._sum.exists() and self.path.exists() and self.path.stat().st_size == len(header) + count * size:
             self.done = count
             return
-        self._aside = self.path.with_name(self.path.name + ".tmp")
+        self._aside = shard_aside(path, number)
         try:
             self._file = self._aside.open("r+b" if self._aside.exists() else "w+b")
             found = (self._aside.stat().st_size - len(header)) // (size * block) * block  # in whole blocks

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from common import image_files
 from common.errors import UserError
-from common.files import FileTree
+from common.file_tree import FileTree
 from data import latent_files
-from preprocessing.output import UNFINISHED_FILE
+from preprocessing.unfinished import UNFINISHED_FILE
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import write_atomically
-from config.options import StatsConfig
+from config.tool_options import StatsConfig
 from data import remote
 from data.dataset import STATS_FILE, open_latents
 from preprocessing.check import Latents, blocks

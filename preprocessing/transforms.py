@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
+from common.image_files import check_pixels
 
 Transform = Callable[[np.ndarray], np.ndarray | None]  # uint8 (h, w, 3) → uint8 (H, W, 3), or None: left out
 
@@ -45,13 +46,15 @@ def make_transform(name: str, size: tuple[int, int] | None) -> Transform:
 
 
 def unchanged(image: np.ndarray) -> np.ndarray:
+    """The image."""
     return image
 
 
 def resize(image: np.ndarray, width: int, height: int, filter: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
-    """uint8 (h, w, 3) → (height, width, 3); an image of that size already stays as it is."""
+    """uint8 (h, w, 3) → (height, width, 3); an image of that size already stays as it is. ValueError for more than MAX_PIXELS."""
     if image.shape[:2] == (height, width):
         return image
+    check_pixels(width, height)  # of a strip, one pixel high, the short side alone would be as long as asked for
     return np.asarray(Image.fromarray(image).resize((width, height), filter))
 
 

@@ -1,4 +1,7 @@
-"""Checks of sampling options; they change nothing and raise `UserError`."""
+"""Checks of sampling options; they change nothing and raise `UserError`.
+
+Those of the options alone run before a checkpoint is read or downloaded, the others before anything else is loaded or written.
+"""
 
 import os
 from collections.abc import Sequence
@@ -6,24 +9,32 @@ from pathlib import Path
 
 import models
 from common.errors import UserError
+from flows import check_sampler, flow_of
 from models.elit import budget_to_k
-from samplers import BudgetSchedule, check_schedule, parse_budget
-from sampling.session import Options
+from samplers import BudgetSchedule, parse_budget
+from sampling.session import Options, guidance
+
+BUDGETS = ("inference_budget", "unconditional_inference_budget")
 
 
-def check_sampler(config: Options) -> None:
-    """Refuse a sampler that does not exist, and a model that takes no class labels."""
+def check_options(config: Options, cfg_scales: Sequence[float] | None = None) -> None:
+    """Refuse what no model can be sampled with; `cfg_scales`: of a tool that has several."""
+    for name in BUDGETS:
+        _parsed(_flag(name), getattr(config, name))
+    check_sampler(config.mode, config.heun)
+    for changes in [{}] if cfg_scales is None else [{"cfg_scale": scale} for scale in cfg_scales]:
+        guidance(config, **changes).check()
+
+
+def check_model(config: Options) -> None:
+    """Refuse what the checkpoint's model cannot be sampled with."""
     if models.model_spec(config.model).text:
         raise UserError(
             f"--ckpt {config.ckpt}: holds a {config.model}, which is conditioned on text; only class labels can be given"
         )
-    if config.heun and config.mode == "sde":
-        raise UserError("--heun: Heun's correction belongs to --mode ode")
-    if models.model_spec(config.model).staged:
-        if config.heun or config.mode == "sde":
-            option = "--heun" if config.heun else "--mode sde"
-            raise UserError(f"{option}: {config.model} is sampled stage by stage with Euler steps; it has neither Heun nor SDE")
-        check_schedule(config.num_steps_per_scale, config.stage_sampling_thresholds, config.stages_count)
+    flow_of(config).check_sampling()
+    for name in BUDGETS:
+        check_budget(config, _flag(name), getattr(config, name))
 
 
 def check_elit(config: Options) -> None:
@@ -46,10 +57,7 @@ def check_budget(config: Options, option: str, value: str | float | None) -> Non
     if not models.model_spec(config.model).elastic:
         raise UserError(f"{option} {value}: {config.model} has no budget; only ELIT models do")
     J = config.elit_group_size**2
-    try:
-        budget = parse_budget(value)
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from None
+    budget = _parsed(option, value)
     for piece in [b for b, *_ in budget.pieces] if isinstance(budget, BudgetSchedule) else [budget]:
         try:
             budget_to_k(piece, J)
@@ -67,3 +75,14 @@ def check_folder(option: str, folder: str | Path) -> None:
 def all_budgets(J: int) -> list[float]:
     """Every budget of a model with J latents per group: k/J, k = 1 … J."""
     return [k / J for k in range(1, J + 1)]
+
+
+def _parsed(option: str, value: str | float | None) -> "float | BudgetSchedule | None":
+    try:
+        return parse_budget(value)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -6,10 +6,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import models
-from samplers import Guidance, dfm_schedule, evaluation_times, guided_velocities, guided_velocity
+from flows import flow_of
+from samplers import Guidance
 from sampling.session import Options
 
 Run = list[tuple[float | None, ...]]  # the budgets of the passes of each velocity evaluation
@@ -18,37 +19,9 @@ Run = list[tuple[float | None, ...]]  # the budgets of the passes of each veloci
 Job = TypeVar("Job", bound=Hashable)
 
 
-def one_forward(model: nn.Module, noise: Tensor | list[Tensor], y: Tensor, budget: float) -> None:
-    """A forward pass to be timed, of all stages where there are any."""
-    t = torch.full((len(y), len(noise)) if isinstance(noise, list) else (len(y),), 0.5, device=y.device)
-    model(noise, t, y, inference_budget=budget)
-
-
-def one_evaluation(model: nn.Module, noise: Tensor | list[Tensor], times: tuple[float, ...], y: Tensor, g: Guidance) -> None:
-    """A velocity evaluation to be timed, guidance included; times: an entry of `evaluations`."""
-    if isinstance(noise, list):
-        waiting = (1.0,) * (len(noise) - len(times))
-        guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, g)
-    else:
-        guided_velocity(model, noise.double(), *times, y, g)
-
-
-def evaluations(config: Options) -> list[tuple[float, ...]]:
-    """The time of each velocity evaluation of a run; for DFM the times of the stages up to the active one."""
-    if models.model_spec(config.model).staged:
-        phases = dfm_schedule(config.num_steps_per_scale, config.stage_sampling_thresholds)
-        return [times[: phase.active_stage + 1] for phase in phases for times in phase.times[:-1]]
-    return [(t,) for t in evaluation_times(config.num_steps, config.mode, config.heun, config.time_shift)]
-
-
-def steps_of_run(config: Options) -> int:
-    """The sampler's steps."""
-    return sum(config.num_steps_per_scale) if models.model_spec(config.model).staged else config.num_steps
-
-
 def passes_of_run(config: Options, g: Guidance) -> Run:
     """The budgets of the forward passes of each velocity evaluation of a run, the conditional pass first."""
-    return [tuple(g.passes(*times)) for times in evaluations(config)]
+    return [tuple(g.passes(*times)) for times in flow_of(config).evaluations()]
 
 
 def pass_flops(model: nn.Module, runs: Iterable[Run]) -> dict[float | None, int]:
@@ -58,7 +31,7 @@ def pass_flops(model: nn.Module, runs: Iterable[Run]) -> dict[float | None, int]
 
 def flops_per_step(config: Options, run: Run, flops: Mapping[float | None, int]) -> float:
     """FLOPs of one image's velocity evaluations, per step of the sampler: guiding passes, schedule and Heun's counted in."""
-    return sum(flops[b] for passes in run for b in passes) / steps_of_run(config)
+    return sum(flops[b] for passes in run for b in passes) / flow_of(config).total_steps
 
 
 def mean_flops_per_step(config: Options, g: Guidance, model: nn.Module) -> float:
@@ -89,7 +62,8 @@ def interleaved_times(jobs: Mapping[Job, Callable[[], object]], device: torch.de
             _synchronize(device)
             if turn >= 0:
                 times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: tuple(statistics.quantiles(t, n=4, method="inclusive")) for name, t in times.items()}
+    quartiles = {name: statistics.quantiles(t, n=4, method="inclusive") for name, t in times.items()}
+    return {name: (low, median, high) for name, (low, median, high) in quartiles.items()}
 
 
 def _synchronize(device: torch.device) -> None:

@@ -2,36 +2,40 @@
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 import metrics.images
-import models
-from checkpoint import weights
+from checkpoint.weights import Weights
 from common.errors import UserError
-from common.files import check_name, join_inside, parse_json
+from common.files import WriteError, check_name, join_inside, parse_json, write_json
 from common.image_files import save_png
 from config.options import GenerateConfig
+from config.rules import folder_labels, names
+from flows import flow_of
 from samplers import parse_budget
-from sampling import cost
+from sampling.session import ARCHITECTURE
 
 WRITERS = 4  # threads that write PNG files
 
+# What an image depends on, beside the checkpoint's and the VAE's weights; and the options that a flow's schedule adds.
+SETTINGS = set(names(GenerateConfig, images=True, group=("checkpoint", "path", "sample", "guidance", "system")))
+STAGE_SETTINGS = set(names(GenerateConfig, images=True, model=False, group="dfm"))
 
-def coarser_stages(config: GenerateConfig) -> dict[int, int]:
-    """The stages whose images are written beside the finished ones, and the side of those in pixels."""
-    if not config.preview:
-        return {}
-    last = config.stages_count - 1
-    return {s: config.resolution // 2 ** (last - s) for s in range(last)}
+
+# ------------------------------------------------------------------------------------------------------------- names
 
 
 def image_name(index: int) -> str:
+    """The file of image `index`."""
     return f"{index:06d}.png"
 
 
@@ -43,72 +47,89 @@ def images_folder(config: GenerateConfig) -> Path:
     return parent / name
 
 
+def stage_folders(config: GenerateConfig) -> dict[int, tuple[Path, int]]:
+    """Stage → folder and side in pixels of its images: -1 for the finished ones; with `preview` also the coarser stages."""
+    folder = images_folder(config)
+    coarser = flow_of(config).preview_sides(config.resolution) if config.preview else {}
+    return {-1: (folder, config.resolution)} | {
+        s: (folder.with_name(f"{folder.name}-stage{s}"), side) for s, side in coarser.items()
+    }
+
+
 def folder_name(config: GenerateConfig) -> str:
     """`ckpt-{stem}-cfg-…-steps-…-seed-…-{mode}`, with every other setting that changes the images where it is not the default."""
-    steps = cost.steps_of_run(config)
-    name = f"ckpt-{Path(config.ckpt).stem}-cfg-{config.cfg_scale}-steps-{steps}-seed-{config.global_seed}-{config.mode}"
+    flow = flow_of(config)
+    name = (
+        f"ckpt-{Path(config.ckpt).stem}-cfg-{config.cfg_scale}-steps-{flow.total_steps}-seed-{config.global_seed}-{config.mode}"
+    )
     labels = "_".join(config.class_labels)
     if len(labels) > 40:
         labels = hashlib.sha256(labels.encode()).hexdigest()[:12]
     defaults = GenerateConfig()
-    for option, label, value in (
-        ("weights", "weights", config.weights.replace(":", "_")),
-        ("inference_budget", "budget", parse_budget(config.inference_budget)),
-        ("unconditional_inference_budget", "uncond", config.unconditional_inference_budget),
-        ("autoguidance", "autoguidance", None),
-        ("guidance_low", "low", config.guidance_low),
-        ("guidance_high", "high", config.guidance_high),
-        ("heun", "heun", None),
-        ("class_labels", "labels", labels),
-        ("mixed_precision", config.mixed_precision, None),
-        *(
-            (option, label, "_".join(map(str, getattr(config, option))))
-            for option, label in (("num_steps_per_scale", "scales"), ("stage_sampling_thresholds", "thresholds"))
-            if models.model_spec(config.model).staged
-        ),
-    ):
-        if getattr(config, option) != getattr(defaults, option):
-            name += f"-{label}" + ("" if value is None else f"-{value}")
+    special = {
+        "weights": config.weights.replace(":", "_"),
+        "inference_budget": parse_budget(config.inference_budget),
+        "class_labels": labels,
+    }
+    for option, label in folder_labels(GenerateConfig).items():
+        value = getattr(config, option)
+        if value == getattr(defaults, option) or (option in STAGE_SETTINGS and option not in flow.schedule_options):
+            continue
+        if isinstance(value, list):
+            value = "_".join(map(str, value))
+        name += f"-{label}" if label else ""
+        name += "" if value is True else f"-{special.get(option, value)}"
     return name
 
 
-def open_folder(folder: Path, config: GenerateConfig, found: weights.Weights) -> None:
-    """Make the folder and the record of its settings beside it, or check that an existing one was made with the same."""
-    names = SETTINGS | (STAGE_SETTINGS if models.model_spec(config.model).staged else set())
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names} | {
-        "ckpt_sha256": found.checksum.value(),
-        "ckpt_step": found.step,
-    }
+# ------------------------------------------------------------------------------------------------------------ record
+
+
+def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -> dict[str, Any]:
+    """All that the images depend on: the record beside their folder."""
+    recorded = SETTINGS | set(ARCHITECTURE) | flow_of(config).schedule_options.keys()
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k in recorded}
+    if config.inference_budget is not None:
+        options["inference_budget"] = str(parse_budget(config.inference_budget))  # one spelling
+    checksum = None if weights.checksum is None else weights.checksum.value()
+    return {"ckpt_sha256": checksum, "ckpt_step": weights.step, "vae_sha256": vae_sha256, **options}
+
+
+def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any]) -> None:
+    """Make the folder and the record of its settings beside it, or check that the images in it were made with the same.
+
+    Raises:
+        UserError: they were not, or the folder cannot be written to.
+    """
     record = folder.with_name(folder.name + ".json")
     try:
         if folder.is_dir() and any(folder.glob("*.png")):
-            made_with = parse_json(record.read_bytes(), record) if record.is_file() else {}
-            if not isinstance(made_with, dict):
-                raise UserError(f"{record}: not what generate.py writes; move it and {folder} away")
-            for name, value in settings.items():
-                made = made_with.get(name, getattr(GenerateConfig(), name, None))  # older records lack newer options
-                if made != value:
-                    raise UserError(
-                        f"{folder}: holds images made with {name} {made}, not {value}; move it away or choose another --sample-dir or --exp-name"
-                    )
+            _check_record(record, folder, made_with)
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
-        aside = record.with_suffix(".tmp")
-        aside.write_text(json.dumps(settings, indent=1) + "\n")
-        aside.replace(record)
+        for leftover in folder.glob("*.tmp"):  # of a killed run
+            if re.fullmatch(r"\d{6,}\.png(\.\d+)?\.tmp", leftover.name):
+                leftover.unlink()
+        write_json(made_with, record)
     except OSError as error:
         raise UserError(f"--sample-dir {config.sample_dir}: cannot use {folder}: {error}") from None
 
 
-# What an image depends on, beside the checkpoint.
-SETTINGS = {
-    *("weights", "vae", "mode", "num_steps", "heun", "path_type", "cfg_scale", "guidance_low", "guidance_high", "autoguidance"),
-    *("inference_budget", "unconditional_inference_budget", "global_seed", "class_labels", "mixed_precision", "time_shift"),
-}
+def _check_record(record: Path, folder: Path, made_with: dict[str, Any]) -> None:
+    before = parse_json(record.read_bytes(), record) if record.is_file() else {}
+    if not isinstance(before, dict):
+        raise UserError(f"{record}: not what generate.py writes; move it and {folder} away")
+    defaults = GenerateConfig()
+    for name, value in made_with.items():
+        if name not in before and name not in SETTINGS:
+            continue  # of an older version, which did not record it
+        was = before.get(name, getattr(defaults, name, None))
+        if was != value:
+            raise UserError(
+                f"{folder}: holds images made with {name} {was}, not {value}; move it away or choose another --sample-dir or --exp-name"
+            )
 
 
-STAGE_SETTINGS = {"num_steps_per_scale", "stage_sampling_thresholds"}
+# ------------------------------------------------------------------------------------------------------------ images
 
 
 def missing_images(folder: Path, indices: Iterable[int], resolution: int) -> Iterable[int]:
@@ -127,11 +148,41 @@ def missing_images(folder: Path, indices: Iterable[int], resolution: int) -> Ite
         return [i for i, ok in zip(indices, pool.map(good, indices), strict=True) if not ok]
 
 
-def write_npz(path: Path, files: Iterable[Path], config: GenerateConfig) -> None:
-    """ADM's sample format: arr_0 uint8 (M, H, W, 3) of the image files."""
-    shape = (config.num_fid_samples, config.resolution, config.resolution, 3)
-    metrics.images.write_npz(path, shape, (np.asarray(Image.open(file)) for file in files))
+class ImageWriter:
+    """Writes batches of images in threads while the next one is drawn; all are there at the end of its context."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._jobs: list[Future[None]] = []
+
+    def __enter__(self) -> "ImageWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._pool:
+            if error is None:
+                self._wait()
+
+    def write(self, folder: Path, indices: Sequence[int], images: Tensor) -> None:
+        """Images `indices`, uint8 (B, 3, H, W); at most one batch waits. Raises WriteError, of the batch before, too."""
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        self._wait()
+        self._jobs = [self._pool.submit(_write_image, folder, i, p) for i, p in zip(indices, pixels, strict=True)]
+
+    def _wait(self) -> None:
+        for job in self._jobs:
+            job.result()
 
 
-def write_image(folder: Path, index: int, image: np.ndarray) -> None:
+def _write_image(folder: Path, index: int, image: np.ndarray) -> None:
     save_png(Image.fromarray(image), folder / image_name(index), compress_level=1)
+
+
+def write_npz(path: Path, files: Iterable[Path], config: GenerateConfig) -> None:
+    """ADM's sample format: arr_0 uint8 (M, H, W, 3) of the image files. Raises WriteError for a full disk."""
+    shape = (config.num_fid_samples, config.resolution, config.resolution, 3)
+    try:
+        metrics.images.write_npz(path, shape, (np.asarray(Image.open(file)) for file in files))
+    except OSError as error:
+        path.with_suffix(".npz.tmp").unlink(missing_ok=True)
+        raise error if isinstance(error, UserError) else WriteError(path, error) from None

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import models
 from common.errors import UserError
 from config.options import GenerateConfig
+from flows import flow_of
 from samplers import Guidance, euler_maruyama_sampler, euler_sampler, guided_velocity, score_from_velocity
 from sampling import session
 
@@ -366,7 +367,7 @@ def test_the_host_never_waits_for_the_device(name, options, guided):
     config = GenerateConfig(model=name, num_steps=3, **({"cfg_scale": 1.0} | options | guided))
     labels = torch.tensor([1, 4])
     with NoWaiting(), NoNewTensors():
-        latents = session.sample(config, session.guidance(config), model, (4, 8, 8), 0, [0, 7], labels)
+        latents = flow_of(config).sample(model, (4, 8, 8), 0, [0, 7], labels, session.guidance(config))
     assert latents.device.type == "meta" and latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float64
 
 

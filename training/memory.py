@@ -9,15 +9,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 import models
+from common.precision import AMP_TYPES, autocast
 from config.options import TrainConfig
-from loss import Projecting, alignment_loss, velocity_loss
+from flows import flow_of
+from loss import Projecting, alignment_loss
+from models.backbone import Backbone
 from models.encoders import TargetEncoder
 from models.vae import VAERecord
-from randomness import Draws
 from training.setup import build_model
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 GIB = 2**30
 
@@ -50,16 +49,9 @@ def activation_bytes(
     the blocks' inputs among it, and one block computed again.
     """
     saved: dict[int, torch.UntypedStorage] = {}
-    block_inputs: list[tuple[nn.Module, tuple[torch.Tensor, ...]]] = []
     with FakeTensorMode():
         model = build_model(config, record, [e.z_dim for e in encoders])
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        side = config.resolution // record.downsample_factor
-        shape = (record.latent_channels, side, side)
-        staged = getattr(model, "stage_shapes", [shape])
-        x, noise, *coarse = (torch.empty(batch_size, *s) for s in (shape, shape, *staged[:-1]))
-        t, y = torch.empty(batch_size), torch.empty(batch_size, dtype=torch.long)
-        draws = Draws(x, noise, t, t, t, 0.0, 0.0, coarse, torch.empty(batch_size, len(staged)))
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -67,30 +59,47 @@ def activation_bytes(
                 saved[storage._cdata] = storage
             return tensor
 
-        if config.gradient_checkpointing:
-            models.checkpoint_blocks(model)
-            for block in model.blocks:
-                block.register_forward_pre_hook(lambda block, inputs: block_inputs.append((block, inputs)))
-        arguments = {} if budget is None else {"inference_budget": budget}
-        if coarse:
-            arguments["active_stage"] = len(coarse)  # the last one, whose loss takes the others' too
-        call = Projecting(model) if encoders else model
-        dtype = DTYPES[config.mixed_precision]
+        inputs = _record_block_inputs(model) if config.gradient_checkpointing else []
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                losses = velocity_loss(call, x, draws, y, weighting=config.weighting, path_type=config.path_type, **arguments)
-            if encoders:
-                features = [torch.empty(p.shape, dtype=dtype) for p in call.projections]
-                losses = losses + alignment_loss(call.projections, features)
-            for _, inputs in block_inputs:
-                for tensor in filter(torch.is_tensor, tree_leaves(inputs)):
-                    keep(tensor)
-            if block_inputs:
-                block, inputs = max(block_inputs, key=lambda found: found[1][0].numel())
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    _ = type(block).forward(block, *inputs)
+            _fake_losses(config, record, model, batch_size, budget)
+            for tensor in filter(torch.is_tensor, tree_leaves([tensors for _, tensors in inputs])):
+                keep(tensor)
+            if inputs:
+                block, tensors = max(inputs, key=lambda pair: pair[1][0].numel())
+                with autocast(config.mixed_precision, torch.device("cpu")):
+                    _ = type(block).forward(block, *tensors)
         return sum(storage.nbytes() for storage in saved.values())
 
 
+def _record_block_inputs(model: Backbone) -> list[tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    """Checkpoint the blocks; the list is filled with each of them and its inputs by a forward."""
+    inputs: list[tuple[nn.Module, tuple[torch.Tensor, ...]]] = []
+    models.checkpoint_blocks(model)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, tensors: inputs.append((block, tensors)))
+    return inputs
+
+
+def _fake_losses(
+    config: TrainConfig,
+    record: VAERecord,
+    model: nn.Module,
+    batch_size: int,
+    budget: float | None,
+) -> torch.Tensor:
+    """The losses (B,) of a step at this budget, under the condition that keeps most."""
+    flow, side = flow_of(config), config.resolution // record.downsample_factor
+    draws = flow.empty_draws(batch_size, (record.latent_channels, side, side))
+    x, y = torch.empty_like(draws.noise), torch.empty(batch_size, dtype=torch.long)
+    call = Projecting(model) if hasattr(model, "projectors") else model
+    with autocast(config.mixed_precision, torch.device("cpu")):
+        losses = flow.loss_under(flow.conditions([budget])[-1], call, x, draws, y).losses
+    if isinstance(call, Projecting):
+        features = [torch.empty(p.shape, dtype=AMP_TYPES[config.mixed_precision]) for p in call.projections]
+        losses = losses + alignment_loss(call.projections, features)
+    return losses
+
+
 def format_gib(size: float) -> str:
+    """Bytes in GiB, or in MiB where they are few."""
     return f"{size / GIB:.3g} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.3g} MiB"

@@ -10,11 +10,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import reading
 from checkpoint.init_from import init_from
@@ -24,16 +22,12 @@ from models.costs import mean_forward_flops, projector_flops
 from models.encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from models.vae import SD_VAE, load_vae
 from training.memory import activation_bytes, format_gib, state_bytes
-from training.setup import RunData, build_model, check_run_folder, open_data, token_grid, trained_budgets
+from training.run_data import RunData, open_data
+from training.run_dir import RunDir
+from training.setup import build_model, token_grid, trained_budgets
+from training.stats import encoder_flops
 
 SAMPLES_READ = 64  # by --plan, evenly spread
-
-
-def encoder_flops(encoder: TargetEncoder) -> int:
-    """FLOPs of one image's features; the encoder is on the meta device."""
-    with FlopCounterMode(display=False) as counter:
-        encoder.features(torch.empty(1, 3, encoder.side, encoder.side, device="meta"))
-    return counter.get_total_flops()
 
 
 class Plan:
@@ -66,6 +60,7 @@ class Plan:
             self.errors.append(str(error))
 
     def say(self, title: str, text: str) -> None:
+        """Add a line."""
         self.lines.append(f"{title:<12}{text}")
 
     def run(self) -> str:
@@ -81,6 +76,7 @@ class Plan:
         return "\n".join(self.lines)
 
     def describe_model(self) -> None:
+        """Lines on the model and what a step computes."""
         config, model = self.config, self.model
         parameters = sum(p.numel() for p in model.parameters())
         budgets = ""
@@ -99,6 +95,7 @@ class Plan:
         self.say("compute", text)
 
     def describe_data(self) -> None:
+        """Lines on batches, data, number of steps and time."""
         config, data = self.config, self.data
         if config.batch_size % self.processes == 0:
             images, local = config.batch_size * config.gradient_accumulation_steps, config.batch_size // self.processes
@@ -115,9 +112,9 @@ class Plan:
         self.say(
             "data", f"{config.data_dir}: {count:,} samples, {classes}; latents {C} × {h} × {w} of {self.record.vae}{images}"
         )
-        if data.held_out is not None:
-            self.say("held out", f"{config.val_data_dir}: {len(data.held_out):,} samples")
-        per_epoch = data.steps_per_epoch / config.gradient_accumulation_steps
+        if data.val_data is not None:
+            self.say("held out", f"{config.val_data_dir}: {len(data.val_data):,} samples")
+        per_epoch = data.batches_per_epoch / config.gradient_accumulation_steps
         epochs = data.total_steps / per_epoch
         self.say("steps", f"{data.total_steps:,} at {per_epoch:,.6g} per epoch: {epochs:,.4g} epochs")
         if config.plan_tflops:
@@ -132,6 +129,7 @@ class Plan:
             self.say("time", "--plan-tflops N tells it for N TFLOP/s per process")
 
     def describe_memory(self) -> None:
+        """Lines on what a process holds in memory."""
         config = self.config
         state = state_bytes(self.model, len(config.ema_decay))
         local = max(1, config.batch_size // self.processes)
@@ -161,22 +159,23 @@ class Plan:
         self.checkpoint_bytes = state.weights + state.optimizer + state.ema
 
     def describe_outputs(self) -> None:
+        """A line on the run folder, and whether its checkpoints fit on the disk."""
         config = self.config
-        run_dir = Path(config.output_dir) / config.exp_name
+        run_dir = RunDir(config, is_main=True)
         steps: list[int] = []
         with self.checked():
-            steps = check_run_folder(config)
+            steps = run_dir.check()
         begin = ""
         if steps and config.resume_step:
             begin = f", goes on from step {steps[-1] if config.resume_step == -1 else config.resume_step}"
-        existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+        existing = next(p for p in (run_dir.path, *run_dir.path.absolute().parents) if p.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
                 free = shutil.disk_usage(existing).free
         except OSError as error:
             self.errors.append(f"--output-dir {config.output_dir}: cannot write {existing}: {error.strerror}")
             return
-        text = f"{run_dir}{begin}"
+        text = f"{run_dir.path}{begin}"
         if self.data is not None:
             count = self.checkpoints_kept(self.data.total_steps)
             need = count * self.checkpoint_bytes

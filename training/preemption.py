@@ -6,26 +6,37 @@ process is in, and the process begins no other before the largest of these is kn
 
 The same thread ends its process where the run is lost: another process failed, or the store has gone, with its launcher. A
 process that waits for the others in a collective would not notice, and heeds no SIGTERM.
+
+Before the first step there is nothing to agree on, but a process may wait for others that never come. Another thread, which the
+interpreter wakes at a signal even then, ends the process if it does not get to its first step in time.
 """
 
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Store
 
+from common import early_signals
+from common.early_signals import SIGNALS
 from common.errors import UserError, speaks_for_machine
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
 
 POLL = 0.5  # seconds between looks into the store
 
 
 GRACE = 7.0  # seconds that a process of a lost run has for its own end
+
+
+SETUP_GRACE = 20.0  # seconds from a signal to the end of a process that is still being set up; launchers give 30
 
 
 FAILED = "preemption/failed"  # the first process that failed
@@ -35,26 +46,33 @@ class Preemption:
     """A context in which SIGTERM and SIGUSR1 are remembered instead of ending the process.
 
     `signal`: the number of the one that came, to this process or to another; 0 where none did.
+    `at_abandon`: called before a set-up that does not end is abandoned.
     """
 
     def __init__(self):
         self.signal = 0
+        self.at_abandon: Callable[[], None] = lambda: None
         self._step = 0  # the one under way
         self._stop_after: int | None = None
         self._noted = False  # the step under way is noted: none begins before `_stop_after` is known
         self._changed = threading.Condition()
         self._ended = threading.Event()
         self._lost = ""  # why this run cannot go on
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._thread: threading.Thread | None = None
-        self._before: dict[int, object] = {}
+        self._is_set_up = threading.Event()
+        self._wakeup: tuple[socket.socket, socket.socket, int] | None = None  # both ends, and the descriptor before
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+            self._guard_setup()
             self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            for number in early_signals.received[:1]:
+                signal.raise_signal(number)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end()
         failed = None  # the first process that did
         if kind not in (None, SystemExit) and self._store is not None:
@@ -62,21 +80,29 @@ class Preemption:
                 failed = int(self._store.compare_set(FAILED, "", str(dist.get_rank())))
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if failed is not None and issubclass(kind, RuntimeError) and failed != dist.get_rank():
+        if self._wakeup is not None:
+            ours, interpreters, before = self._wakeup
+            signal.set_wakeup_fd(before)
+            interpreters.close()  # which ends the thread
+            ours.close()
+        if failed is not None and kind is not None and issubclass(kind, RuntimeError) and failed != dist.get_rank():
             # What a collective says of a process that has gone; that one tells why.
             raise UserError(f"ended, since process {failed} failed") from None
 
     def watch(self, step: int) -> None:
         """From here on the processes agree; all of them have done `step`."""
+        self._is_set_up.set()
         self._step = step
         if dist.is_initialized() and dist.get_world_size() > 1:
             # With a connection of its own: whoever waits for an answer holds up the others on the same one.
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            store = distributed_c10d._get_default_store()
+            self._store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
             self._thread = threading.Thread(target=self._watch, args=(self._store,), name="preemption", daemon=True)
             self._thread.start()
 
     def end(self) -> None:
         """No process asks any more."""
+        self._is_set_up.set()
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -95,10 +121,29 @@ class Preemption:
             self._step = step + 1
             return False
 
-    def _remember(self, number: int, _) -> None:
+    def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or number
 
-    def _watch(self, store: dist.Store) -> None:
+    def _guard_setup(self) -> None:
+        ours, interpreters = socket.socketpair()
+        interpreters.setblocking(False)
+        # The interpreter writes a signal's number there at once; a handler waits until the main thread is back in Python.
+        self._wakeup = (ours, interpreters, signal.set_wakeup_fd(interpreters.fileno(), warn_on_full_buffer=False))
+        threading.Thread(target=self._abandon_setup, args=(ours,), name="set-up guard", daemon=True).start()
+
+    def _abandon_setup(self, wakeup: socket.socket) -> None:
+        number = 0
+        while number not in SIGNALS:
+            try:
+                number = next(iter(wakeup.recv(1)))
+            except (StopIteration, OSError):  # the context has been left
+                return
+        if not self._is_set_up.wait(SETUP_GRACE):
+            self.at_abandon()
+            _say(f"{signal.Signals(number).name}: stopped before the first step, while waiting for other processes")
+            os._exit(128 + number)
+
+    def _watch(self, store: Store) -> None:
         try:
             while not store.check([FAILED]):
                 self._agree(store)
@@ -109,7 +154,7 @@ class Preemption:
         except RuntimeError:
             self._lose("ended, since the launcher or the first process has gone")
 
-    def _agree(self, store: dist.Store) -> None:
+    def _agree(self, store: Store) -> None:
         """The next of what is to be done once a signal has come, until `_stop_after` is known."""
         rank, world = dist.get_rank(), dist.get_world_size()
         if self.signal and not store.check(["preemption/signal"]):
@@ -133,6 +178,10 @@ class Preemption:
             self._lost = why
             self._changed.notify_all()
         if not self._ended.wait(GRACE):
-            if speaks_for_machine():
-                print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr, flush=True)
+            _say(why)
             os._exit(1)
+
+
+def _say(message: str) -> None:
+    if speaks_for_machine():
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)

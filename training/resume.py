@@ -1,36 +1,135 @@
-"""What a resumed run must share with the run that it resumes."""
+"""What a resumed run must share with the run that it resumes, and the checkpoint that it resumes from."""
 
-from checkpoint.weights import MODEL_OPTIONS
+import dataclasses
+from pathlib import Path
+from typing import Any
 
-# What a resumed run must share with the run that it goes on with, or it would silently be another one: …
-SAME = (
-    *("model", "resolution", "num_classes", "path_type", "time_shift", "latent_norm", "enc_type"),
-    *MODEL_OPTIONS,
-)
+from accelerate.utils import broadcast_object_list
 
+import models
+from checkpoint import records, training_state
+from common import tensor_files
+from common.errors import UserError
+from common.logging import warn
+from config.options import TrainConfig
+from config.rules import names
+from flows import flow_of
+from models.encoders import encoder_names
+from training.data_order import DATA_POSITION, Progress, total_steps
+from training.optim import depends_on_length
+from training.run_data import RunData
+from training.run_dir import RunDir
 
-# … and what the user may change on purpose, by --allow-change.
-CHANGEABLE = (
-    *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "weighting", "cfg_prob", "ema_decay"),
-    *(
-        "elit_min_mask_prob",
-        "elit_max_mask_prob",
-        "stage_weights",
-        "max_grad_norm",
-        "learning_rate",
-        "adam_beta1",
-        "adam_beta2",
-    ),
-    *("adam_weight_decay", "adam_epsilon", "lr_scheduler_type", "warmup_steps", "lr_cooldown", "proj_coeff"),
-)
-
-
-LOCK = "run.lock"  # in the run folder while a run writes there
+# What a resumed run must share with the run that it resumes, or it would silently be another one; …
+SAME = names(TrainConfig, resume="same")
 
 
-DATA_SIZE = "data_size"  # no option, but changed by --data-dir
+# … what the user may change on purpose, by --allow-change; …
+CHANGEABLE = names(TrainConfig, resume="changeable", when=(None, "elit", "dfm", "repa"))
 
 
-def format_option(value) -> str:
+# … and what is to be named only where the learning rate depends on the number of steps.
+LENGTH = names(TrainConfig, resume="changeable", when="schedule")
+
+
+DATA_SIZE, DATA_LABELS = "data_size", "data_labels"  # no options, but changed by --data-dir; recorded in checkpoints
+
+
+VALIDATION_DUE = "validation_due"  # in checkpoints: a signal came while their step was validated
+
+
+ALLOWED = (*CHANGEABLE, *LENGTH, DATA_SIZE, DATA_LABELS)  # what --allow-change takes
+
+
+def format_option(value: Any) -> str:
     """An option's value as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+
+
+def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
+    """The training state to resume from, the same in every process; None for a new run.
+
+    Rank 0 verifies the file and the others follow, so that all of them take the same.
+    """
+    step, state, problem = resume_step, None, ""
+    if not step:
+        return None
+    if run_dir.is_main:
+        try:
+            folder = run_dir.checkpoints
+            state = training_state.load_newest(folder, warn) if step == -1 else training_state.load_step(folder, step)
+            if state is not None:
+                state = _checked(state, training_state.step_path(folder, state["step"]))
+        except UserError as error:
+            state, problem = None, str(error)
+    step, problem = broadcast_object_list([state and state["step"], problem])
+    if problem:
+        raise UserError(problem)
+    if run_dir.is_main or step is None:
+        return state
+    path = training_state.step_path(run_dir.checkpoints, step)
+    return _checked(tensor_files.load(path), path)
+
+
+def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    for name, kind in {DATA_SIZE: int, DATA_POSITION: int, VALIDATION_DUE: bool}.items():
+        if name in state and (type(state[name]) is not kind or state[name] < 0):
+            raise UserError(f"{path}: its {name} must be {'true or false' if kind is bool else 'a whole number'}")
+    return records.check_training_state(state, path)
+
+
+def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:
+    """Raise UserError where continuing from `state` with these options and data would silently be another run."""
+    own, recorded = dataclasses.asdict(config), state["config"]
+    for name in (*SAME, *CHANGEABLE):
+        if name in recorded and own[name] != recorded[name] and _acts(name, config):
+            _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)
+    if data.record != state["vae"]:
+        raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
+    _check_data(config, state, data, run_dir)
+    _check_length(config, state, len(data.dataset), run_dir)
+
+
+def _acts(name: str, config: TrainConfig) -> bool:
+    """Whether the option acts in this run: an SiT takes no notice of ELIT's."""
+    when = next(field.metadata["when"] for field in dataclasses.fields(config) if field.name == name)
+    if when == "elit":
+        return models.model_spec(config.model).elastic
+    if when == "dfm":
+        return hasattr(flow_of(config), name)
+    return when != "repa" or bool(encoder_names(config.enc_type, config.proj_coeff))
+
+
+def _refuse(config: TrainConfig, name: str, was: str, run_dir: RunDir, *, allowed: bool, value: str = "") -> None:
+    if name in config.allow_change:
+        return
+    option = value or f"--{name.replace('_', '-')} {format_option(getattr(config, name))}:"
+    hint = f" (--allow-change {name} continues all the same)" if allowed else ""
+    raise UserError(f"{option} the run in {run_dir.path} {was}{hint}")
+
+
+def _check_data(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:
+    size, now = state.get(DATA_SIZE, len(data.dataset)), len(data.dataset)
+    if now != size:
+        holds = f"--data-dir {config.data_dir}: holds {now} samples;"
+        _refuse(config, DATA_SIZE, f"was started with {size}", run_dir, allowed=True, value=holds)
+    elif state.get(DATA_LABELS, "") not in ("", data.labels_sha256):
+        holds = f"--data-dir {config.data_dir}: its labels differ;"
+        _refuse(config, DATA_LABELS, "was started with others", run_dir, allowed=True, value=holds)
+
+
+def _check_length(config: TrainConfig, state: dict[str, Any], num_samples: int, run_dir: RunDir) -> None:
+    """A schedule that ends at another step moves the learning rate at once."""
+    before = TrainConfig(**state["config"])
+    if not (depends_on_length(before) and depends_on_length(config)):
+        return
+    progress = Progress.of_state(state, num_samples)
+    ends = total_steps(before, progress, progress.num_samples)
+    now = total_steps(config, progress, num_samples)
+    if ends == now:
+        return
+    for name in LENGTH:
+        if getattr(before, name) != getattr(config, name):
+            was = f"has a learning rate that ends its schedule at step {ends}, not {now}, and would change at once"
+            _refuse(config, name, was, run_dir, allowed=True)
+    warn(f"the schedule of the learning rate now ends at step {now}, not {ends}")

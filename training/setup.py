@@ -1,67 +1,34 @@
 """What a run is made of: option checks, accelerator, data, model."""
 
 import dataclasses
-import os
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, broadcast_object_list
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import models
-from checkpoint import training_state
+from checkpoint import reading
+from checkpoint.init_from import init_from
 from checkpoint.weights import model_options
+from common.distributed import check_world_size
 from common.errors import UserError, did_you_mean
 from common.files import check_name
+from common.precision import set_tf32, supported_precision
 from config.options import TrainConfig
-from data.dataset import LatentDataset, channel_record
+from flows import flow_of
+from models.backbone import Backbone
 from models.elit import mask_levels, mask_to_budget
 from models.encoders import encoder_names
 from models.vae import VAERecord
-from samplers import check_schedule
-from training.resume import CHANGEABLE, DATA_SIZE
-from training.run_dir import warn
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The data of a run, found to fit the options."""
-
-    dataset: LatentDataset
-    held_out: LatentDataset | None
-    record: VAERecord  # of the VAE, with what --latent-norm adds
-    steps_per_epoch: int  # forwards: micro-steps
-    total_steps: int
-
-
-def open_data(config: TrainConfig, num_processes: int) -> RunData:
-    """Training and held-out data. Raises UserError where they do not fit the options or each other."""
-    if config.batch_size % num_processes:
-        raise UserError(f"--batch-size {config.batch_size}: must be divisible by the {num_processes} processes")
-    dataset = LatentDataset(
-        config.data_dir, images=bool(encoder_names(config.enc_type, config.proj_coeff)), cache_dir=config.cache_dir
-    )
-    dataset.check(num_classes=config.num_classes, resolution=config.resolution)
-    held_out = None
-    if config.val_data_dir:
-        held_out = LatentDataset(config.val_data_dir, cache_dir=config.cache_dir)
-        held_out.check(num_classes=config.num_classes, resolution=config.resolution)
-        if held_out.record != dataset.record:
-            raise UserError(
-                f"--val-data-dir {config.val_data_dir}: its latents were made by another VAE than those of --data-dir"
-            )
-    if len(dataset) < config.batch_size:
-        raise UserError(f"--batch-size {config.batch_size}: more than the {len(dataset)} samples in {config.data_dir}")
-    per_epoch = len(dataset) // config.batch_size
-    total_steps = min(config.max_train_steps, config.epochs * per_epoch // config.gradient_accumulation_steps)
-    if total_steps == 0:
-        raise UserError(
-            f"--epochs {config.epochs}: {config.epochs * per_epoch} batches are less than --gradient-accumulation-steps {config.gradient_accumulation_steps}"
-        )
-    record = channel_record(config.data_dir, dataset.latents) if config.latent_norm == "channel" else dataset.record
-    return RunData(dataset, held_out, record, per_epoch, total_steps)
+from training.optim import EMA
+from training.profiler import parse_steps
+from training.resume import ALLOWED
 
 
 def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
@@ -70,7 +37,7 @@ def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
         return build_model(config, record, []).feature_grid
 
 
-def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> nn.Module:
+def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Backbone:
     """The model that the options describe, on latents of the VAE `record`, freshly initialised."""
     return models.create_model(
         config.model,
@@ -84,6 +51,27 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> nn
     )
 
 
+def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_main: bool) -> str:
+    """The averaged weights of --init-from `path`, as far as they fit, for the weights and their averages; returns what was done.
+
+    Raises UserError, in every process, for a checkpoint that does not fit or is damaged.
+    """
+    weights = reading.read_weights(path, given={"resolution": config.resolution}, projectors=hasattr(model, "projectors"))
+    problem: list[str | None] = [None]
+    try:
+        weights.check()
+    except UserError as error:  # of rank 0, which alone has read all of the file
+        problem = [str(error)]
+    if message := broadcast_object_list(problem)[0]:
+        raise UserError(message)
+    made = init_from(weights, model, dataclasses.asdict(config), path)
+    for target in (model, *ema.models.values()):
+        target.load_state_dict(made.state_dict, strict=False)
+    if is_main:
+        print(made.summary(), flush=True)
+    return made.summary()
+
+
 def trained_budgets(config: TrainConfig) -> list[float | None]:
     """The budgets that training draws from, the largest first; [None] for a model that has none."""
     if not models.model_spec(config.model).elastic:
@@ -92,23 +80,40 @@ def trained_budgets(config: TrainConfig) -> list[float | None]:
     return [mask_to_budget(m, J) for m in mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)]
 
 
-def check_run_folder(config: TrainConfig) -> list[int]:
-    """The steps of the checkpoints in the run's folder. Raises UserError where --resume-step does not fit them."""
-    run_dir = Path(config.output_dir) / config.exp_name
-    steps = training_state.saved_steps(run_dir / "checkpoints")
-    if config.resume_step == 0 and steps:
-        raise UserError(
-            f"{run_dir}: already holds checkpoints (newest: step {steps[-1]}); use --resume-step -1 to go on, or another --exp-name"
+def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
+    """Refuse what cannot work, before anything is loaded or written. Returns warnings; changes nothing.
+
+    given: the options that the user gave, by name.
+    """
+    check_model(config)
+    check_name(config.exp_name, "--exp-name", plain=True)
+    if config.profile_steps:
+        parse_steps(config.profile_steps)
+    for name in map(_option_name, config.allow_change):
+        if name not in ALLOWED:
+            known = ", ".join(ALLOWED)
+            raise UserError(f"--allow-change {name}: cannot be changed{did_you_mean(name, ALLOWED)}; choose from {known}")
+    warnings = []
+    if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
+        warnings.append(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
+    spec = models.model_spec(config.model)
+    if "head_depth" in spec.sizes and "encoder_depth" in given and config.head_depth is None:
+        warnings.append(
+            f"--encoder-depth {config.encoder_depth} is the block that REPA reads; the head of {config.model} has "
+            f"{spec.sizes['head_depth']} blocks (the published code would take {config.encoder_depth}: "
+            f"--head-depth {config.encoder_depth})"
         )
-    if config.resume_step > 0 and config.resume_step not in steps:
-        raise UserError(
-            f"--resume-step {config.resume_step}: no such checkpoint in {run_dir / 'checkpoints'}; there are: {', '.join(map(str, steps)) or 'none'}"
+    J = config.elit_group_size**2
+    if spec.elastic and round(J * (trained_budgets(config)[-1] or 1)) < spec.merged_latents:
+        warnings.append(
+            f"budgets below {spec.merged_latents}/{J} cost {config.model} no less in its inner blocks, which merge "
+            f"{spec.merged_latents} latents"
         )
-    return steps
+    return warnings
 
 
-def check(config: TrainConfig, given: dict) -> None:
-    """Refuse what cannot work, before anything is loaded or written."""
+def check_model(config: TrainConfig) -> None:
+    """Refuse options that contradict the model or its flow."""
     spec = models.model_spec(config.model)
     if spec.text:
         raise UserError(
@@ -119,51 +124,38 @@ def check(config: TrainConfig, given: dict) -> None:
         raise UserError(f"--elit-max-mask-prob: {config.model} has no latents to mask; only ELIT models do")
     if spec.elastic:
         mask_levels(config.elit_group_size**2, *masks)
-        if trained_budgets(config)[-1] * config.elit_group_size**2 < spec.merged_latents - 1e-6:
-            least = f"{spec.merged_latents}/{config.elit_group_size**2}"
-            warn(
-                f"budgets below {least} cost {config.model} no less in its inner blocks, which merge {spec.merged_latents} latents"
-            )
-    if spec.staged:
-        check_stages(config)
-        if config.time_shift != 1:
-            raise UserError(
-                f"--time-shift {config.time_shift:g}: {config.model} has times of its own for each stage; only 1 works"
-            )
-    check_name(config.exp_name, "--exp-name", plain=True)
-    if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
-        warn(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
-    config.allow_change = [name.removeprefix("--").replace("-", "_") for name in config.allow_change]
-    for name in config.allow_change:
-        if name not in (known := (*CHANGEABLE, DATA_SIZE)):
-            raise UserError(
-                f"--allow-change {name}: cannot be changed{did_you_mean(name, known)}; choose from {', '.join(known)}"
-            )
-    if config.legacy:
-        warn("--legacy has no effect")
-    if "head_depth" in spec.sizes and "encoder_depth" in given and config.head_depth is None:
-        head = spec.sizes["head_depth"]
-        warn(
-            f"--encoder-depth {config.encoder_depth} is the block that REPA reads; the head of {config.model} has {head} blocks "
-            f"(the published code would take {config.encoder_depth}: --head-depth {config.encoder_depth})"
-        )
-    if config.mixed_precision == "fp16" and not config.plan and not torch.accelerator.is_available():
-        warn("--mixed-precision fp16 needs a GPU; running as no")
-        config.mixed_precision = "no"
+    flow_of(config).check_training()
 
 
-def check_stages(config: TrainConfig) -> None:
-    """Refuse weights and a schedule that do not fit DFM's stages."""
-    weights = config.stage_weights
-    said = f"--stage-weights {' '.join(f'{w:g}' for w in weights)}"
-    if len(weights) != config.stages_count:
-        raise UserError(f"{said}: {config.stages_count} stages need {config.stages_count} weights")
-    if abs(sum(weights) - 1) > 1e-6 or min(weights) < 0:
-        raise UserError(f"{said}: must be probabilities that sum to 1, not {sum(weights):g}")
-    check_schedule(config.num_steps_per_scale, config.stage_sampling_thresholds, config.stages_count)
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The options as they act: one spelling of names, and the precision that this machine has (a plan is for another one)."""
+    on_cpu = not torch.accelerator.is_available()
+    precision = config.mixed_precision if config.plan else supported_precision(config.mixed_precision, on_cpu)
+    names = [_option_name(name) for name in config.allow_change]
+    return dataclasses.replace(config, allow_change=names, mixed_precision=precision)
+
+
+def _option_name(given: str) -> str:
+    return given.removeprefix("--").replace("-", "_")
+
+
+@dataclass
+class DDPOptions(DistributedDataParallelKwargs):
+    """DDP's keyword arguments, with the one that PyTorch 2.13 has in place of `broadcast_buffers`."""
+
+    forward_sync_buffers: bool | None = None
+
+
+def ddp_options(find_unused_parameters: bool) -> DDPOptions:
+    """Buffers are fixed tables here, the same in every process: no forward needs to copy them."""
+    is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    options = DDPOptions(gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters)
+    setattr(options, "forward_sync_buffers" if is_new else "broadcast_buffers", False)
+    return options
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of this process. Raises UserError where accelerate's own configuration contradicts the options."""
     on_cpu = not torch.accelerator.is_available()  # several processes on a CPU must be told, or each trains alone
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -171,32 +163,31 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=models.model_spec(config.model).staged,  # the final layers of DFM's later stages
-            )
-        ],
     )
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != accelerator.num_processes:
-        raise UserError(
-            f"WORLD_SIZE is {world}, but accelerate runs {accelerator.num_processes} process(es); start with torchrun --nproc_per_node {world}"
-        )
+    # Accelerate takes no subclass as an argument.
+    accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # pyright: ignore[reportAttributeAccessIssue]
+    check_accelerator(accelerator, config)
     if config.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+        set_tf32(True)
     return accelerator
 
 
-def wandb_mode() -> str:
-    """online, or offline with a warning where nobody is logged in."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    import wandb
-
-    if wandb.api.api_key:
-        return "online"
-    warn("wandb has no login: writing offline (wandb login, then wandb sync, uploads it)")
-    return "offline"
+def check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuse what accelerate's environment and configuration file would do behind the options' back."""
+    check_world_size(accelerator.num_processes)
+    for name in ("gradient_accumulation_steps", "mixed_precision"):
+        theirs, ours = getattr(accelerator, name), getattr(config, name)
+        if theirs != ours:
+            raise UserError(
+                f"ACCELERATE_{name.upper()}: accelerate's configuration says {theirs}, "
+                f"but --{name.replace('_', '-')} {ours}; remove it there, and use the option"
+            )
+    plugin = accelerator.state.dynamo_plugin
+    if plugin is not None and plugin.backend != DynamoBackend.NO:
+        raise UserError(
+            f"ACCELERATE_DYNAMO_BACKEND: accelerate's configuration says {plugin.backend.value.lower()}, which compiles the whole model; "
+            "remove it there (--dynamo_backend no), and use --compile"
+        )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(f"accelerate's configuration says {kind.value}; train.py runs on one process or by DDP (--multi_gpu)")

@@ -1,9 +1,19 @@
 """What training measures: losses and gradients, summed on the device until a line is logged, and speed."""
 
-from typing import Any
+import contextlib
+import copy
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.costs import count_flops, projector_flops
+from models.encoders import TargetEncoder
 
 TENTHS = 10  # intervals of t whose losses are told apart
 
@@ -33,6 +43,62 @@ def peak_tflops(device: torch.device, mixed_precision: str, allow_tf32: bool) ->
         return None
     name = torch.cuda.get_device_name(device)
     return next((half if mixed_precision != "no" else tf32 for part, (half, tf32) in PEAKS.items() if part in name), None)
+
+
+def encoder_flops(encoder: TargetEncoder) -> int:
+    """FLOPs of one image's features; the encoder is on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        encoder.features(torch.empty(1, 3, encoder.side, encoder.side, device="meta"))
+    return counter.get_total_flops()
+
+
+def sum_over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of the processes' tensors, in each of them."""
+    return cast(Tensor, accelerator.reduce(tensor, reduction="sum"))
+
+
+class Speed:
+    """Images and FLOPs per second of all processes, since the last time they were read, and the peak of this device's memory.
+
+    Args:
+        model: before it is wrapped. encoders: REPA's, on the meta device.
+        num_processes: between which the images are split.
+        peak: TFLOP/s that a device can reach (`peak_tflops`); None where it is not known.
+    """
+
+    def __init__(self, model: nn.Module, encoders: Sequence[TargetEncoder], num_processes: int, peak: float | None):
+        # Of one image's forward at a budget; each is counted once, when it is first met.
+        self._forward_flops = functools.cache(functools.partial(count_flops, copy.deepcopy(model).to("meta")))
+        self._repa_flops = 3 * projector_flops(model) + sum(map(encoder_flops, encoders))  # of one image's step
+        self._num_processes, self._peak = num_processes, peak
+        self.start()
+
+    def start(self) -> None:
+        """Measure from here on."""
+        self._since, self._images, self._flops = time.perf_counter(), 0, 0
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What is done inside does not count."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    def add(self, images: int, budget: float | None) -> None:
+        """Forward and backward of `images` images of all processes. A backward pass is two forwards."""
+        self._images += images
+        self._flops += images * (3 * self._forward_flops(budget) + self._repa_flops)
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """images_per_second, tflops, mfu where it is known, and on CUDA peak_memory_gib of this process since the last line."""
+        seconds = time.perf_counter() - self._since
+        values = {"images_per_second": self._images / seconds, "tflops": self._flops / seconds / 1e12}
+        if self._peak is not None:
+            values["mfu"] = values["tflops"] / (self._peak * self._num_processes)
+        if device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            torch.cuda.reset_peak_memory_stats(device)
+        return values
 
 
 class TrainingStats:
@@ -81,15 +147,15 @@ class TrainingStats:
         self.longest = torch.maximum(self.longest, self.streak)
         return skip
 
-    def gather(self, accelerator) -> None:
+    def gather(self, accelerator: Accelerator) -> None:
         """Bring the sums of all processes to the main one."""
-        self.losses = accelerator.reduce(self.losses, reduction="sum")
+        self.losses = sum_over_processes(accelerator, self.losses)
         if not accelerator.is_main_process:
             self.losses.zero_()
 
-    def read(self, accelerator) -> dict[str, float | None]:
+    def read(self, accelerator: Accelerator) -> dict[str, float | None]:
         """The means since the last line, of all processes, and start anew; waits for the device."""
-        self.losses = accelerator.reduce(self.losses, reduction="sum")
+        self.losses = sum_over_processes(accelerator, self.losses)
         read = torch.cat([self.losses.flatten(), self.norms, self.skipped[None], self.longest[None], self.since[None]])
         values = read.tolist()
         sums, counts = values[: 2 * len(self.names) : 2], values[1 : 2 * len(self.names) : 2]
@@ -100,13 +166,15 @@ class TrainingStats:
         skips = {"skipped": skipped, "longest": longest, "since": since}
         return {"loss": None, **means, "grad_norm": norm / steps if steps else None, **skips}
 
+    _KEPT = ("losses", "norms", "skipped", "streak", "longest", "since")
+
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint, after `gather`."""
-        names = ("losses", "norms", "skipped", "streak", "longest", "since")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self._KEPT}
 
-    def load_state_dict(self, state: dict[str, Any], main: bool) -> None:
-        """Go on from `state_dict`; the processes' common sums go to the main one."""
-        for name, value in state.items():
-            if name != "losses" or (main and value.shape == self.losses.shape):
-                getattr(self, name).copy_(value)
+    def load_state_dict(self, state: Any, main: bool) -> None:
+        """Go on from `state_dict`; the processes' common sums go to the main one. What does not fit starts anew."""
+        for name in self._KEPT if isinstance(state, dict) else ():
+            own, value = getattr(self, name), state.get(name)
+            if isinstance(value, Tensor) and value.shape == own.shape and (name != "losses" or main):
+                own.copy_(value)

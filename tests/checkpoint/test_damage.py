@@ -1,5 +1,8 @@
 """Checkpoints that are damaged, unreadable, stale or hostile: what a resumed run and the readers of weights make of them."""
 
+import argparse
+import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -18,12 +21,28 @@ import convert_checkpoint
 import elit_ccfg_inference
 import elit_multibudget_inference
 import generate
+import models
 import train
-from checkpoint import reading, training_state
+from checkpoint import reading, records, training_state
+from checkpoint.init_from import init_from
+from checkpoint.weights import build_model
 from common import files, tensor_files
 from common.errors import UserError
+from config.options import GenerateConfig, TrainConfig
+from sampling import session
 from training import trainer
 from training.stats import TrainingStats
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nano():
+    """Registered models whose checkpoints are small."""
+    sizes = {"depth": 3, "hidden_size": 32, "num_heads": 2, "patch_size": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "SiT-Nano/2", models.ModelSpec("SiT", models.SiT, sizes))
+        elit = sizes | {"head_depth": 1, "tail_depth": 1}
+        patch.setitem(models.MODELS, "ELIT-SiT-Nano/2", models.ModelSpec("ELIT-SiT", models.ELITSiT, elit))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +53,7 @@ def data(tmp_path_factory):
 
 def arguments(data, output_dir, *more):
     options = {
-        "model": "SiT-Ti/4",
+        "model": "SiT-Nano/2",
         "exp-name": "run",
         "output-dir": output_dir,
         "data-dir": data,
@@ -275,14 +294,13 @@ def test_lines_after_the_resumed_step_and_odd_ones_are_moved_to_a_file_beside(da
 def whole(tmp_path_factory):
     """A checkpoint with a VAE that exists."""
     folder = tmp_path_factory.mktemp("whole")
-    return make_checkpoint(folder / "0000007.pt", make_vae(folder / "vae"))
+    return make_checkpoint(folder / "0000007.pt", make_vae(folder / "vae"), model="ELIT-SiT-Nano/2")
 
 
 def doors(data, path, out):
     """Every script that reads weights: what it is, its main, and arguments under which it takes a whole checkpoint."""
     tool = ["--ckpt", path, "--output-dir", out / "tool", "--class-label", 1, "--num-steps", 1]
     start = arguments(data, out, "--init-from", path, "--max-train-steps", 1)
-    start[start.index("SiT-Ti/4")] = "SiT-Ti/2"
     return {
         "generate": (generate.main, ["--ckpt", path, "--sample-dir", out, "--num-fid-samples", 1, "--num-steps", 1]),
         "ccfg": (elit_ccfg_inference.main, tool),
@@ -466,3 +484,289 @@ def test_meters_tell_how_long_ago_the_longest_row_began():
             found = meters.read(accelerator)
             assert found["longest"] == longest and (not longest or step - found["since"] == before)
             longest = 0
+
+
+# ------------------------------------------------------------------------------------------------------ odd records
+
+
+def deep(levels=100_000):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+ODD = {
+    "null": None,
+    "true": True,
+    "-1": -1,
+    "10^12": 10**12,
+    "10^400": 10**400,
+    "10^5000": 10**5000,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "empty": "",
+    "text": "abc",
+    "long": "a" * 100_000,
+    "..": "..",
+    "[]": [],
+    "[1]": [1],
+    "many": [0.5] * 100_000,
+    "deep": deep(),
+    "{}": {},
+    "dict": {"a": 1},
+    "keys": {1: torch.zeros(2)},
+    "bytes": b"abc",
+    "scalar": torch.zeros(()),
+    "vector": torch.zeros(3),
+    "five": torch.zeros(1, 1, 1, 1, 1),
+    "void": torch.zeros(0),
+    "whole numbers": torch.zeros(3, dtype=torch.int64),
+    "complex": torch.zeros(3, dtype=torch.complex64),
+    "sparse": torch.zeros(3, 3).to_sparse(),
+    "vast": torch.zeros(1).expand(10**12),
+    "meta": torch.empty(3, device="meta"),
+    "nested": {"a": {"b": torch.zeros(3)}},
+}
+
+
+def attempt(action):
+    """What `action` does with odd input: True if it takes it, False if it refuses it in one line; anything else is a failure."""
+    try:
+        action()
+    except UserError as error:
+        assert len(str(error)) < 20_000
+        return False
+    return True
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """serve(state) → a path whose checkpoint is this state."""
+
+    def serve(state, path="odd.pt"):
+        monkeypatch.setattr(tensor_files, "load", lambda path, verify=False: state)
+        return Path(path)
+
+    return serve
+
+
+@functools.cache
+def model_to_start():
+    return models.create_model("ELIT-SiT-Nano/2", input_size=8, num_classes=3, elit_group_size=4)
+
+
+def every_reader(path, weights="ema", **given):
+    """All that reads a state: the model, a new run's start, what --show prints, a resumed run."""
+
+    def build():
+        found = reading.read_weights(path, weights, given)
+        session.resolve_architecture(GenerateConfig(), dict(given), found, path)
+        build_model(found, path)
+
+    def start():
+        config = dataclasses.asdict(TrainConfig(model="ELIT-SiT-Nano/2", elit_group_size=4))
+        model = model_to_start()
+        made = init_from(reading.read_weights(path, weights, given), model, config, str(path))
+        assert all(made.state_dict[k].shape == v.shape for k, v in model.state_dict().items() if k in made.state_dict)
+
+    return [
+        build,
+        start,
+        lambda: convert_checkpoint.main([str(path), "--show"]),
+        lambda: records.check_training_state(tensor_files.load(path), path),
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny(whole):
+    state = tensor_files.load(whole)
+    return state | {"optimizer": {"state": {}, "param_groups": []}}
+
+
+def test_the_whole_state_is_taken_by_all(tiny, served):
+    assert all(attempt(action) for action in every_reader(served(tiny)))
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_values_in_our_records_are_refused_in_one_line(tiny, served, kind):
+    odd = ODD[kind]
+    for part in ("format", "model", "ema", "config", "vae", "step"):
+        taken = [attempt(action) for action in every_reader(served(tiny | {part: odd}))]
+        if part in ("format", "config", "vae"):  # {} as a config is a model without a name
+            assert not any(taken[:2]), part
+    attempt(lambda: records.check_training_state(tiny | {"optimizer": odd}, "odd.pt"))
+    for field in dataclasses.fields(TrainConfig):
+        attempt(lambda name=field.name: records.recorded_config(tiny["config"] | {name: odd}, "odd.pt"))
+    for name in ("model", "resolution", "num_classes", "elit_group_size", "elit_read_depth", "head_depth", "stages_count"):
+        attempt(every_reader(served(tiny | {"config": tiny["config"] | {name: odd}}))[0])
+    for name in tiny["vae"]:
+        attempt(every_reader(served(tiny | {"vae": tiny["vae"] | {name: odd}}))[0])
+    for name in ("pos_embed", "interface.query", "blocks.0.mlp.fc1.weight"):
+        weights = dict(tiny["model"]) | {name: odd}
+        for action in every_reader(served(tiny | {"model": weights, "ema": {"0.9999": weights}})):
+            attempt(action)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_tensors_in_bare_state_dicts_are_refused_in_one_line(tiny, served, kind):
+    given = {"head_depth": 1, "tail_depth": 1, "elit_tail": "drop"}
+    for name in tiny["model"]:
+        assert not attempt(every_reader(served({**tiny["model"], name: ODD[kind]}), **given)[0]), name
+
+
+def test_odd_tensors_under_published_names_are_refused_in_one_line(served, golden_checkpoint):
+    weights = torch.load(golden_checkpoint("elit"), weights_only=False)["ema"]
+    for name in [n for n in weights if "blocks." not in n]:
+        for kind in ("scalar", "vector"):
+            assert not attempt(every_reader(served({**weights, name: ODD[kind]}), head_depth=1)[0]), name
+
+
+def test_bare_state_dicts_that_lack_a_tensor_or_have_an_odd_name(tiny, served):
+    given = {"head_depth": 1, "tail_depth": 1, "elit_tail": "drop"}
+    weights = tiny["model"]
+    for name in weights:
+        for action in every_reader(served({k: v for k, v in weights.items() if k != name}), **given)[:2]:
+            attempt(action)
+    for name in (
+        "blocks.x.attn",
+        "blocks",
+        "blocks.",
+        "blocks.99999999999.a",
+        "decoder_blocks.x",
+        "decoder_blocks.3.a",
+        "",
+        "\n",
+        5,
+    ):
+        for action in every_reader(served({**weights, name: torch.zeros(2)}), **given)[:3]:
+            attempt(action)
+    for state in ({}, {"a": 1}, {5: torch.zeros(1)}, {"x_embedder.proj.weight": torch.zeros(192, 4, 2, 2)}):
+        assert not attempt(every_reader(served(state))[0])
+
+
+def test_odd_published_arguments_are_refused_in_one_line(served, golden_checkpoint):
+    state = torch.load(golden_checkpoint("elit"), weights_only=False)
+    for name in ("model", "resolution", "encoder_depth", "elit_group_size", "exp_name", "path_type", "anything"):
+        for kind in ("null", "-1", "10^5000", "nan", "long", "deep", "dict", "vector"):
+            args = argparse.Namespace(**(vars(state["args"]) | {name: ODD[kind]}))
+            attempt(every_reader(served(state | {"args": args}))[0])
+    for kind in ODD:
+        for part in ("ema", "steps"):
+            attempt(every_reader(served(state | {part: ODD[kind]}))[0])
+            attempt(every_reader(served(state | {part: ODD[kind]}))[2])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"step": text} for text in ("abc", "-1", "1" * 5000, "1.5", "")),
+        *({"config": text} for text in ("null", "[]", "5", "{", "[" * 100_000, '{"model": 5}', '{"resolution": "x"}')),
+        *({"vae": text} for text in ("null", "{}", "[" * 100_000, '{"vae": "' + "1" * 400 + '"}')),
+    ],
+    ids=lambda changes: str(changes)[:30],
+)
+def test_odd_metadata_of_safetensors_is_refused_in_one_line(tiny, tmp_path, changes):
+    from safetensors.torch import save_file
+
+    metadata = {"config": json.dumps(tiny["config"]), "vae": json.dumps(tiny["vae"]), "step": "3"}
+    save_file(dict(tiny["model"]), tmp_path / "a.safetensors", metadata | changes)
+    assert not attempt(every_reader(tmp_path / "a.safetensors")[0])
+
+
+def test_a_config_beside_safetensors_that_is_no_record_is_refused(tiny, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(dict(tiny["model"]), tmp_path / "model.safetensors")
+    for content in (b"5", b"null", b"[" * 100_000, b"\xff\xfe", b'{"head_depth": {}}', b'{"head_depth": 1e400}'):
+        (tmp_path / "config.json").write_bytes(content)
+        assert not attempt(every_reader(tmp_path)[0]), content[:30]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("path_type", "x"), ("time_shift", -1), ("time_shift", float("nan")), ("resolution", "many"), ("num_classes", -5)]
+    + [("elit_read_depth", 1_000_000), ("elit_group_size", 20_000), ("stages_count", 10**9), ("model", "ELIT-SiT-Nano2")],
+)
+def test_a_recorded_option_of_wrong_type_or_range_names_file_and_key(tiny, served, name, value):
+    with pytest.raises(UserError, match=rf"odd\.pt.*{'Nano2' if name == 'model' else name}"):
+        reading.read_weights(served(tiny | {"config": tiny["config"] | {name: value}}))
+
+
+def test_a_resolution_that_is_text_is_a_number(tiny, served):
+    """As YAML or JSON may hold it."""
+    found = reading.read_weights(served(tiny | {"config": tiny["config"] | {"resolution": "32", "exp_name": 5}}))
+    assert found.config["resolution"] == 32 and found.config["exp_name"] == "5"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "/a", "a\0b", "a\\b", "n" * 300])
+def test_the_name_of_a_run_in_a_checkpoint_is_one_folder(whole, tmp_path, capsys, name):
+    path = rewritten(whole, tmp_path / "in" / "a.pt", lambda state: state["config"].update(exp_name=name))
+    out = tmp_path / "out" / "deep"
+    argv = ["--ckpt", path, "--sample-dir", out, "--num-fid-samples", 1, "--num-steps", 1]
+    assert "must be the name of one folder" in runs.refused(generate.main, capsys, argv)
+    assert not out.exists()
+
+
+def test_tensors_of_several_types_become_float32(whole, tmp_path):
+    def mix(state):
+        for weights in (state["model"], state["ema"]["0.9999"]):
+            weights["blocks.0.mlp.fc1.weight"] = weights["blocks.0.mlp.fc1.weight"].half()
+            weights["blocks.1.mlp.fc1.weight"] = weights["blocks.1.mlp.fc1.weight"].double()
+
+    path = rewritten(whole, tmp_path / "a.pt", mix)
+    model, _ = reading.load_model(path)
+    assert {v.dtype for v in model.state_dict().values()} == {torch.float32}
+    state = tensor_files.load(whole)["ema"]["0.9999"]
+    mixed = model.state_dict()
+    assert all(torch.equal(mixed[k], v) for k, v in state.items() if k != "blocks.0.mlp.fc1.weight")
+    generate.main([str(a) for a in doors("", path, tmp_path / "out")["generate"][1]])
+
+
+def moments_of(state):
+    return state["optimizer"]["state"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.update(optimizer={}),
+        lambda state: state.update(optimizer=None),
+        lambda state: state.pop("optimizer"),
+        lambda state: state.update(optimizer={"state": {0: 5}, "param_groups": []}),
+        lambda state: moments_of(state)[0].pop("exp_avg"),
+        lambda state: moments_of(state)[0].update(exp_avg_sq=torch.zeros(())),
+        lambda state: moments_of(state)[0].update(step=torch.zeros(4)),
+        lambda state: moments_of(state).update({10_000: moments_of(state)[0]}),
+        lambda state: state.update(ema=[]),
+        lambda state: state.update(config=5),
+        lambda state: state["config"].pop("model") and state["config"].update(seed=[1, 2]),
+        lambda state: state.update(data_size=torch.zeros(4)),
+        lambda state: state.update(vae=None),
+        lambda state: state.update(format=2),
+        lambda state: state.update(step=2),
+    ],
+)
+def test_a_training_state_with_parts_missing_or_odd_is_refused_in_one_line(data, run_dir, capsys, spoil):
+    path = run_dir / "checkpoints" / "0000003.pt"
+    state = tensor_files.load(path)
+    spoil(state)
+    training_state.save(path, state)
+    if state.get("format", 1) != 1:
+        torch.save(state, path)
+        tensor_files.sidecar(path).unlink()
+    before = content_of(run_dir)
+    line = refused(capsys, data, run_dir.parent, "--resume-step", 3, "--max-train-steps", 4)
+    assert str(run_dir) in line
+    assert content_of(run_dir) == before
+
+
+def test_odd_sums_scaler_and_groups_do_not_stop_a_run(data, run_dir):
+    path = run_dir / "checkpoints" / "0000003.pt"
+    state = tensor_files.load(path)
+    state |= {"meters": {"losses": 5, "forward": torch.zeros(2), "norms": torch.zeros(7)}}
+    state["optimizer"]["param_groups"] = "x"
+    del state["scaler"]
+    training_state.save(path, state)
+    run_train(data, run_dir.parent, "--resume-step", -1, "--max-train-steps", 4)
+    assert logged_steps(run_dir / "metrics.jsonl") == [1, 2, 3, 4]

@@ -18,7 +18,8 @@ import train
 from checkpoint import reading, training_state
 from common import tensor_files
 from common.errors import UserError
-from common.files import FileTree, check_name, file_sha256, join_inside
+from common.file_tree import FileTree
+from common.files import check_name, file_sha256, join_inside
 from data import dataset, latent_files, remote
 from data.packed import PackedLatents, parse_index
 from models.vae import load_vae
@@ -391,19 +392,15 @@ def test_a_folder_name_that_leaves_no_room_for_the_files_beside_it(ckpt, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def made_of(ckpt):
-    return reading.read_weights(ckpt)
-
-
 @pytest.mark.parametrize("content", [b"5", b"null", b"[]", b"[" * 100_000, b"\xff"])
-def test_a_record_of_images_that_is_none(tmp_path, content, ckpt):
-    config = generate.GenerateConfig(ckpt=str(ckpt), model="ELIT-SiT-Ti/2", exp_name="x", sample_dir=str(tmp_path))
+def test_a_record_of_images_that_is_none(tmp_path, content):
+    config = generate.GenerateConfig(ckpt="c.pt", model="ELIT-SiT-Ti/2", exp_name="x", sample_dir=str(tmp_path))
     folder = image_folder.images_folder(config)
-    image_folder.open_folder(folder, config, made_of(ckpt))
+    image_folder.open_folder(folder, config, {"ckpt_step": 7})
     (folder / "000000.png").write_bytes(b"")
     folder.with_name(folder.name + ".json").write_bytes(content)
     with pytest.raises(UserError, match=r"\.json: not "):
-        image_folder.open_folder(folder, config, made_of(ckpt))
+        image_folder.open_folder(folder, config, {"ckpt_step": 7})
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub

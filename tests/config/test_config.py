@@ -1,13 +1,18 @@
 """Options: spellings, types, ranges, YAML files, precedence, and the published command lines."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 from numerics import ROOT
 
 from common.errors import UserError
-from config.options import ARCHITECTURE_KEYS, GenerateConfig, TrainConfig
-from config.parsing import coerce, parse, require_options
+from config.options import ARCHITECTURE_KEYS, CCFGConfig, ConvertCheckpointConfig, GenerateConfig, TrainConfig
+from config.parsing import parse, require_options
+from config.tool_options import CheckConfig, EvaluateConfig
+from config.values import coerce
 
 
 def train(*argv):
@@ -250,7 +255,7 @@ def test_train_config_gives_generation_its_architecture_only(write):
     config, given = parse(GenerateConfig, ["--train-config", write("t.yaml", text), "--no-tf32"])
     assert (config.model, config.stages_count, config.qk_norm, config.path_type) == ("DFM-SiT-B/2", 3, True, "cosine")
     assert (config.elit_tail, config.elit_max_mask_prob) == ("skip", 0.5)
-    assert (config.mixed_precision, config.vae, config.tf32, config.legacy, config.global_seed) == ("no", None, False, False, 0)
+    assert (config.mixed_precision, config.vae, config.tf32, config.global_seed) == ("no", None, False, 0)
     assert set(given) - {"train_config", "tf32"} <= ARCHITECTURE_KEYS
 
 
@@ -299,7 +304,7 @@ def test_training_defaults_are_the_published_ones():
         "path_type": "linear", "prediction": "v", "weighting": "uniform", "cfg_prob": 0.1, "enc_type": "none", "proj_coeff": 0.0,
         "stages_count": 2, "stage_weights": [0.9, 0.1], "stage_sampling_thresholds": [0.1], "num_steps_per_scale": [40, 10],
         "elit_max_mask_prob": None, "elit_min_mask_prob": None, "elit_group_size": 4, "elit_read_depth": 1,
-        "elit_write_depth": 1, "legacy": False, "elit_tail": "drop", "head_depth": None, "tail_depth": None, "vae": None,
+        "elit_write_depth": 1, "elit_tail": "drop", "head_depth": None, "tail_depth": None, "vae": None,
         "val_data_dir": None, "cache_dir": None, "config": None, "ema_decay": [0.9999],
     }  # fmt: skip
     found = dataclasses.asdict(train())
@@ -375,3 +380,179 @@ def test_published_generation_lines_parse(monkeypatch, line, expected):
     config = generate(*line.split())
     require_options(config, "ckpt")
     assert {k: getattr(config, k) for k in expected} == expected
+
+
+# ------------------------------------------------------------------------------------------------------ exact and bounded
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("9007199254740993", 2**53 + 1), (str(2**63 - 1), 2**63 - 1), ("4e5", 400_000), ("1_000", 1000), ("7.0", 7), ("+3", 3)],
+)
+def test_whole_numbers_are_exact(text, value, write):
+    assert train("--seed", text).seed == train("--config", write("t.yaml", f"seed: {text}")).seed == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--seed", str(2**63)], "≤ 9223372036854775807"),
+        (["--seed", "1e30"], "≤ 9223372036854775807"),
+        (["--seed", "9" * 5000], "≤ 9223372036854775807"),
+        (["--seed", "1e999999999"], "≤ 9223372036854775807"),
+        (["--seed", "1e-999999999"], "whole number"),
+        (["--seed", "1e99999999999999999999"], "whole number"),
+        (["--seed", "²"], "whole number"),
+        (["--seed", "٣"], "whole number"),
+        (["--learning-rate", "٣"], "a number"),
+        (["--learning-rate", "1e400"], "a number"),
+        (["--num-workers", "1e9"], "≤ 1024"),
+        (["--plan-processes", "1e18"], "≤ 1048576"),
+        (["--elit-read-depth", "1e9"], "≤ 100"),
+        (["--elit-group-size", "20000"], "≤ 256"),
+        (["--time-shift", "1e-320"], "≥ 0.001"),
+        (["--plan-tflops", "1e308"], "≤ 1000000.0"),
+    ],
+)
+def test_numbers_have_limits_that_are_named(argv, said):
+    with pytest.raises(UserError) as error:
+        train(*argv)
+    assert said in str(error.value) and argv[0] in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(["--ema-decay", ","], ["--ema-decay", ""], ["--ema-decay="], ["--stage-weights", ", ,"], ["--encoder-weights", ","]),
+        *(["--ema-decay", "0.9", "0.9"], ["--ema-decay", "0.9999999", "0.99999999"]),
+        *(["--output-dir", ""], ["--output-dir", "~"], ["--output-dir", "null"], ["--output-dir", "  "], ["--data-dir="]),
+        *(["--output-dir", "a\0b"], ["--exp-name", "a" * 256], ["--output-dir", "a/" * 2000], ["--vae", "b" * 5000]),
+        *(["--config", "a" * 300], ["--model", "--seed", "3"], ["--model"], ["--no-qk-norm=true"], ["-x"]),
+    ],
+)
+def test_values_that_are_none_are_refused(argv):
+    with pytest.raises(UserError) as error:
+        train(*argv)
+    assert argv[0].partition("=")[0] in str(error.value) and len(str(error.value)) < 300
+
+
+def test_an_empty_list_is_a_value_where_it_is_the_default(write):
+    assert train("--config", write("t.yaml", "allow_change: []\nencoder_weights: null")).allow_change == []
+    with pytest.raises(UserError, match="ema_decay: the list is empty"):
+        train("--config", write("t.yaml", "ema_decay: []"))
+    assert generate("--class-labels", "3", "3").class_labels == ["3", "3"]  # a cycle may repeat
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nseed: 2", "seed: stands there twice"),
+        ("batch-size: 1\nbatch_size: 2", "batch_size: stands there twice"),
+        ("cache_dir: a\ns3_cache_dir: b", "s3_cache_dir: stands there twice"),
+        ("ema_decay: [[0.9], 0.8]", "ema_decay: must be a value or a list of values"),
+        ("a: " + "[" * 100_000, "nested too deeply"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: &c [*b, *b]", "b: must be a value"),
+        ("ema_decay: &a [&b [&c [x, x], *c, *c], *b, *b]", "ema_decay: must be a value or a list of values"),
+        ("<<: {seed: 3}", "<<: must be a value"),
+        ("? [a, b]\n: 3", "option: value"),
+        ("output_dir: 'a\\0b'\nvae: \"a\\0b\"", "NUL"),
+        ('output_dir: "\\ud800"', "t.yaml"),
+    ],
+)
+def test_odd_yaml_is_one_line(write, text, said):
+    path = write("t.yaml", text)
+    with pytest.raises(UserError) as error:
+        train("--config", path)
+    assert said in str(error.value) and path in str(error.value)
+
+
+def test_a_file_that_is_no_config_is_not_read(tmp_path):
+    (tmp_path / "big.yaml").write_bytes(b"#" * (2**20 + 1))
+    (tmp_path / "binary.yaml").write_bytes(b"\x80\x04\x95")
+    for name, said in (
+        ("big.yaml", "larger than 1 MiB"),
+        ("binary.yaml", "not a YAML file"),
+        ("bigg.yaml", "did you mean big.yaml"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train("--config", str(tmp_path / name))
+
+
+def test_later_configs_count_over_earlier_ones(write):
+    first, second = write("a b.yaml", "num_steps: 5\ncfg_scale: 2.0"), write("b,c.yaml", "cfg-scale: 4.0\nheun: true")
+    config = generate("--config", first, second, "--no-heun")
+    assert (config.num_steps, config.cfg_scale, config.heun, config.config) == (5, 4.0, False, [first, second])
+    assert generate("--config", second, first).cfg_scale == 2.0
+    assert train("--config", write("t.yaml", "seed: 1\nbatch_size: 8"), write("u.yaml", "seed: 2")).seed == 2
+    config = generate("--train-config", write("t.yaml", "resolution: 64\nqk_norm: true"), write("u.yaml", "resolution: 128"))
+    assert (config.resolution, config.qk_norm) == (128, True)
+
+
+# --------------------------------------------------------------------------------------------- positional, ignored and help
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["ref.npz", "samples.npz", "--metrics", "fid"],
+        ["ref.npz", "--split-size", "5", "samples.npz", "--metrics", "fid"],
+        ["--split-size", "5", "ref.npz", "samples.npz"],
+        ["--ref", "ref.npz", "--samples=samples.npz"],
+    ],
+)
+def test_positional_arguments_stand_anywhere_among_the_options(argv):
+    config, _ = parse(EvaluateConfig, argv)
+    assert (config.ref, config.samples) == ("ref.npz", "samples.npz")
+
+
+def test_a_switch_before_a_positional_argument_takes_booleans_alone():
+    config, _ = parse(ConvertCheckpointConfig, ["--show", "in.pt", "--safetensors", "false", "out.pt"])
+    assert (config.source, config.show, config.dest, config.safetensors) == ("in.pt", True, "out.pt", False)
+    with pytest.raises(UserError, match="unexpected argument 'c'"):
+        parse(ConvertCheckpointConfig, ["a", "b", "c"])
+    with pytest.raises(UserError, match="DIR or --source is required"):
+        require_options(parse(CheckConfig, ["--workers", "2"])[0])
+
+
+def test_options_without_effect_are_accepted_with_one_warning(write, capsys):
+    path = write("g.yaml", "legacy: true\nprojector_embed_dims: 768")
+    config, given = parse(GenerateConfig, ["--enable-repa", "--config", path, "--no-legacy", "--num-steps", "7"])
+    assert given.keys() == {"config", "num_steps"} and not hasattr(config, "legacy")
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(line.partition(": warning: ")[2] for line in lines) == [
+        *("--enable-repa has no effect", "--legacy has no effect", "--projector-embed-dims has no effect")
+    ]
+    train("--legacy", "--model", "SiT-B/2")
+    assert capsys.readouterr().err.count("no effect") == 1
+
+
+def help_of(cls, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(cls, ["-h"], prog="it.py")
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_groups_and_what_acts(capsys):
+    text = help_of(GenerateConfig, capsys)
+    before, after = text.split("Recorded in the checkpoint")
+    assert text.index("--ckpt") < text.index("sampling:") < text.index("guidance:") and "[required]" not in after
+    assert "--model" in after and "--model" not in before and "--fused-attn" in before
+    for name in ("encoder-depth", "enc-type", "proj-coeff", "mask-prob", "stage-weights", "legacy", "repa"):
+        assert name not in text, name
+    text = help_of(TrainConfig, capsys)
+    assert "--encoder-depth" in text and "Recorded" not in text and "--model STR             registered" in text
+    text = help_of(CCFGConfig, capsys)
+    assert "--autoguidance" not in text and "--cfg-scales" in text
+    text = help_of(EvaluateConfig, capsys)
+    assert text.startswith("usage: it.py REF SAMPLES [--option value …]\n")
+
+
+@pytest.mark.parametrize(
+    "encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}]
+)
+def test_help_in_a_locale_without_utf8(encoding):
+    program = "import sys; from common.errors import cli_main; from config.parsing import parse; from config.options import TrainConfig\n"
+    program += "cli_main(lambda argv: parse(TrainConfig, argv))(['-h'])"
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | encoding, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "\\u2190" in done.stdout, done.stderr

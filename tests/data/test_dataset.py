@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from common import image_files
 from common.errors import UserError
-from common.files import DataError, FileTree
+from common.file_tree import FileTree
+from common.files import DataError
 from data.dataset import LatentDataset
 from models.vae import SD_VAE
 from preprocessing import demo

@@ -13,6 +13,7 @@ from sets import content, picture, refused, save, zip_of
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
+from common.files import DataError
 from data.dataset import LatentDataset
 from data.latent_files import LatentFiles
 from data.packed import PackedLatents
@@ -67,6 +68,18 @@ def same_items(a: LatentDataset, b: LatentDataset) -> None:
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys() and x["label"] == y["label"]
         assert all(torch.equal(x[key], y[key]) for key in x if key != "label")
+
+
+def test_a_value_that_is_not_finite_is_named_with_its_file_and_place(packed, tmp_path):
+    shutil.copytree(packed / "packed", tmp_path / "packed")
+    shard = np.load(tmp_path / "packed/latents-00001.npy", mmap_mode="r+")
+    shard[2, 0, 0, 0] = np.nan
+    shard.flush()
+    data = LatentDataset(tmp_path)
+    with pytest.raises(DataError, match=r"latents-00001\.npy\[2\]: holds values that are not finite") as raised:
+        data.__getitems__([0, 6, 9])
+    assert raised.value.local  # the process that reads it alone knows
+    assert len(data.__getitems__([0, 5, 9])) == 3
 
 
 def test_packed_is_read_as_the_loose_files_are(loose, packed):
@@ -155,7 +168,7 @@ def test_results_do_not_depend_on_the_number_of_processes(images, vae_folder, tm
     one = encode(images, tmp_path / "one", vae_folder, *options)
     (tmp_path / "three").mkdir()
     for rank in (1, 2, 0):
-        monkeypatch.setattr(encode_room, "_processes", lambda rank=rank: Rank(rank, 3))
+        monkeypatch.setattr(encode_room, "start_processes", lambda _, rank=rank: Rank(rank, 3))
         encode(images, tmp_path / "three", vae_folder, *options)
     assert content(tmp_path / "three") == one
 
@@ -170,7 +183,7 @@ def test_torchrun_makes_the_same_packed_files(images, packed, vae_folder, tmp_pa
 
 
 def test_several_processes_and_a_zip(images, vae_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(encode_room, "_processes", lambda: Rank(0, 2))
+    monkeypatch.setattr(encode_room, "start_processes", lambda _: Rank(0, 2))
     argv = ["encode", f"--source={images}", f"--dest={tmp_path}/d.zip", f"--vae={vae_folder}"]
     refused(capsys, argv, "--dest", "several processes", "--packed")
 

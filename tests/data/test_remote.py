@@ -1,6 +1,7 @@
 """Packed latents behind s3://: a real server that speaks S3, on loopback, and a cache that processes share."""
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -116,7 +117,9 @@ def copied_files(url: str, cache: str, rank: int) -> list[str]:
     copied: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", str(rank))
-        patch.setattr(remote, "file_sha256", lambda p: (copied.append(p.name.removesuffix(".tmp")), file_sha256(p))[1])
+        patch.setattr(
+            remote, "file_sha256", lambda p: (copied.append(p.name.removesuffix(f".{os.getpid()}.tmp")), file_sha256(p))[1]
+        )
         remote.local_copy(url, cache)
     return copied
 

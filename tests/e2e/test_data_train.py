@@ -21,7 +21,7 @@ from loss import training_times, val_losses
 from models.vae import decode, load_vae, to_uint8
 from randomness import epoch_order, image_noise, training_draws
 from samplers import euler_maruyama_sampler, euler_sampler, evaluation_times
-from training import trainer
+from training import validation
 
 COUNT, RESOLUTION = 8, 32
 # What the published VAEs have in their config.json; the widths are small here.
@@ -77,7 +77,7 @@ def metrics(folder: Path, name: str) -> dict[int, float]:
     [("SDXL", ()), ("SD3", ("--latent-norm", "channel")), ("FLUX", ("--time-shift", "3"))],
 )
 def test_from_images_to_images(tmp_path, monkeypatch, kind, options):
-    monkeypatch.setattr(trainer, "PICTURE_STEPS", 1)
+    monkeypatch.setattr(validation, "SAMPLE_STEPS", 1)
     state = run(kind, tmp_path, *options)
     record, channels = state["vae"], KINDS[kind]["latent_channels"]
     assert (record["latent_channels"], record["downsample_factor"]) == (channels, 8)

@@ -24,7 +24,8 @@ from sampling import cost as cost_module
 
 ROOT = Path(__file__).resolve().parents[2] / "experiments_updated"
 TRAIN = sorted(p for p in (ROOT / "train").glob("*.yaml") if not re.match("quickstart|.*(vit|hdit)_", p.stem))
-GENERATION = sorted(p for p in (ROOT / "generation").glob("*.yaml") if not p.stem.startswith("quickstart"))
+CHEAP = ROOT / "generation" / "cheap_cfg.yaml"  # laid over another
+GENERATION = sorted(p for p in (ROOT / "generation").glob("*.yaml") if not p.stem.startswith("quickstart") and p != CHEAP)
 
 NAMES = [
     "sit_b_256",
@@ -88,29 +89,32 @@ def test_trained_budgets(stem, lowest, highest, count):
     assert (min(budgets), max(budgets), len(budgets)) == (lowest, highest, count)
 
 
+@pytest.mark.parametrize("cheap", [False, True], ids=["plain", "cheap_cfg"])
 @pytest.mark.parametrize("path", GENERATION, ids=lambda p: p.stem)
-def test_generation_config(path):
-    config, given = parse(GenerateConfig, ["--config", str(path), "--ckpt", "some.pt"])
+def test_generation_config(path, cheap):
+    config, given = parse(GenerateConfig, ["--config", str(path), *([str(CHEAP)] if cheap else []), "--ckpt", "some.pt"])
     require_options(config, "model", "ckpt")
     assert path.read_text().startswith("# ")
     assert (config.mode, config.num_steps, config.num_fid_samples) == ("ode", 50, 50_000)
-    family, _, lower = path.stem.removesuffix("_ccfg").partition("_budget_")
-    trained, _ = parse(TrainConfig, ["--config", str(ROOT / "train" / f"{family}.yaml")])
+    trained, _ = parse(TrainConfig, ["--config", str(ROOT / "train" / f"{path.stem}.yaml")])
     for name in ("model", "resolution", "elit_group_size"):
         assert getattr(config, name) == getattr(trained, name)
     budgets = tuple(b and float(b) for b in (config.inference_budget, config.unconditional_inference_budget))
     highest = budgets_of(trained)[0]  # of the large-scale models a quarter
-    if path.stem.endswith("_ccfg"):
-        assert (config.cfg_scale, *budgets) == (4.0, highest, 0.0625)
-    else:
-        assert (config.cfg_scale, *budgets) == (1.0, float(lower) if lower else None if highest == 1 else highest, None)
-    if not config.model.startswith("ELIT"):
-        assert budgets == (None, None)
+    full = None if highest == 1 else highest
+    assert (config.cfg_scale, *budgets) == ((4.0, full, 0.0625) if cheap else (1.0, full, None))
     for budget in budgets:
         J = config.elit_group_size**2
         if budget is not None:
             assert budget_to_k(budget, J) == budget * J  # a multiple of 1/J: nothing is rounded
     assert {"ckpt", "config"} <= given.keys()
+
+
+def test_generation_configs_are_few_and_those_of_the_wrappers():
+    assert len(list((ROOT / "generation").glob("*.yaml"))) <= 14
+    wrappers = sorted((ROOT / "evaluation").glob("eval_*.sh"))
+    named = {name for path in wrappers for name in re.findall(r"\$D/../(\w+/[\w.]+\.yaml)", path.read_text())}
+    assert len(wrappers) == 10 and all((ROOT / name).is_file() for name in named) and len(named) == 19, named
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_the_form_of_the_files_changes_nothing(pair, found, tmp_path, form):
 
 def test_the_number_of_processes_changes_nothing(pair, found, tmp_path):
     """3 batches on 2 processes: the last turn is not full."""
-    command = runs.command_line("torchrun", "--nproc_per_node=2", "--master_port=29632")
+    command = runs.command_line("torchrun", "--nproc_per_node=2", f"--master_port={runs.free_port()}")
     done = subprocess.run(
         [*command, str(ROOT / "evaluate.py"), *map(str, pair), *FEATURES, "--split-size", "50", "--output", str(tmp_path / "m.json")],
         env=runs.environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])},

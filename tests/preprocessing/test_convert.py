@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from sets import content, convert, labels_of, load_png, picture, refused, save, zip_of
 
-from common import files
+from common.file_tree import FileTree
+from common.files import lock
 from common.image_files import MAX_PIXELS
 from preprocessing.output import UNFINISHED_FILE
 
@@ -222,7 +223,7 @@ def test_two_runs_on_one_destination(source, tmp_path, capsys, dest):
     ours, theirs = context.Pipe()
 
     def hold():
-        held = files.lock(path)
+        held = lock(path)
         theirs.send(held is not None)
         theirs.recv()
 
@@ -246,9 +247,7 @@ def test_workers_end_with_their_parent(source, tmp_path):
 
     def run():
         names = ["a/0.png"] * 1000  # far more than fit in a pipe
-        work = Conversion(
-            files.FileTree(source), names, names, lambda _: unchanged(picture(64, 64)), 64, None, {"a/0.png": None}
-        )
+        work = Conversion(FileTree(source), names, names, lambda _: unchanged(picture(64, 64)), 64, None, {"a/0.png": None})
         results = work.results(2)
         next(results)
         theirs.send([child.pid for child in multiprocessing.active_children()])

@@ -101,7 +101,8 @@ def test_images_do_not_depend_on_batch_or_processes(ckpt, whole, tmp_path, how):
     if how == "batch":
         generate.main(arguments(ckpt, tmp_path, "--per-proc-batch-size", 4))
     else:
-        done = launch("torchrun", "--nproc_per_node=2", "--master_port=29621", "generate.py", *arguments(ckpt, tmp_path))
+        port = f"--master_port={runs.free_port()}"
+        done = launch("torchrun", "--nproc_per_node=2", port, "generate.py", *arguments(ckpt, tmp_path))
         assert done.returncode == 0, done.stderr
     folder = folder_of(tmp_path)
     assert_same_images(images_of(folder), images_of(whole))

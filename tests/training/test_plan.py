@@ -15,10 +15,10 @@ import models
 import train
 from config.options import TrainConfig
 from config.parsing import parse
-from loss import Projecting, alignment_loss, velocity_loss
+from flows import flow_of
+from loss import Projecting, alignment_loss
 from models.encoders import load_encoders
 from models.vae import SD_VAE, VAERecord
-from randomness import training_draws
 from training import optim, plan
 from training.memory import activation_bytes, state_bytes
 from training.plan import Plan, mean_forward_flops
@@ -106,14 +106,13 @@ def kept_by_autograd(config, encoders, batch_size, budget):
         return tensor
 
     x, y = torch.randn(batch_size, 4, 8, 8), torch.arange(batch_size) % 5
-    coarse = getattr(model, "stage_shapes", [()])[:-1]
-    draws = training_draws(0, 0, range(batch_size), (4, 8, 8), coarse_shapes=coarse)
-    arguments = ({} if budget is None else {"inference_budget": budget}) | ({"active_stage": 1} if coarse else {})
+    flow = flow_of(config)
+    draws = flow.draws(0, 0, range(batch_size), (4, 8, 8))
     around = Projecting(model) if encoders else model
     half = config.mixed_precision == "bf16"
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = velocity_loss(around, x, draws, y, weighting="uniform", path_type="linear", **arguments).mean()
+            loss = flow.loss_under(flow.conditions([budget])[-1], around, x, draws, y).losses.mean()
         if encoders:
             images = torch.zeros(batch_size, 3, RESOLUTION, RESOLUTION, dtype=torch.uint8)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):

@@ -11,6 +11,7 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,13 +23,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import arguments, assert_same_tensors, final_state, metrics
 
+import models
 import train
 from checkpoint import training_state
 from config.options import TrainConfig
+from config.parsing import parse
 from data.dataset import LatentDataset
 from loss import active_stage
 from randomness import epoch_order, training_draws
-from training import data_order, run_dir, setup, trainer
+from training import data_order, run_dir, setup, trainer, validation
 from training.data_order import StepBatches
 from training.optim import learning_rate_factor
 
@@ -64,6 +67,7 @@ def test_a_run_leaves_its_folder(undisturbed):
     assert "step 4" in (run / "log.txt").read_text()
     state = final_state(undisturbed)
     parts = {"format", "model", "ema", "optimizer", "scheduler", "scaler", "step", "config", "vae", "data_size", "meters"}
+    parts |= {"data_labels", "data_position", "validation_due"}
     assert set(state) == parts
     assert state["step"] == 4 and list(state["ema"]) == ["0.9999"] and state["vae"]["downsample_factor"] == 4
 
@@ -111,7 +115,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, tmp_path,
 def test_dfm_trains_resumes_and_shows_its_stages(data, tmp_path, monkeypatch, model):
     from PIL import Image
 
-    monkeypatch.setattr(trainer, "PICTURE_CFG", 1.0)
+    monkeypatch.setattr(validation, "SAMPLE_CFG", 1.0)
     more = ("--stage-weights", 0.5, 0.5, "--num-steps-per-scale", 2, 1)
     train.main(arguments(data, tmp_path / "whole", *more, model=model))
     reset_accelerate()
@@ -161,12 +165,13 @@ def status(output_dir):
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        (("torchrun", "--nproc_per_node=2", "--master_port=29611", "--signals_to_handle=SIGUSR1,SIGTERM"), signal.SIGUSR1),
-        (("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=29612"), signal.SIGTERM),
+        (("torchrun", "--nproc_per_node=2", "--master_port=PORT", "--signals_to_handle=SIGUSR1,SIGTERM"), signal.SIGUSR1),
+        (("accelerate", "launch", "--multi_gpu", "--num_processes=2", "--main_process_port=PORT"), signal.SIGTERM),
     ],
 )
 def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undisturbed, tmp_path, launcher, number):
     lasting = ("--max-train-steps", 100_000, "--epochs", 100_000, "--checkpointing-steps", 100_000, "--num-workers", 1)
+    launcher = [word.replace("PORT", str(runs.free_port())) for word in launcher]
     command = command_line(*launcher, "train.py", *arguments(data, tmp_path, *lasting))
     process = subprocess.Popen(command, env=environment(), cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
@@ -184,18 +189,21 @@ def test_two_processes_train_as_one_and_stop_together_at_a_signal(data, undistur
     assert stopped["state"] == "preempted" and stopped["step"] == max(two), errors
     assert final_state(tmp_path, stopped["step"])["step"] == stopped["step"]
     assert number.name in errors and "--resume-step -1" in errors
+    assert "FutureWarning" not in errors
 
 
 COUNT_REDUCTIONS = """
 import signal
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-run, step, counted, trainer = train.Trainer.run, train.Trainer.train_step, [], []
+run, step, opened, counted, trainer = train.Trainer.run, train.Trainer.train_step, train.Trainer.open, [], []
 def count(group, bucket):
     counted.append((trainer[0].step, bucket.index()))
     return allreduce_hook(group, bucket)
-def counting_run(self, preemption):
+def counting_open(self):
     trainer.append(self)
+    opened(self)
     self.model.register_comm_hook(None, count)
+def counting_run(self, preemption):
     try:
         run(self, preemption)
     finally:
@@ -205,7 +213,7 @@ def counting_step(self, batches):
     step(self, batches)
     if rank == 1 and self.step == 3:
         os.kill(os.getpid(), signal.SIGUSR1)
-train.Trainer.run, train.Trainer.train_step = counting_run, counting_step
+train.Trainer.run, train.Trainer.train_step, train.Trainer.open = counting_run, counting_step, counting_open
 """
 
 
@@ -435,8 +443,8 @@ def test_accumulation_averages_its_micro_steps(data, tmp_path):
     assert metrics(tmp_path)[1] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_pictures_held_out_loss_and_tracker(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "PICTURE_STEPS", 2)
+def test_sample_images_validation_loss_and_tracker(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "SAMPLE_STEPS", 2)
     options = ("--val-data-dir", data, "--sampling-steps", 2, "--max-train-steps", 2, "--report-to", "tensorboard")
     train.main(arguments(data, tmp_path, *options))
     run = tmp_path / "run"
@@ -448,6 +456,73 @@ def test_pictures_held_out_loss_and_tracker(data, tmp_path, monkeypatch):
     assert set(metrics(tmp_path, "val_loss_budget_0.25")) == {1, 2}
     assert set(metrics(tmp_path, "val_loss_budget_1")) == {1, 2}
     assert list((run / "logs").rglob("events.out.tfevents*"))
+
+
+def test_a_signal_while_images_are_drawn_leaves_them_to_the_resumed_run(data, tmp_path, monkeypatch):
+    """They would take for ever; the run that resumes draws and measures what an undisturbed one has at that step."""
+    options = ("--val-data-dir", data, "--sampling-steps", 2, "--max-train-steps", 3, "--checkpointing-steps", 100)
+    monkeypatch.setattr(validation, "SAMPLE_STEPS", 2)
+    train.main(arguments(data, tmp_path / "whole", *options, model="SiT-Ti/4"))
+    runs.reset_accelerate()
+
+    evaluations = []
+
+    def forward(self, *args, **kwargs):
+        evaluations.append(self.training)
+        if evaluations.count(False) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    original = models.sit.SiT.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(models.sit.SiT, "forward", forward)
+        patch.setattr(validation, "SAMPLE_STEPS", 10**6)
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(data, tmp_path, *options, model="SiT-Ti/4"))
+    assert stop.value.code == 128 + signal.SIGTERM and evaluations.count(False) == 20
+    assert status(tmp_path) == {"state": "preempted", "step": 1} and not list((tmp_path / "run" / "samples").iterdir())
+    assert final_state(tmp_path, 1)["validation_due"] and not metrics(tmp_path, "val_loss")
+    runs.reset_accelerate()
+    train.main(arguments(data, tmp_path, *options, "--resume-step", -1, model="SiT-Ti/4"))
+    for name in ("0000001.png", "0000002.png"):
+        whole, resumed = (folder / "run" / "samples" / name for folder in (tmp_path / "whole", tmp_path))
+        assert whole.read_bytes() == resumed.read_bytes()
+    assert metrics(tmp_path, "val_loss") == metrics(tmp_path / "whole", "val_loss")
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
+    assert not final_state(tmp_path, 3)["validation_due"]
+
+
+def test_another_process_s_interruption_ends_the_drawing_of_all(monkeypatch):
+    """One of two processes was told to stop: in the sum of both, the flag is set."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), reduce=lambda flag, reduction: flag + 1)
+    several = SimpleNamespace(accelerator=accelerator, vae=None)
+    with pytest.raises(validation.Interrupted), validation.Validation._together(several, torch.nn.Identity(), lambda: False):
+        pass
+
+
+def test_building_a_trainer_writes_nothing(data, tmp_path):
+    argv = arguments(data, tmp_path / "out", "--sampling-steps", 2)
+    built = trainer.Trainer(parse(TrainConfig, argv)[0])
+    assert not list(tmp_path.iterdir())
+    assert {p.device.type for p in built.model.parameters()} == {"cpu"} and built.step == 0
+
+
+def test_steps_are_profiled_in_the_run_folder(data, tmp_path, capsys):
+    train.main(arguments(data, tmp_path, "--profile-steps", "2-3", model="SiT-Ti/4"))
+    trace = json.loads((tmp_path / "run" / "profile" / "trace-2-3.json").read_text())
+    names = [event["name"] for event in trace["traceEvents"]]
+    assert sum("AdamW.step" in name for name in names) == 2
+    assert "--profile-steps 3-2" in refused(capsys, arguments(data, tmp_path / "x", "--profile-steps", "3-2"))
+
+
+def test_epochs_go_on_with_another_batch_size(data, tmp_path):
+    """Two epochs of 24 samples: 3 + 1 steps of 8, then those of 4 that are left of the second one."""
+    options = ("--epochs", 2, "--max-train-steps", 100)
+    train.main(arguments(data, tmp_path, *options, "--max-train-steps", 4, model="SiT-Ti/4"))
+    runs.reset_accelerate()
+    more = ("--batch-size", 4, "--allow-change", "batch_size", "--resume-step", -1)
+    train.main(arguments(data, tmp_path, *options, *more, model="SiT-Ti/4"))
+    assert status(tmp_path) == {"state": "finished", "step": 4 + 4}
 
 
 def test_wandb_without_a_login_goes_offline(data, tmp_path, monkeypatch, capsys):
@@ -474,6 +549,20 @@ def test_fp16_on_a_cpu_runs_as_no_and_says_so(data, tmp_path, capsys):
     assert final_state(tmp_path, 1)["config"]["mixed_precision"] == "no"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", ["says 4", "--gradient-accumulation-steps 1"]),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", ["says eager", "--compile"]),
+    ],
+)
+def test_what_accelerate_would_do_by_itself_is_refused(data, tmp_path, capsys, monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    line = refused(capsys, arguments(data, tmp_path / "out"))
+    assert all(word in line for word in (name, *words)), line
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_ends_after_its_epochs(data, tmp_path):
     train.main(arguments(data, tmp_path, "--epochs", 1, "--max-train-steps", 100, model="SiT-Ti/4"))
     assert set(metrics(tmp_path)) == {1, 2, 3}  # 24 samples in batches of 8
@@ -485,8 +574,8 @@ def test_every_sample_of_an_epoch_is_used_once_whatever_the_process_count(world)
     local = batch // world
     seen = []
     for rank in range(world):
-        places = range(rank * local, (rank + 1) * local)
-        seen.append(list(StepBatches(num_samples, batch, places, seed=3, start=0, stop=12)))
+        batch_slice = range(rank * local, (rank + 1) * local)
+        seen.append(list(StepBatches(num_samples, batch, batch_slice, seed=3, start=0, stop=12)))
     steps = [[i for rank in seen for i in rank[n]] for n in range(12)]
     for epoch in (steps[:6], steps[6:]):
         used = [i for step in epoch for i in step]
@@ -505,8 +594,8 @@ def test_1024_processes_use_every_sample_once_and_512_or_2048_go_on(monkeypatch)
         """(forward, place) → sample, over all ranks."""
         found = np.empty((stop - start, batch), dtype=int)
         for rank in range(world):
-            places = range(rank * batch // world, (rank + 1) * batch // world)
-            found[:, places.start : places.stop] = list(StepBatches(num_samples, batch, places, 7, start, stop))
+            batch_slice = range(rank * batch // world, (rank + 1) * batch // world)
+            found[:, batch_slice.start : batch_slice.stop] = list(StepBatches(num_samples, batch, batch_slice, 7, start, stop))
         return found
 
     whole = used(1024, 0, 2 * per_epoch)
@@ -661,8 +750,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(data, tmp_path, capsys
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_once(data, tmp_path):
-    done = launch(
-        "torchrun", "--nproc_per_node=2", "--master_port=29613", "train.py", *arguments(data, tmp_path, "--batch-size", 7)
-    )
+    port = f"--master_port={runs.free_port()}"
+    done = launch("torchrun", "--nproc_per_node=2", port, "train.py", *arguments(data, tmp_path, "--batch-size", 7))
     assert done.returncode != 0
     assert done.stderr.count("train.py: error:") == 1 and "--batch-size 7" in done.stderr

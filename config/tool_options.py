@@ -1,0 +1,114 @@
+"""Options of dataset_tools.py and evaluate.py."""
+
+import dataclasses
+from typing import Literal
+
+from config.rules import option
+
+
+@dataclasses.dataclass
+class ConvertConfig:
+    """Options of dataset_tools.py convert: any images → numbered square PNGs."""
+
+    source: str = option("files", ..., "folder tree or .zip with images")
+    dest: str = option("files", ..., "new folder or .zip, e.g. DATA_DIR/images")
+    resolution: str | None = option("images", None, "WxH in pixels, e.g. 256x256 (default: sizes stay)")
+    transform: Literal["none", "center-crop", "center-crop-wide", "center-crop-dhariwal"] = option(
+        "images", "none", "how images are cropped"
+    )
+    max_images: int | None = option("images", None, "only the first so many images", ge=1)
+    workers: int | None = option("system", None, "processes (default: one for each CPU core)", ge=1, le=1024)
+    strict: bool = option("images", False, "stop at the first image that cannot be read (default: list them in skipped.txt)")
+
+
+@dataclasses.dataclass
+class EncodeConfig:
+    """Options of dataset_tools.py encode: images → VAE latents."""
+
+    source: str = option("files", ..., "folder or .zip of images, e.g. DATA_DIR/images")
+    dest: str = option("files", ..., "new folder or .zip, e.g. DATA_DIR/vae-sd")
+    vae: str = option("images", "stabilityai/sd-vae-ft-mse", "VAE: ema, mse, hub name or folder", aliases=("model_url",))
+    max_images: int | None = option("images", None, "only the first so many images", ge=1)
+    batch_size: int = option("system", 32, "images per batch", ge=1, le=2**31 - 1)
+    workers: int = option("system", 4, "threads of each process that decode images in advance", ge=1, le=1024)
+    dtype: Literal["float32", "float16"] = option("files", "float32", "how the latents are stored")
+    packed: bool = option("files", False, "write a few large files that training maps, e.g. to DATA_DIR/packed")
+    shard_size: int = option("files", 8192, "latents in each packed file", ge=1, le=10**9)
+
+
+@dataclasses.dataclass
+class PackConfig:
+    """Options of dataset_tools.py pack: vae-sd/ or vae-sd.zip → a few large files that training maps."""
+
+    source: str = option("files", ..., "folder or .zip of latents, e.g. DATA_DIR/vae-sd")
+    dest: str = option("files", ..., "new folder, e.g. DATA_DIR/packed")
+    dtype: Literal["same", "float32", "float16"] = option("files", "same", "how the latents are stored; same: as in the source")
+    workers: int = option("system", 8, "threads that read", ge=1, le=1024)
+    shard_size: int = option("files", 8192, "latents in each packed file", ge=1, le=10**9)
+
+
+@dataclasses.dataclass
+class CheckConfig:
+    """Options of dataset_tools.py check: is a data set whole and sound?"""
+
+    source: str = option("files", ..., "data folder, as given to train.py --data-dir", positional="DIR")
+    cache_dir: str | None = option("files", None, "where remote data is cached", aliases=("s3_cache_dir",))
+    sample_grid: str | None = option("files", None, "picture to write: a few latents decoded, and beside them their images")
+    vae: str | None = option(
+        "files", None, "VAE for --sample-grid: ema, mse, hub name or folder (default: the data set's record)"
+    )
+    workers: int = option("system", 8, "threads that read", ge=1, le=1024)
+
+
+@dataclasses.dataclass
+class StatsConfig:
+    """Options of dataset_tools.py stats: mean and standard deviation of each latent channel, for --latent-norm channel."""
+
+    source: str = option("files", ..., "data folder, as given to train.py --data-dir", positional="DIR")
+    workers: int = option("system", 8, "threads that read", ge=1, le=1024)
+
+
+@dataclasses.dataclass
+class DemoConfig:
+    """Options of dataset_tools.py demo: the digit canvases of the quick start."""
+
+    dest: str = option("files", ..., "new folder, for train/ and val/ with a folder per digit")
+
+
+@dataclasses.dataclass
+class FeatureNetworks:
+    """The networks that evaluation and reference batches look at images with."""
+
+    inception_weights: str | None = option("metrics", None, "Inception in torch-fidelity's format (default: downloaded)")
+    dino_weights: str | None = option("metrics", None, "DINOv2 ViT-L/14, timm's or the original file (default: downloaded)")
+    batch_size: int = option("system", 64, "images per batch and process", ge=1, le=2**31 - 1)
+
+
+@dataclasses.dataclass
+class EvaluateConfig(FeatureNetworks):
+    """Options of evaluate.py: FID, sFID, Inception Score, Precision, Recall and FDD, as ADM's evaluator has them."""
+
+    ref: str = option("files", ..., "reference: .npz in ADM's format or a folder of PNG", positional="REF")
+    samples: str = option("files", ..., ".npz or a folder of PNG", positional="SAMPLES")
+    metrics: list[str] = option(
+        "metrics", [], "of fid sfid is precision recall fdd (default: all that the network gives; fdd on demand)", distinct=True
+    )
+    output: str = option("files", "metrics.json", "JSON file with the figures and what they belong to")
+    features: str | None = option("metrics", None, "another network than Inception, as module:factory")
+    pr_dtype: Literal["float16", "float32"] = option(
+        "metrics", "float16", "distances of precision and recall; float16 as in ADM's evaluator"
+    )
+    split_size: int = option("metrics", 5000, "images per split of the Inception Score", ge=1, le=10**9)
+
+
+@dataclasses.dataclass
+class ReferenceConfig(FeatureNetworks):
+    """Options of dataset_tools.py reference: images → a reference batch for evaluation, in ADM's format."""
+
+    source: str = option("files", ..., "folder or .zip of images of one size, or .npz")
+    dest: str = option("files", ..., "new .npz file")
+    num_images: int = option(
+        "metrics", 10000, "images kept in it, for precision and recall; the statistics are of all", ge=1, le=10**9
+    )
+    seed: int = option("metrics", 0, "seed of the choice", ge=0)
+    dino: bool = option("metrics", False, "also the DINOv2 statistics that FDD needs")

@@ -1,0 +1,87 @@
+"""The rules of the options, and the lists of names that are computed from them."""
+
+import dataclasses
+
+import pytest
+
+from checkpoint.weights import ELIT_OPTIONS, MODEL_OPTIONS
+from config.options import Architecture, CCFGConfig, ConvertCheckpointConfig, GenerateConfig, MultibudgetConfig, TrainConfig
+from config.rules import GROUPS, Rules, folder_labels, names
+from config.tool_options import (
+    CheckConfig,
+    ConvertConfig,
+    DemoConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    PackConfig,
+    ReferenceConfig,
+    StatsConfig,
+)
+from sampling.image_folder import SETTINGS, STAGE_SETTINGS
+from sampling.session import ARCHITECTURE, SCHEDULE
+from training.resume import CHANGEABLE, SAME
+
+TOOLS = [CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, EvaluateConfig, PackConfig, ReferenceConfig, StatsConfig]
+ALL = [TrainConfig, GenerateConfig, MultibudgetConfig, CCFGConfig, ConvertCheckpointConfig, *TOOLS]
+
+ELIT = {"head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail"}
+MODEL = {"qk_norm", *ELIT, "stages_count"}
+CHECKPOINT = {"model", "resolution", "num_classes", "path_type", "time_shift", *MODEL}
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_every_option_has_a_group_and_known_rules(cls):
+    known = {"group", "help", "required", "range", *Rules.__annotations__}
+    for field in dataclasses.fields(cls):
+        assert field.metadata.keys() <= known, field.name
+        assert field.metadata["group"] in GROUPS, field.name
+        assert field.metadata["help"], field.name
+
+
+def test_every_option_of_training_has_a_resume_rule():
+    assert [f.name for f in dataclasses.fields(TrainConfig) if f.metadata["resume"] not in ("same", "changeable", "free")] == []
+
+
+def test_every_option_of_generation_says_whether_it_changes_the_images():
+    assert [f.name for f in dataclasses.fields(GenerateConfig) if f.metadata["images"] not in (True, False)] == []
+
+
+def test_what_a_resumed_run_must_share():
+    assert set(SAME) == CHECKPOINT | {"latent_norm", "enc_type", "prediction"}
+    assert SAME[0] == "model"  # the first difference is reported
+    assert set(CHANGEABLE) == {
+        *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),
+        *("elit_min_mask_prob", "elit_max_mask_prob", "stage_weights", "proj_coeff", "ema_decay", "max_grad_norm"),
+        *("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+        *("lr_scheduler_type", "warmup_steps", "lr_cooldown"),
+    }
+    # Compared in some runs only: with target encoders, or where the rate depends on the number of steps.
+    assert names(TrainConfig, when="repa", resume="same") == ("encoder_depth",)
+    assert set(names(TrainConfig, when="schedule", resume="changeable")) == {"epochs", "max_train_steps"}
+    free = {"fused_attn", "num_workers", "compile", "output_dir", "data_dir", "checkpointing_steps", "num_steps_per_scale"}
+    assert free <= set(names(TrainConfig, resume="free"))
+
+
+def test_what_a_checkpoint_decides():
+    assert set(ELIT_OPTIONS) == ELIT and set(MODEL_OPTIONS) == MODEL and set(ARCHITECTURE) == CHECKPOINT
+    assert set(SCHEDULE) == {"num_steps_per_scale", "stage_sampling_thresholds"}
+
+
+def test_what_changes_the_images_of_a_checkpoint():
+    assert {
+        *("weights", "vae", "mode", "num_steps", "heun", "path_type", "time_shift", "cfg_scale", "autoguidance"),
+        *("guidance_low", "guidance_high", "inference_budget", "unconditional_inference_budget"),
+        *("global_seed", "class_labels", "mixed_precision", "tf32"),
+    } == SETTINGS
+    assert {"num_steps_per_scale", "stage_sampling_thresholds"} == STAGE_SETTINGS
+    assert set(folder_labels(GenerateConfig)) < SETTINGS | STAGE_SETTINGS
+
+
+def test_folder_labels_stand_in_one_order():
+    labels = ["weights", "budget", "uncond", "autoguidance", "low", "high", "heun", "labels", "", "scales", "thresholds"]
+    assert list(folder_labels(GenerateConfig).values()) == labels
+
+
+def test_names_by_several_values():
+    assert names(Architecture, group=("elit", "dfm"), model=True) == names(Architecture, group={"dfm", "elit"}, model=True)
+    assert names(Architecture, group="elit", model=False) == ("elit_max_mask_prob", "elit_min_mask_prob")
