@@ -21,7 +21,7 @@ from config.parsing import parse, require_options
 from config.rules import names
 from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
-from models.vae import decode, load_vae
+from models.vae import VAERecord, decode, load_vae
 from samplers import Guidance, parse_budget
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
 
     Both `config` and what `weights` records then hold all of it.
     """
-    factor = weights.record.downsample_factor
-    recorded = {k: v for k, v in _with_depths(weights.config, factor).items() if v is not None}
+    recorded = {k: v for k, v in _with_depths(weights.config, weights.record).items() if v is not None}
     for name in ARCHITECTURE:
         value = recorded.get(name, getattr(config, name))
         if name in recorded and name in given and given[name] not in (None, value):
@@ -71,7 +70,7 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
         setattr(config, name, value)
     if config.model is None:
         raise UserError(f"{where}: the checkpoint records no model; give --model")
-    for name, value in _with_depths(vars(config), factor).items():
+    for name, value in _with_depths(vars(config), weights.record).items():
         setattr(config, name, value)
     for name in SCHEDULE:
         if name not in given and recorded.get(name):
@@ -79,12 +78,13 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
     weights.config |= {name: getattr(config, name) for name in (*ARCHITECTURE, "fused_attn")}
 
 
-def _with_depths(options: dict[str, Any], factor: int) -> dict[str, Any]:
-    """The options with the depths that "by size" stands for, where they name a model; factor: the VAE's downsampling."""
+def _with_depths(options: dict[str, Any], record: VAERecord) -> dict[str, Any]:
+    """The options with the depths that "by size" stands for, where they name a model."""
     if not options.get("model") or not options.get("resolution"):
         return options
-    arguments = models.model_spec(options["model"]).arguments(options["resolution"] // factor, levels=options.get("levels"))
-    depths = {k: arguments[k] for k in ("head_depth", "tail_depth") if k in arguments and options.get(k) is None}
+    side = options["resolution"] // record.downsample_factor
+    sizes = models.model_spec(options["model"]).arguments(side, levels=options.get("levels"))
+    depths = {k: sizes[k] for k in ("head_depth", "tail_depth") if k in sizes and options.get(k) is None}
     return {**options, **depths}
 
 

@@ -25,7 +25,7 @@ TOOLS = [CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, EvaluateConfig, P
 ALL = [TrainConfig, GenerateConfig, MultibudgetConfig, CCFGConfig, ConvertCheckpointConfig, *TOOLS]
 
 ELIT = {"head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail"}
-MODEL = {"qk_norm", *ELIT, "stages_count"}
+MODEL = {"qk_norm", *ELIT, "levels", "stages_count"}
 CHECKPOINT = {"model", "resolution", "num_classes", "path_type", "time_shift", *MODEL}
 
 
