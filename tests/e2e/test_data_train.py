@@ -132,7 +132,7 @@ def test_training_refuses_what_contradicts(tmp_path, capsys):
     for options, words in (
         (["--latent-norm", "channel"], ["latent_stats.json: missing", "dataset_tools.py stats"]),
         (["--time-shift", "2"], ["--time-shift 2", "started with 1.0"]),
-        (["--time-shift", "0"], ["--time-shift", "> 0"]),
+        (["--time-shift", "0"], ["--time-shift", "0.001"]),
         (["--model", "DFM-SiT-B/2", "--time-shift", "2"], ["--time-shift 2", "DFM-SiT-B/2"]),
     ):
         line = refused(train.main, capsys, ["--model", "SiT-Ti/4", *base, *options])
