@@ -191,7 +191,7 @@ def test_the_sde_sampler_takes_the_shifted_grid():
     np.testing.assert_allclose(model.times, [2 * t / (1 + t) for t in (1, 0.52, 0.04)], rtol=1e-6)
 
 
-def test_held_out_losses_take_the_shift():
+def test_validation_losses_take_the_shift():
     from models.vae import SD_VAE
 
     batch = {"moments": torch.rand(2, 8, 4, 4), "label": torch.zeros(2, dtype=torch.long)}
