@@ -23,7 +23,7 @@ from common.file_tree import FileTree
 from common.files import WriteError, remove_leftovers, write_atomically
 from common.image_files import read_image
 from common.tensor_files import npy_bytes
-from config.options import EvaluateConfig
+from config.tool_options import EvaluateConfig
 from data.dataset import LatentDataset
 from data.packed import LABELS_FILE
 from dataset_tools import main
