@@ -10,6 +10,8 @@ from common.errors import UserError
 from models.conditioning import Text
 from models.elit import Elastic
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "SiT": (["Ti", "S", "B", "L", "XL"], [2, 4, 8]),
     "SiT-UViT": (["Ti", "S", "B", "L", "XL"], [2]),
