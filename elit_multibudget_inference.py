@@ -152,7 +152,8 @@ def plot(
         for entry, column in scheduled:
             run = cost.passes_of_run(config, requested._replace(inference_budget=column))
             if entry[key] is not None:
-                means[f"schedule {column} (mean)"] = (sum(passes[0] for passes in run) / len(run), entry[key])
+                mean = sum(passes[0] or 1.0 for passes in run) / len(run)
+                means[f"schedule {column} (mean)"] = (mean, entry[key])
         return means
 
     line_plot(
@@ -160,20 +161,19 @@ def plot(
         budgets,
         [e["gflops_per_forward"] for e in fixed],
         points=points("gflops_per_forward"),
-        xlabel="inference budget",
-        ylabel="GFLOPs per forward of one image",
-        title=config.model,
+        labels=("inference budget", "GFLOPs per forward of one image", config.model),
     )
     line_plot(
         folder / "budget_vs_latency.png",
         budgets,
         [e["latency_ms"] for e in fixed],
-        spread=([e["latency_ms_quartiles"][0] for e in fixed], [e["latency_ms_quartiles"][1] for e in fixed]),
-        spread_label="quartiles",
+        spread=("quartiles", [e["latency_ms_quartiles"][0] for e in fixed], [e["latency_ms_quartiles"][1] for e in fixed]),
         points=points("latency_ms"),
-        xlabel="inference budget",
-        ylabel="median latency of a forward [ms]",
-        title=f"{config.model}, batch of {results[0]['batch_size']}, {machine}",
+        labels=(
+            "inference budget",
+            "median latency of a forward [ms]",
+            f"{config.model}, batch of {results[0]['batch_size']}, {machine}",
+        ),
     )
     other = [e for e in fixed if e["psnr"] is not None]
     line_plot(
@@ -181,9 +181,7 @@ def plot(
         [e["budget"] for e in other],
         [e["psnr"] for e in other],
         points=points("psnr"),
-        xlabel="inference budget",
-        ylabel="PSNR against the full budget [dB]",
-        title=config.model,
+        labels=("inference budget", "PSNR against the full budget [dB]", config.model),
         from_zero=False,
     )
 
@@ -225,9 +223,7 @@ def show_attention(
         folder / "attention_entropy.png",
         range(J),
         entropy,
-        xlabel="latent index",
-        ylabel="mean attention entropy [nats]",
-        title=f"{config.model}, Read at t = {config.attention_time:g}",
+        labels=("latent index", "mean attention entropy [nats]", f"{config.model}, Read at t = {config.attention_time:g}"),
         level=("uniform attention", math.log(J)),
     )
     files.write_json(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main
-from common.files import check_folder, make_folder, write_json
+from common.files import check_output, make_folder, write_json
 from common.logging import warn
 from common.precision import set_tf32
 from common.tables import markdown_table
@@ -27,9 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.ref is None or config.samples is None:
         raise UserError("give the reference and the samples: evaluate.py REF SAMPLES, before --metrics")
     output = Path(config.output)
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; wanted: a JSON file")
-    check_folder("--output: the folder", output.parent)
+    check_output("--output", output)
     end_with_launcher()
     state = start_processes()
     set_tf32(False)

@@ -1,47 +1,39 @@
 """What differs between plain flow matching (SiT, arXiv 2401.08740) and DFM (2506.19839), once: draws, loss, noise, sampling, pictures.
 
 `flow_of(options)` gives the flow of the model that the options name; whoever trains, samples or measures calls it and never asks
-which one it is. A new flow is a subclass of `Flow`, its entry in `FLOWS`, and that name as the attribute `flow` of its models' class.
+which one it is. A new flow is a subclass of `FlowMatching` that overrides what differs, its entry in `FLOWS`, and that name as the
+attribute `flow` of its models' class.
 
 Shapes: B images, (C, h, w) of the VAE latents, called `shape`. A *state* is what a sampler moves from noise to data: latents
 (B, C, h, w), or for DFM a list of its S stages, coarsest first.
 """
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 import models
+import samplers
 from common.errors import UserError
 from loss import PathType, active_stage, dfm_loss, flow_matching_loss, interpolate, stage_times, training_times
 from models.conditioning import Condition, map_condition
 from models.pyramid import decompose, recompose
 from models.vae import VAERecord, decode, decode_stages, sample_latents
 from randomness import Draws, pyramid_noise, sde_noise, to_device, training_draws
-from samplers import (
-    Guidance,
-    check_schedule,
-    dfm_sampler,
-    dfm_schedule,
-    euler_maruyama_sampler,
-    euler_sampler,
-    evaluation_times,
-    guided_velocities,
-    guided_velocity,
-)
+from samplers import Guidance
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 Shape = Sequence[int]
-State = TypeVar("State", Tensor, list[Tensor])
+State = Any  # Tensor, or list[Tensor] of DFM
+StepNoise = Callable[[int, torch.Size], Tensor]  # (step, shape) → the noise of an SDE's step
 OnStage = Callable[[int, Tensor], None]  # (stage, the latents (B, C, h_s, w_s) of the image up to that stage)
 
 
@@ -72,8 +64,10 @@ class FlowLoss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Flow(ABC, Generic[State]):
-    """A flow and its options, which have the names of the command line's.
+class FlowMatching:
+    """Plain flow matching, one state of the latents' shape at one time; and the interface of every flow.
+
+    Its options have the names of the command line's.
 
     Attributes:
         model: registered name of the model, for messages.
@@ -92,8 +86,6 @@ class Flow(ABC, Generic[State]):
     ignored_options: ClassVar[dict[str, str]] = {}  # options that have no effect when given by hand, with the reason
     leaves_parameters_unused: ClassVar[bool] = False  # whether a forward may use only some of the parameters (for DDP)
 
-    # ------------------------------------------------------------------------------------------------ options
-
     @property
     def foreign_options(self) -> set[str]:
         """The options that only other flows have."""
@@ -101,7 +93,6 @@ class Flow(ABC, Generic[State]):
             f.name for f in dataclasses.fields(self)
         }
 
-    @abstractmethod
     def check_training(self) -> None:
         """Raise UserError for options that the flow cannot be trained with."""
 
@@ -109,7 +100,7 @@ class Flow(ABC, Generic[State]):
         """Raise UserError for options that the flow cannot be sampled with."""
         check_sampler(self.mode, self.heun)
 
-    # ----------------------------------------------------------------------------------------------- training
+    # Training
 
     def state_shapes(self, shape: Shape) -> list[Shape]:
         """The shapes (C, h, w) of a state's parts, those of the latents last."""
@@ -125,42 +116,44 @@ class Flow(ABC, Generic[State]):
         t = torch.empty(batch_size)
         return Draws(torch.empty_like(noise), noise, t, t, t, 0.0, 0.0, coarse, torch.empty(batch_size, len(coarse) + 1))
 
-    @abstractmethod
     def conditions(self, budgets: Sequence[float | None]) -> list[LossCondition]:
         """Every condition that training meets: budgets × stages, in this order; the last of a budget costs most memory."""
+        return [LossCondition(budget) for budget in budgets]
 
-    @abstractmethod
     def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
         """The condition of a forward with these draws."""
+        return LossCondition(budget)
 
-    @abstractmethod
     def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
         """The loss under a condition; otherwise as `loss`."""
+        t = training_times(draws, self.weighting, self.path_type, self.time_shift)
+        losses = flow_matching_loss(model, x, draws.noise, t, y, self.path_type, **condition.arguments)
+        return FlowLoss(losses, t, condition)
 
     def loss(self, model: Callable, x: Tensor, draws: Draws, y: Condition, budget: float | None = None) -> FlowLoss:
-        """The velocity loss of each sample, at the times and with the noise (and stage) of `draws`.
+        """The velocity loss of each sample.
 
         Args:
             model: the model, wrapped or not, or `loss.Projecting` around it.
-            x: (B, C, h, w) scaled VAE latents. y: labels (B,) or text, already dropped.
+            x: (B, C, h, w) scaled VAE latents.
+            draws: of this forward: times, noise and stage.
+            y: labels (B,) or text, already dropped.
             budget: the forward's inference budget.
         """
         return self.loss_under(self.condition(draws, budget), model, x, draws, y)
 
     @torch.no_grad()
     def val_losses(
-        self,
-        model: Callable,
-        batch: dict[str, Tensor],
-        indices: range,
-        record: VAERecord,
-        conditions: Sequence[LossCondition],
+        self, model: Callable, batch: dict[str, Tensor], indices: range, record: VAERecord, conditions: Sequence[LossCondition]
     ) -> Tensor:
         """Velocity loss of each held-out sample under each condition, (conditions, B), with time and noise fixed by its index.
 
         Args:
-            batch: "moments" (B, 2C, h, w) and "label" (B,) of the samples `indices` of the held-out set.
+            model: the model.
+            batch: "moments" (B, 2C, h, w) and "label" (B,) of the samples.
+            indices: of the samples in the held-out set.
             record: of the VAE that made them.
+            conditions: of `conditions`.
         """
         moments, y = batch["moments"], batch["label"]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
@@ -168,13 +161,12 @@ class Flow(ABC, Generic[State]):
         x = sample_latents(moments, draws.posterior, record)
         return torch.stack([self.loss_under(condition, model, x, draws, y).losses for condition in conditions])
 
-    # ----------------------------------------------------------------------------------------------- sampling
+    # Sampling
 
-    @abstractmethod
     def starting_noise(self, seed: int, indices: Sequence[int], shape: Shape, device: torch.device) -> State:
         """The noise that the images `indices` start from, on `device`; that of image i depends on (seed, i) alone."""
+        return to_device(pyramid_noise(seed, indices, [shape])[0], device)
 
-    @abstractmethod
     def sample_state(
         self,
         model: nn.Module,
@@ -185,21 +177,39 @@ class Flow(ABC, Generic[State]):
         guidance: Guidance,
         on_stage: OnStage | None = None,
     ) -> State:
-        """The images `indices` with labels y (B,) as the sampler leaves them: a state in float64 on the model's device.
+        """The images `indices` as the sampler leaves them: a state in float64 on the model's device.
 
         All noise of image i comes from (seed, i), whatever the budget, guidance and batch.
 
         Args:
+            model: the model, in eval mode.
+            shape: (C, h, w) of the latents.
+            seed: of all noise.
+            indices: the images' indices.
+            y: their labels (B,) or text.
+            guidance: how velocities are guided, and the budgets.
             on_stage: called with each coarser stage of `preview_sides`, as soon as it is ready.
         """
+        device = next(model.parameters()).device
+        noise, y = self.starting_noise(seed, indices, shape, device), map_condition(partial(to_device, device=device), y)
+        return self.run_sampler(model, noise, y, guidance, partial(_noise_of_step, seed, indices), on_stage)
+
+    def run_sampler(
+        self, model: nn.Module, noise: State, y: Condition, guidance: Guidance, step_noise: StepNoise, on_stage: OnStage | None
+    ) -> State:
+        """The state at data, from `noise` on; otherwise as `sample_state`."""
+        options = guidance._asdict() | {k: getattr(self, k) for k in ("num_steps", "path_type", "time_shift")}
+        if self.mode == "sde":
+            return samplers.euler_maruyama_sampler(model, noise, y, noise=step_noise, **options)
+        return samplers.euler_sampler(model, noise, y, heun=self.heun, **options)
 
     def sample(self, *args: Any, **kwargs: Any) -> Tensor:
         """Scaled VAE latents (B, C, h, w), float64; arguments as of `sample_state`."""
         return self.latents(self.sample_state(*args, **kwargs))
 
-    @abstractmethod
     def latents(self, state: State) -> Tensor:
         """The latents (B, C, h, w) of a state."""
+        return state
 
     @property
     def num_views(self) -> int:
@@ -214,100 +224,37 @@ class Flow(ABC, Generic[State]):
         """Coarser stage → side in pixels of its images; empty where there are none."""
         return {}
 
-    # --------------------------------------------------------------------------------------------- what it costs
+    # What it costs
 
     @property
     def total_steps(self) -> int:
         """The sampler's steps."""
         return self.num_steps
 
-    @abstractmethod
     def evaluations(self) -> list[tuple[float, ...]]:
         """The times of each velocity evaluation of a run; of DFM those of the stages up to the active one."""
+        return [(t,) for t in samplers.evaluation_times(self.num_steps, self.mode, self.heun, self.time_shift)]
 
-    @abstractmethod
     def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
         """One forward, to be timed: at time 0.5, of all stages where there are any."""
+        model(noise, torch.full((len(noise),), 0.5, device=noise.device), y, inference_budget=budget)
 
-    @abstractmethod
     def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
         """One velocity evaluation, to be timed, guidance included; times: an entry of `evaluations`."""
+        samplers.guided_velocity(model, noise.double(), times[0], y, guidance)
 
-    @abstractmethod
     def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
         """Latents x (B, C, h, w) on the way to `noise`, every part at times t (B,): the state in the model's dtype, and its times."""
-
-
-class FlowMatching(Flow[Tensor]):
-    """Plain flow matching: one state of the latents' shape, one time."""
-
-    @override
-    def check_training(self) -> None:
-        pass
-
-    @override
-    def conditions(self, budgets: Sequence[float | None]) -> list[LossCondition]:
-        return [LossCondition(budget) for budget in budgets]
-
-    @override
-    def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
-        return LossCondition(budget)
-
-    @override
-    def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
-        t = training_times(draws, self.weighting, self.path_type, self.time_shift)
-        losses = flow_matching_loss(model, x, draws.noise, t, y, self.path_type, **condition.arguments)
-        return FlowLoss(losses, t, condition)
-
-    @override
-    def starting_noise(self, seed: int, indices: Sequence[int], shape: Shape, device: torch.device) -> Tensor:
-        return to_device(pyramid_noise(seed, indices, [shape])[0], device)
-
-    @override
-    def sample_state(
-        self,
-        model: nn.Module,
-        shape: Shape,
-        seed: int,
-        indices: Sequence[int],
-        y: Condition,
-        guidance: Guidance,
-        on_stage: OnStage | None = None,
-    ) -> Tensor:
-        device = next(model.parameters()).device
-        noise, y = self.starting_noise(seed, indices, shape, device), _to_device(y, device)
-        options = guidance._asdict() | {k: getattr(self, k) for k in ("num_steps", "path_type", "time_shift")}
-        if self.mode == "sde":
-            return euler_maruyama_sampler(model, noise, y, noise=partial(_noise_of_step, seed, indices), **options)
-        return euler_sampler(model, noise, y, heun=self.heun, **options)
-
-    @override
-    def latents(self, state: Tensor) -> Tensor:
-        return state
-
-    @override
-    def evaluations(self) -> list[tuple[float, ...]]:
-        return [(t,) for t in evaluation_times(self.num_steps, self.mode, self.heun, self.time_shift)]
-
-    @override
-    def forward(self, model: nn.Module, noise: Tensor, y: Condition, budget: float | None) -> None:
-        model(noise, torch.full((len(noise),), 0.5, device=noise[0].device), y, inference_budget=budget)
-
-    @override
-    def evaluate(self, model: nn.Module, noise: Tensor, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
-        guided_velocity(model, noise.double(), times[0], y, guidance)
-
-    @override
-    def noised(self, model: nn.Module, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return interpolate(x, noise, t, self.path_type)[0].to(next(model.parameters()).dtype), t
 
 
 @dataclass(frozen=True)
-class DFM(Flow[list[Tensor]]):
+class DFM(FlowMatching):
     """Decomposable flow matching: a state of S stages of a Laplacian pyramid, each with a time of its own.
 
     Attributes:
-        stages_count: S. stage_weights: how often each stage is trained.
+        stages_count: S.
+        stage_weights: how often each stage is trained.
         num_steps_per_scale, stage_sampling_thresholds: the sampler; see `samplers.dfm_schedule`.
     """
 
@@ -327,7 +274,7 @@ class DFM(Flow[list[Tensor]]):
             raise UserError(f"{given}: {self.stages_count} stages need {self.stages_count} weights")
         if abs(sum(weights) - 1) > 1e-6 or min(weights) < 0:
             raise UserError(f"{given}: must be probabilities that sum to 1, not {sum(weights):g}")
-        check_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds, self.stages_count)
+        samplers.check_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds, self.stages_count)
         if self.time_shift != 1:
             raise UserError(f"--time-shift {self.time_shift:g}: {self.model} has times of its own for each stage; only 1 works")
 
@@ -337,7 +284,7 @@ class DFM(Flow[list[Tensor]]):
         if self.heun or self.mode == "sde":
             option = "--heun" if self.heun else "--mode sde"
             raise UserError(f"{option}: {self.model} is sampled stage by stage with Euler steps; it has neither Heun nor SDE")
-        check_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds, self.stages_count)
+        samplers.check_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds, self.stages_count)
 
     @override
     def state_shapes(self, shape: Shape) -> list[Shape]:
@@ -355,7 +302,6 @@ class DFM(Flow[list[Tensor]]):
 
     @override
     def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
-        """As `Flow.loss_under`; the times are those of the active stage."""
         assert condition.stage is not None
         t = training_times(draws, self.weighting, self.path_type, self.time_shift)
         times = stage_times(t, draws.stage_normal, condition.stage)
@@ -364,40 +310,24 @@ class DFM(Flow[list[Tensor]]):
         return FlowLoss(losses, t, condition)
 
     @override
-    def starting_noise(self, seed: int, indices: Sequence[int], shape: Shape, device: torch.device) -> list[Tensor]:
+    def starting_noise(self, seed: int, indices: Sequence[int], shape: Shape, device: torch.device) -> State:
         return [to_device(x, device) for x in pyramid_noise(seed, indices, self.state_shapes(shape))]
 
     @override
-    def sample_state(
-        self,
-        model: nn.Module,
-        shape: Shape,
-        seed: int,
-        indices: Sequence[int],
-        y: Condition,
-        guidance: Guidance,
-        on_stage: OnStage | None = None,
-    ) -> list[Tensor]:
-        device = next(model.parameters()).device
-        noise, y = self.starting_noise(seed, indices, shape, device), _to_device(y, device)
-
+    def run_sampler(
+        self, model: nn.Module, noise: State, y: Condition, guidance: Guidance, step_noise: StepNoise, on_stage: OnStage | None
+    ) -> State:
         def report(stage: int, clean: list[Tensor]) -> None:
             if on_stage is not None:
                 on_stage(stage, recompose(clean))
 
-        return dfm_sampler(
-            model,
-            noise,
-            y,
-            num_steps_per_scale=self.num_steps_per_scale,
-            stage_sampling_thresholds=self.stage_sampling_thresholds,
-            path_type=self.path_type,
-            on_stage=None if on_stage is None else report,
-            **guidance._asdict(),
-        )
+        options = guidance._asdict() | {
+            k: getattr(self, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds", "path_type")
+        }
+        return samplers.dfm_sampler(model, noise, y, on_stage=report if on_stage else None, **options)
 
     @override
-    def latents(self, state: list[Tensor]) -> Tensor:
+    def latents(self, state: State) -> Tensor:
         return recompose(state)
 
     @property
@@ -406,7 +336,7 @@ class DFM(Flow[list[Tensor]]):
         return self.stages_count + 1
 
     @override
-    def views(self, vae: "AutoencoderKL", state: list[Tensor]) -> Tensor:
+    def views(self, vae: "AutoencoderKL", state: State) -> Tensor:
         return decode_stages(vae, state)
 
     @override
@@ -421,37 +351,36 @@ class DFM(Flow[list[Tensor]]):
 
     @override
     def evaluations(self) -> list[tuple[float, ...]]:
-        phases = dfm_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds)
+        phases = samplers.dfm_schedule(self.num_steps_per_scale, self.stage_sampling_thresholds)
         return [times[: phase.active_stage + 1] for phase in phases for times in phase.times[:-1]]
 
     @override
-    def forward(self, model: nn.Module, noise: list[Tensor], y: Condition, budget: float | None) -> None:
+    def forward(self, model: nn.Module, noise: State, y: Condition, budget: float | None) -> None:
         t = torch.full((len(noise[0]), len(noise)), 0.5, device=noise[0].device)
         model(noise, t, y, inference_budget=budget)
 
     @override
-    def evaluate(
-        self, model: nn.Module, noise: list[Tensor], times: tuple[float, ...], y: Condition, guidance: Guidance
-    ) -> None:
+    def evaluate(self, model: nn.Module, noise: State, times: tuple[float, ...], y: Condition, guidance: Guidance) -> None:
         waiting = (1.0,) * (len(noise) - len(times))
-        guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, guidance)
+        samplers.guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, guidance)
 
     @override
-    def noised(self, model: nn.Module, x: Tensor, noise: list[Tensor], t: Tensor) -> tuple[list[Tensor], Tensor]:
+    def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
         dtype = next(model.parameters()).dtype
         pairs = zip(decompose(x, len(noise)), noise, strict=True)
         state = [interpolate(*pair, t, self.path_type)[0].to(dtype) for pair in pairs]
         return state, t[:, None].expand(-1, len(noise))
 
 
-FLOWS: dict[str, type[Flow]] = {"flow matching": FlowMatching, "DFM": DFM}  # by the attribute `flow` of a model's class
+FLOWS: dict[str, type[FlowMatching]] = {"flow matching": FlowMatching, "DFM": DFM}  # by the attribute `flow` of a model's class
 
 
-def flow_of(options: Any, **changes: Any) -> Flow:
-    """The flow of the model that `options.model` names, with those of the options that it has; `changes` go before them.
+def flow_of(options: Any, **changes: Any) -> FlowMatching:
+    """The flow of the model that `options.model` names, with those of the options that it has.
 
     Args:
         options: of any script (`config.options`); whatever it lacks is the flow's default.
+        **changes: options in place of those.
     """
     flow = FLOWS[models.model_spec(options.model).constructor.flow]
     names = [f.name for f in dataclasses.fields(flow)]
@@ -462,10 +391,6 @@ def check_sampler(mode: str, heun: bool) -> None:
     """Raise UserError for a sampler that no flow has."""
     if heun and mode == "sde":
         raise UserError("--heun: Heun's correction belongs to --mode ode")
-
-
-def _to_device(y: Condition, device: torch.device) -> Condition:
-    return map_condition(partial(to_device, device=device), y)
 
 
 def _noise_of_step(seed: int, indices: Sequence[int], step: int, shape: torch.Size) -> Tensor:

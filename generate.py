@@ -57,7 +57,7 @@ def check_options(config: GenerateConfig) -> None:
     checks.check_options(config)
     if config.class_labels not in (["random"], ["balanced"]):
         for label in config.class_labels:
-            if not label.isdecimal():
+            if not (label.isascii() and label.isdecimal() and len(label) < 19):
                 raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
     checks.check_folder("--sample-dir", config.sample_dir)
 
@@ -89,7 +89,7 @@ def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
 
 
 def draw(loaded: Session, config: GenerateConfig, indices: Sequence[int], on_stage: OnStage | None = None) -> Tensor:
-    """Images `indices` as uint8 (B, 3, H, W) by the options `config`. on_stage: see `Flow.sample_state`."""
+    """Images `indices` as uint8 (B, 3, H, W) by the options `config`. on_stage: see `FlowMatching.sample_state`."""
     sampled = loaded.with_options(config)
     labels = labels_of(config, indices)
     return sampled.decode(sampled.latents(session.guidance(config), config.global_seed, indices, labels, on_stage))
@@ -100,6 +100,8 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
 
     Args:
         config: options that passed `check`, with the architecture and name filled in.
+        weights: of the checkpoint.
+
     Raises:
         UserError: the folder holds other images or cannot be written, or latents are not finite.
     """

@@ -69,8 +69,13 @@ def flow_matching_loss(
     """Velocity mean squared error of each sample (B,), in float32.
 
     Args:
-        x, noise: (B, C, H, W) scaled VAE latents and normal noise. t: (B,). y: (B,) labels, already dropped.
-        kwargs: further arguments of the model, e.g. `inference_budget`.
+        model: velocity model.
+        x: (B, C, H, W) scaled VAE latents.
+        noise: (B, C, H, W) normal noise.
+        t: (B,) times.
+        y: (B,) labels or text, already dropped.
+        path_type: see `interpolant`.
+        **kwargs: further arguments of the model, e.g. `inference_budget`.
     """
     state, target = interpolate(x, noise, t, path_type)
     return squared_error(model(state, t, y, **kwargs), target)
@@ -113,8 +118,14 @@ def dfm_loss(
     """DFM's loss of each sample (B,): the velocity errors of the stages up to `active`, summed (arXiv 2506.19839).
 
     Args:
-        x: (B, C, H, W) scaled VAE latents. noise: one per stage, coarsest first. t: (B, S) as `stage_times` gives them.
-        kwargs: further arguments of the model, e.g. `inference_budget`.
+        model: velocity model of a pyramid.
+        x: (B, C, H, W) scaled VAE latents.
+        noise: one per stage, coarsest first.
+        t: (B, S) as `stage_times` gives them.
+        y: (B,) labels or text, already dropped.
+        path_type: see `interpolant`.
+        active: the active stage.
+        **kwargs: further arguments of the model, e.g. `inference_budget`.
     """
     pyramid = decompose(x, len(noise))
     states, targets = zip(

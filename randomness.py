@@ -90,8 +90,11 @@ def training_draws(
     """All draws of forward `n` (counted over micro-steps) for the images at `batch_slice` of the global batch.
 
     Args:
+        seed: of the run.
+        n: the forward.
         batch_slice: this process's part of the global batch.
         shape: (C, h, w) of the VAE latents.
+        purpose: other draws for another purpose.
         further_shapes: of more noise that the flow needs: of DFM's stages but the finest, coarsest first.
     """
     rows = []

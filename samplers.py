@@ -126,7 +126,12 @@ def guided_velocities(
     """DFM's velocity in float64 of each stage up to the active one; each is guided where its own time lies in the interval.
 
     Args:
-        pyramid: the states (float64) of all stages; those after the active one enter as zeros. times: (S,) of all stages.
+        model: velocity model of a pyramid.
+        pyramid: the states (float64) of all stages; those after the active one enter as zeros.
+        times: (S,) of all stages.
+        active_stage: the last stage that is asked for.
+        y: class ids (B,) or text.
+        guidance: how velocities are guided, and the budgets.
     """
     states = [x if s <= active_stage else torch.zeros_like(x) for s, x in enumerate(pyramid)]
 
@@ -216,9 +221,16 @@ def euler_sampler(
     """Probability-flow ODE on a uniform (or shifted) grid of `num_steps`, by Euler or, with `heun`, second-order steps (but the last).
 
     Args:
-        latents: (B, C, H, W) noise. y: class ids (B,) or text.
-        guidance: the fields of `Guidance`: cfg_scale, guidance_low, guidance_high, inference_budget,
+        model: velocity model.
+        latents: (B, C, H, W) noise.
+        y: class ids (B,) or text.
+        num_steps: of the grid.
+        heun: second-order steps.
+        path_type: see `loss.interpolant`.
+        time_shift: see `loss.shift_time`.
+        **guidance: the fields of `Guidance`: cfg_scale, guidance_low, guidance_high, inference_budget,
             unconditional_inference_budget, autoguidance.
+
     Returns:
         (B, C, H, W) float64 scaled VAE latents.
     """
@@ -250,8 +262,14 @@ def euler_maruyama_sampler(
     """Reverse SDE with diffusion w(t) = 2t: `num_steps` points from 1 to 0.04, then one noise-free step to 0.
 
     Args:
+        model: velocity model.
+        latents: (B, C, H, W) noise.
+        y: class ids (B,) or text.
+        num_steps: of the grid.
+        path_type: see `loss.interpolant`.
+        time_shift: see `loss.shift_time`.
         noise: `noise(step, shape)` → normal noise of that step; default: the draws of seed 0 for images 0 … B − 1.
-        Otherwise as `euler_sampler`.
+        **guidance: the fields of `Guidance`, as in `euler_sampler`.
     """
     g = Guidance(**guidance)
     g.check()
@@ -327,10 +345,15 @@ def dfm_sampler(
     """DFM's progressive sampler: Euler steps, a phase for each stage (arXiv 2506.19839).
 
     Args:
-        latents: noise of each stage, coarsest first. y: class ids (B,) or text.
-        num_steps_per_scale, stage_sampling_thresholds: see `dfm_schedule`.
+        model: velocity model of a pyramid.
+        latents: noise of each stage, coarsest first.
+        y: class ids (B,) or text.
+        num_steps_per_scale: see `dfm_schedule`.
+        stage_sampling_thresholds: see `dfm_schedule`.
+        path_type: see `loss.interpolant`.
         on_stage: called as `on_stage(i, stages)` after each phase i but the last, with the estimates of the clean stages 0 … i.
-        guidance: the fields of `Guidance`, as in `euler_sampler`.
+        **guidance: the fields of `Guidance`, as in `euler_sampler`.
+
     Returns:
         The stages (float64), for `models.dfm.recompose`.
     """

@@ -15,8 +15,8 @@ import models
 from checkpoint.published import depth_of
 from checkpoint.weights import Weights
 from common.errors import UserError
-from models.backbone import Backbone
 from models.latent_interface import LatentInterface
+from models.uvit import UViT
 
 # The options whose change a user should see.
 DESCRIBING = ("model", "resolution", "num_classes", "path_type", "qk_norm", "enc_type", "elit_group_size", "elit_tail")
@@ -48,7 +48,7 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     """What of `found` goes into `model`, whose options are `config`; nothing is loaded yet.
 
     - Blocks are matched by their place, so that SiT's become head, core and tail of an ELIT model.
-    - The fixed sine–cosine table is the model's own; a learned one is resized as an image (bicubic), its rows before the patches kept.
+    - The fixed sine–cosine table is the model's own; of a learned one (U-ViT's) the patches' rows are resized as an image (bicubic).
     - Of another number of classes the null label's row is kept; the classes are others.
     - `read_pos` and `write_pos` lie on the tokens of a group, and are resized as images (bicubic).
     - `latent_pos` lies on the grid of groups, and is resized likewise, latent by latent. Latents are in the order of their
@@ -97,7 +97,7 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
 
 
 def _check_blocks(own: dict[str, Tensor], other: dict[str, Tensor], where: str) -> None:
-    name = next(k for k in own if k.startswith("blocks.0.") and k.endswith((".fc1.weight", "ff.up_proj.weight")))
+    name = next(k for k in own if k.startswith("blocks.0.") and k.endswith(("mlp.fc1.weight", "ff.up_proj.weight")))
     if name not in other or other[name].dim() != 2:
         raise UserError(f"--init-from {where}: {name} is missing, or no matrix")
 
@@ -117,15 +117,12 @@ def _labels(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:
 
 
 def _patch_positions(src: Tensor, dst: Tensor, model: nn.Module) -> tuple[Tensor, str]:
-    assert isinstance(model, Backbone)
-    prefix: int = model.prefix  # pyright: ignore[reportAssignmentType], of those with a learned table
-    side = math.isqrt(src.shape[1] - prefix)
-    if prefix + side**2 != src.shape[1]:
-        return dst, "new: the other has other tokens before the patches"
-    patches = _as_image(src[0, prefix:], (side, side), model.grid_size)
-    return torch.cat(
-        [src[:, :prefix], patches[None]], dim=1
-    ), f"{side} × {side} → {model.grid_size[0]} × {model.grid_size[1]} tokens"
+    assert isinstance(model, UViT)
+    (rows, columns), side = model.grid_size, math.isqrt(max(0, src.shape[1] - model.prefix))
+    if model.prefix + side**2 != src.shape[1]:
+        return dst, "as initialised: the other has other tokens before the patches"
+    patches = _as_image(src[0, model.prefix :], (side, side), (rows, columns))
+    return torch.cat([src[:, : model.prefix], patches[None]], dim=1), f"{side} × {side} → {rows} × {columns} tokens"
 
 
 def _query(src: Tensor, dst: Tensor, _: nn.Module) -> tuple[Tensor, str]:

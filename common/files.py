@@ -193,6 +193,13 @@ def check_folder(option: str, folder: str | Path) -> None:
         raise UserError(f"{option} {folder}: cannot write there: {there} is no folder that can be written to")
 
 
+def check_output(option: str, path: str | Path) -> None:
+    """Refuse a file that cannot be written: its name is a folder's, or its folder cannot be made. `UserError` names the option."""
+    if Path(path).is_dir() or not Path(path).name:
+        raise UserError(f"{option} {path}: is a folder; wanted: a file")
+    check_folder(f"{option}: the folder", Path(path).parent)
+
+
 def make_folder(path: Path, option: str = "--dest") -> None:
     """Make a folder and its parents, if they are not there. `UserError` where that fails."""
     try:

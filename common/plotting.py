@@ -59,28 +59,25 @@ def line_plot(
     x: Sequence[float],
     y: Sequence[float],
     *,
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    spread: tuple[Sequence[float], Sequence[float]] | None = None,
-    spread_label: str = "",
+    labels: tuple[str, str, str],
+    spread: tuple[str, Sequence[float], Sequence[float]] | None = None,
     points: dict[str, tuple[float, float]] | None = None,
     level: tuple[str, float] | None = None,
     from_zero: bool = True,
 ) -> None:
     """PNG of one line through the points (x, y).
 
-    `spread`: lower and upper bound of a band around it. `points`: single points of their own, by label. `level`: a
+    `labels`: of the axes x and y, and the title. `spread`: label, lower and upper bound of a band around the line. `points`: single points of their own, by label. `level`: a
     named horizontal line. `from_zero`: the y axis starts at 0. An axis of integers gets no ticks between them.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 4), dpi=160, layout="constrained")
-    axis = _plain_axis(figure.subplots(), xlabel, ylabel, title)
+    axis = _plain_axis(figure.subplots(), *labels)
     axis.plot(x, y, color=BLUE, marker="o", markersize=4, linewidth=1.6)
     if spread is not None:
-        axis.fill_between(x, *spread, color=BLUE, alpha=0.2, linewidth=0, label=spread_label)
+        axis.fill_between(x, *spread[1:], color=BLUE, alpha=0.2, linewidth=0, label=spread[0])
     for (label, point), color in zip((points or {}).items(), (ORANGE, GREEN, GREY), strict=False):
         axis.plot(*point, color=color, marker="*", markersize=12, linestyle="none", label=label)
     if level is not None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from common import image_files
 from common.errors import UserError
 from common.file_tree import FileTree
-from common.files import check_folder, decode_name, file_sha256
+from common.files import check_output, decode_name, file_sha256
 from config.tool_options import CheckConfig
 from data import latent_files, remote
 from data.dataset import LatentDataset, paired_images
@@ -35,7 +35,7 @@ def check(config: CheckConfig) -> None:
     if not remote.is_remote(config.source) and not Path(config.source).is_dir():
         raise UserError(f"--source {config.source}: no such data folder")
     if config.sample_grid is not None:
-        check_folder("--sample-grid: the folder", Path(config.sample_grid).parent)
+        check_output("--sample-grid", config.sample_grid)
     problems = Problems()
     try:
         dataset = LatentDataset(config.source, cache_dir=config.cache_dir, option="--source")

@@ -19,9 +19,9 @@ from common.errors import UserError
 from config.options import Architecture, GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from config.rules import names
-from flows import Flow, OnStage, flow_of
+from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
-from models.vae import decode, load_vae
+from models.vae import VAERecord, decode, load_vae
 from samplers import Guidance, parse_budget
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def from_command_line(
     """The options of a script that takes `--ckpt`, its architecture filled in; those given by hand; and the weights.
 
     Args:
+        cls: the dataclass of the options.
+        argv: the command line; None: the process's.
+        prog: the script's name.
         check_options: what can be said of the options alone, before a checkpoint is read or downloaded.
     """
     config, given = parse(cls, argv, prog=prog)
@@ -59,8 +62,7 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
 
     Both `config` and what `weights` records then hold all of it.
     """
-    factor = weights.record.downsample_factor
-    recorded = {k: v for k, v in _with_depths(weights.config, factor).items() if v is not None}
+    recorded = {k: v for k, v in _with_depths(weights.config, weights.record).items() if v is not None}
     for name in ARCHITECTURE:
         value = recorded.get(name, getattr(config, name))
         if name in recorded and name in given and given[name] not in (None, value):
@@ -68,7 +70,7 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
         setattr(config, name, value)
     if config.model is None:
         raise UserError(f"{where}: the checkpoint records no model; give --model")
-    for name, value in _with_depths(vars(config), factor).items():
+    for name, value in _with_depths(vars(config), weights.record).items():
         setattr(config, name, value)
     for name in SCHEDULE:
         if name not in given and recorded.get(name):
@@ -76,12 +78,13 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
     weights.config |= {name: getattr(config, name) for name in (*ARCHITECTURE, "fused_attn")}
 
 
-def _with_depths(options: dict[str, Any], factor: int) -> dict[str, Any]:
-    """The options with the depths that "by size" stands for, where they name a model; factor: the VAE's downsampling."""
+def _with_depths(options: dict[str, Any], record: VAERecord) -> dict[str, Any]:
+    """The options with the depths that "by size" stands for, where they name a model."""
     if not options.get("model") or not options.get("resolution"):
         return options
-    arguments = models.model_spec(options["model"]).arguments(options["resolution"] // factor, levels=options.get("levels"))
-    depths = {k: arguments[k] for k in ("head_depth", "tail_depth") if k in arguments and options.get(k) is None}
+    side = options["resolution"] // record.downsample_factor
+    sizes = models.model_spec(options["model"]).arguments(side, levels=options.get("levels"))
+    depths = {k: sizes[k] for k in ("head_depth", "tail_depth") if k in sizes and options.get(k) is None}
     return {**options, **depths}
 
 
@@ -146,7 +149,7 @@ class Session:
         return next(self.model.parameters()).device
 
     @property
-    def flow(self) -> Flow:
+    def flow(self) -> FlowMatching:
         """The model's flow, with the options of the sampler."""
         return flow_of(self.config)
 
@@ -162,7 +165,12 @@ class Session:
         All noise of image i comes from (seed, i), whatever the budget, guidance and batch.
 
         Args:
-            on_stage: see `Flow.sample_state`.
+            guidance: how velocities are guided, and the budgets.
+            seed: of all noise.
+            indices: the images' indices.
+            y: their labels (B,) or text.
+            on_stage: see `FlowMatching.sample_state`.
+
         Raises:
             UserError: some are not finite; it names the first such image.
         """

@@ -53,7 +53,7 @@ class Plan:
 
     @contextlib.contextmanager
     def checked(self) -> Iterator[None]:
-        """A mistake met inside is kept, and the plan goes on."""
+        """Keep a mistake met inside, and continue with the plan."""
         try:
             yield
         except UserError as error:
@@ -113,7 +113,7 @@ class Plan:
             "data", f"{config.data_dir}: {count:,} samples, {classes}; latents {C} × {h} × {w} of {self.record.vae}{images}"
         )
         if data.val_data is not None:
-            self.say("held out", f"{config.val_data_dir}: {len(data.val_data):,} samples")
+            self.say("validation", f"{config.val_data_dir}: {len(data.val_data):,} samples")
         per_epoch = data.batches_per_epoch / config.gradient_accumulation_steps
         epochs = data.total_steps / per_epoch
         self.say("steps", f"{data.total_steps:,} at {per_epoch:,.6g} per epoch: {epochs:,.4g} epochs")
@@ -126,7 +126,7 @@ class Plan:
                 f"{_duration(seconds)} at {config.plan_tflops:g} TFLOP/s per process: {each:.3g} s per step, {rate:,.0f} images/s",
             )
         else:
-            self.say("time", "--plan-tflops N tells it for N TFLOP/s per process")
+            self.say("time", "unknown; --plan-tflops N estimates it at N TFLOP/s per process")
 
     def describe_memory(self) -> None:
         """Lines on what a process holds in memory."""
@@ -167,7 +167,7 @@ class Plan:
             steps = run_dir.check()
         begin = ""
         if steps and config.resume_step:
-            begin = f", goes on from step {steps[-1] if config.resume_step == -1 else config.resume_step}"
+            begin = f", resumes from step {steps[-1] if config.resume_step == -1 else config.resume_step}"
         existing = next(p for p in (run_dir.path, *run_dir.path.absolute().parents) if p.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
@@ -191,11 +191,12 @@ class Plan:
     def checkpoints_kept(self, total_steps: int) -> int:
         """The most that lie in the folder at one time: by --keep-last and --keep-every, and the one being written."""
         config = self.config
-        steps = [*range(config.checkpointing_steps, total_steps, config.checkpointing_steps), total_steps]
+        count = -(-total_steps // config.checkpointing_steps)  # one every so many steps, and one at the end
         if not config.keep_last:
-            return len(steps)
-        old = steps[: -config.keep_last]
-        return min(len(steps), config.keep_last + 1 + sum(config.keep_every > 0 and s % config.keep_every == 0 for s in old))
+            return count
+        newest_old = max(count - config.keep_last, 0) * config.checkpointing_steps
+        kept = newest_old // math.lcm(config.checkpointing_steps, config.keep_every) if config.keep_every else 0
+        return min(count, config.keep_last + 1 + kept)
 
     def describe_parts(self) -> None:
         """What a run uses beside the data: the VAE of its pictures, REPA's encoders, the checkpoint that it starts from."""
@@ -218,11 +219,11 @@ class Plan:
                 self.say("REPA", f"{sides}; weight {config.proj_coeff:g}")
         if config.init_from:
             with self.checked():
-                found = reading.read_weights(
+                weights = reading.read_weights(
                     config.init_from, given={"resolution": config.resolution}, projectors=bool(self.encoders)
                 )
-                found.check()
-                made = init_from(found, self.model, dataclasses.asdict(config), config.init_from)
+                weights.check()
+                made = init_from(weights, self.model, dataclasses.asdict(config), config.init_from)
                 self.lines.append(made.summary())
 
 

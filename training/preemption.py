@@ -36,7 +36,8 @@ POLL = 0.5  # seconds between looks into the store
 GRACE = 7.0  # seconds that a process of a lost run has for its own end
 
 
-SETUP_GRACE = 20.0  # seconds from a signal to the end of a process that is still being set up; launchers give 30
+# Seconds from a signal to the end of a process that is still being set up: two thirds of what torchrun gives.
+SETUP_GRACE = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) * 2 / 3
 
 
 FAILED = "preemption/failed"  # the first process that failed
@@ -57,7 +58,7 @@ class Preemption:
         self._noted = False  # the step under way is noted: none begins before `_stop_after` is known
         self._changed = threading.Condition()
         self._ended = threading.Event()
-        self._lost = ""  # why this run cannot go on
+        self._lost = ""  # why this run cannot continue
         self._store: Store | None = None
         self._thread: threading.Thread | None = None
         self._is_set_up = threading.Event()

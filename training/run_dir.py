@@ -48,7 +48,7 @@ class RunDir:
         if resume_step == 0 and steps:
             raise UserError(
                 f"{self.path}: already holds checkpoints (newest: step {steps[-1]}); "
-                "use --resume-step -1 to go on, or another --exp-name"
+                "use --resume-step -1 to resume it, or another --exp-name"
             )
         if resume_step > 0 and resume_step not in steps:
             there = ", ".join(map(str, steps)) or "none"

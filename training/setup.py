@@ -97,16 +97,17 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
         warnings.append(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
     spec = models.model_spec(config.model)
-    if spec.elastic and trained_budgets(config)[-1] * config.elit_group_size**2 < spec.merged_latents - 1e-6:
-        least = f"{spec.merged_latents}/{config.elit_group_size**2}"
-        warnings.append(
-            f"budgets below {least} cost {config.model} no less in its inner blocks, which merge {spec.merged_latents} latents"
-        )
     if "head_depth" in spec.sizes and "encoder_depth" in given and config.head_depth is None:
         warnings.append(
             f"--encoder-depth {config.encoder_depth} is the block that REPA reads; the head of {config.model} has "
             f"{spec.sizes['head_depth']} blocks (the published code would take {config.encoder_depth}: "
             f"--head-depth {config.encoder_depth})"
+        )
+    J = config.elit_group_size**2
+    if spec.elastic and round(J * (trained_budgets(config)[-1] or 1)) < spec.merged_latents:
+        warnings.append(
+            f"budgets below {spec.merged_latents}/{J} cost {config.model} no less in its inner blocks, which merge "
+            f"{spec.merged_latents} latents"
         )
     return warnings
 

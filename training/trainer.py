@@ -78,12 +78,12 @@ class Trainer:
                 raise
             self.accelerator.wait_for_everyone()  # who leaves early is taken for failed, and its launcher ends the others
             preemption.end()
-            is_preempted = self.step < self.total_steps
+            is_preempted = self.step < self.total_steps or self.validation_due
             self.run_dir.write_status("preempted" if is_preempted else "finished", self.step)
             trackers.log_tracker_errors(self.accelerator.end_training)
         if is_preempted:
             name = signal.Signals(preemption.signal).name
-            warn(f"{name}: stopped after step {self.step}; --resume-step -1 goes on from there")
+            warn(f"{name}: stopped after step {self.step}; --resume-step -1 continues from there")
             raise SystemExit(128 + preemption.signal)
 
     def open(self) -> None:
@@ -91,8 +91,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         self.run_dir.check()  # again: another run may have written there meanwhile
         self._prepare()
-        state = resume.load_state(self.run_dir, config.resume_step)
-        summary = ""
+        state, summary = resume.load_state(self.run_dir, config.resume_step), ""
         if state is not None:
             resume.check_same_run(config, state, self.data, self.run_dir)
             self._load(state)
@@ -149,7 +148,7 @@ class Trainer:
         self._go_to(Progress.of_state(state, len(self.data.dataset)))
 
     def _open_validation(self) -> Validation | None:
-        if not self.config.sampling_steps or self.step >= self.total_steps:
+        if not self.config.sampling_steps or (self.step >= self.total_steps and not self.validation_due):
             return None
         return Validation(self.config, self.accelerator, self.data.val_data, self.data.record, self.budgets)
 
@@ -171,12 +170,13 @@ class Trainer:
         bar_options = {"total": self.total_steps, "initial": self.step, "disable": not is_main}
         profiled = config.profile_steps if is_main else None
         with (
-            data_workers(self.loader, "--resume-step -1 goes on from the newest checkpoint") as batches,
+            data_workers(self.loader, "--resume-step -1 resumes from the newest checkpoint") as batches,
             tqdm(**bar_options, desc="train", unit="step", mininterval=1) as bar,
             StepProfiler(profiled, self.run_dir.path, self.accelerator.device) as profiler,
         ):
             if self.validation_due:
                 self.validate(preemption)
+                self.saved_step = -1  # its checkpoint says that it is due
             first = self.step + 1
             self.speed.start()
             while not preemption.reached(self.step) and self.step < self.total_steps:
@@ -262,9 +262,9 @@ class Trainer:
 
     def validate(self, preemption: Preemption) -> None:
         """Validation loss and sample images of the averaged weights. A signal leaves them to the run that resumes this one."""
+        self.validation_due = False
         if self.validation is None:
             return
-        self.validation_due = False
         try:
             losses = self.validation.validate(self.ema.first, lambda: preemption.signal > 0)
             grids = self.validation.sample_images(self.ema.first, self.data.shape, lambda: preemption.signal > 0)

@@ -5,13 +5,17 @@ the working folder are small and lie deep in a temporary folder, so that `..` le
 """
 
 import dataclasses
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from numerics import ROOT
 from PIL import Image
 from runs import make_checkpoint, make_latents, make_vae
 from safetensors.torch import save_file
@@ -59,7 +63,9 @@ LIMIT = 20  # seconds that one attempt may take
 
 def values_of(cls, name):
     kind = kinds(cls)[name].type
-    return {int: NUMBERS + TEXTS[:5], float: NUMBERS + TEXTS[:5], bool: NUMBERS[:6] + TEXTS[:5]}.get(kind, TEXTS + NUMBERS[:7])
+    return {int: NUMBERS + TEXTS[:5], float: NUMBERS + TEXTS[:5], bool: NUMBERS[:6] + TEXTS[:5]}.get(
+        kind, TEXTS + NUMBERS[:7] + ["²", "٣", "9" * 239]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +199,14 @@ def test_dataset_tools(command, findings, files, monkeypatch, tmp_path):
 
     # The whole file system is not walked here.
     findings.all_of(cls, main, base, skip={("source", "/"), ("dest", "/"), ("dest", "..")})
+
+
+def test_plan_and_check_in_a_locale_without_utf8(files, tmp_path):
+    options = [*arguments(files / "data", tmp_path / "\udcc3\udca9"), "--plan"]  # é, as Python reads it there
+    program = f"import train, dataset_tools; train.main({options!a}); dataset_tools.main(['check', {str(files / 'data')!r}])"
+    env = os.environ | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "sound" in done.stdout and "outputs" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig, CCFGConfig])

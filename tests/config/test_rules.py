@@ -25,7 +25,7 @@ TOOLS = [CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, EvaluateConfig, P
 ALL = [TrainConfig, GenerateConfig, MultibudgetConfig, CCFGConfig, ConvertCheckpointConfig, *TOOLS]
 
 ELIT = {"head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail"}
-MODEL = {"qk_norm", *ELIT, "stages_count"}
+MODEL = {"qk_norm", *ELIT, "levels", "stages_count"}
 CHECKPOINT = {"model", "resolution", "num_classes", "path_type", "time_shift", *MODEL}
 
 
@@ -47,7 +47,7 @@ def test_every_option_of_generation_says_whether_it_changes_the_images():
 
 
 def test_what_a_resumed_run_must_share():
-    assert set(SAME) == CHECKPOINT | {"latent_norm", "enc_type", "prediction"}
+    assert set(SAME) == CHECKPOINT | {"latent_norm", "enc_type", "prediction", "encoder_depth"}
     assert SAME[0] == "model"  # the first difference is reported
     assert set(CHANGEABLE) == {
         *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),

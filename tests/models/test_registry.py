@@ -1,14 +1,23 @@
 """The registry: names and spellings, sizes and costs of every family's table, and that every registered model works."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from golden_cases import weights
 from numerics import randomize
 
 import models
+from benchmarks import backbones
 from common.errors import UserError
+from config.options import TrainConfig
+from config.parsing import parse, require_options
 from models.conditioning import Text
 from models.elit import Elastic
+from models.vae import SD_VAE
+from training import setup
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +134,40 @@ def test_parameters_and_costs(name, options, parameters, gflops, elit):
     for count, printed in counts:
         digit = 0.051 if isinstance(printed, float) else 0.55  # half of the last printed one
         assert count / 1e9 == pytest.approx(printed, abs=max(printed * 0.01, digit))
+
+
+@pytest.mark.parametrize(
+    ("table", "row"), [("U-ViT (Bao et al.)", 1), ("HDiT (Crowson et al.), VAE latents", 0), ("MM-DiT", 1)]
+)
+def test_the_tables_of_the_docs_are_those_of_the_script(table, row):
+    assert backbones.line(*backbones.TABLES[table][row]) in (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
+
+
+RECIPES = {  # model, trained budgets, steps, batch, time weighting
+    "u_vit_h_256": ("U-ViT-H/2", 1, 500_000, 1024, "uniform"),
+    "elit_u_vit_h_256": ("ELIT-U-ViT-H/2", 1, 500_000, 1024, "lognormal"),
+    "hdit_l_256": ("HDiT-L/1", 1, 400_000, 256, "uniform"),
+    "elit_hdit_l_256": ("ELIT-HDiT-L/1", 1, 400_000, 256, "lognormal"),
+    "sit_uvit_xl_256": ("SiT-UViT-XL/2", 1, 500_000, 256, "lognormal"),
+    "elit_sit_uvit_xl_256": ("ELIT-SiT-UViT-XL/2", 1, 500_000, 256, "lognormal"),
+    "elit_sit_uvit_xl_256_multibudget": ("ELIT-SiT-UViT-XL/2", 16, 500_000, 384, "lognormal"),
+    "sit_hdit_xl_256": ("SiT-HDiT-XL/2", 1, 500_000, 256, "lognormal"),
+    "elit_sit_hdit_xl_256": ("ELIT-SiT-HDiT-XL/2", 1, 500_000, 256, "lognormal"),
+    "elit_sit_hdit_xl_256_multibudget": ("ELIT-SiT-HDiT-XL/2", 13, 500_000, 384, "lognormal"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name):
+    config, _ = parse(TrainConfig, ["--config", str(ROOT / "experiments_updated" / "train" / f"{name}.yaml")])
+    require_options(config)
+    assert config.exp_name == name and config.data_dir == "../data/imagenet256"
+    budgets = setup.trained_budgets(config)
+    assert (config.model, len(budgets), config.max_train_steps, config.batch_size, config.weighting) == RECIPES[name]
+    assert config.warmup_steps == {"SiT": 10_000, "U-V": 5_000, "HDi": 0}[models.model_spec(config.model).backbone[:3]]
+    assert setup.check(config, {}) == []
+    with torch.device("meta"):
+        setup.build_model(config, SD_VAE, [])
 
 
 # ------------------------------------------------------------------------------------------------------- small models

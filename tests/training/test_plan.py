@@ -176,7 +176,7 @@ def test_the_plan_of_a_run_is_what_the_run_does(data, tmp_path, capsys):
     kept, size = re.search(r"outputs .*: (\d+) checkpoints of ([\d.]+) MiB", out).groups()
     assert int(kept) == 3 and saved[0].stat().st_size / 2**20 == pytest.approx(float(size), rel=0.01)
     resumed = account_of(capsys, *arguments(data, tmp_path, *options, "--plan", "--resume-step", -1))
-    assert "goes on from step 6" in resumed
+    assert "resumes from step 6" in resumed
     assert "--resume-step -1" in runs.refused(train.main, capsys, arguments(data, tmp_path, *options, "--plan"))
 
 

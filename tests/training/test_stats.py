@@ -17,15 +17,15 @@ def accelerator():
 
 def test_means_are_those_of_the_images(accelerator):
     rng = np.random.default_rng(0)
-    meters, losses, times, kinds = TrainingStats(["loss", "a", "b", "never"], CPU), [], [], []
+    stats, losses, times, kinds = TrainingStats(["loss", "a", "b", "never"], CPU), [], [], []
     for kind in (0, 1, 1):
         loss, t = rng.random(50).astype(np.float32), rng.random(50).astype(np.float32)
         t[:2], loss[2:4] = (0.0, 1.0), (np.nan, np.inf)
-        meters.add(torch.from_numpy(loss), torch.from_numpy(t), "ab"[kind])
+        stats.add(torch.from_numpy(loss), torch.from_numpy(t), "ab"[kind])
         losses, times, kinds = [*losses, *loss], [*times, *t], [*kinds, *[kind] * 50]
     losses, times, kinds = np.array(losses, dtype=float), np.array(times), np.array(kinds)
     finite = np.isfinite(losses)
-    found = meters.read(accelerator)
+    found = stats.read(accelerator)
     assert found["loss"] == pytest.approx(losses[finite].mean(), rel=1e-6)
     for kind, name in enumerate("ab"):
         assert found[name] == pytest.approx(losses[finite & (kinds == kind)].mean(), rel=1e-6)
@@ -33,17 +33,17 @@ def test_means_are_those_of_the_images(accelerator):
         inside = finite & (times >= i / 10) & ((times < (i + 1) / 10) | (i == 9))
         assert found[f"loss_t{i}"] == pytest.approx(losses[inside].mean(), rel=1e-6)
     assert "never" not in found
-    assert meters.read(accelerator)["loss"] is None  # each line starts anew
+    assert stats.read(accelerator)["loss"] is None  # each line starts anew
 
 
 def test_steps_without_a_finite_gradient_are_counted(accelerator):
-    meters = TrainingStats(["loss"], CPU)
-    skips = [meters.step(torch.tensor(norm)).item() for norm in (1.0, float("nan"), float("inf"), 3.0, float("nan"))]
+    stats = TrainingStats(["loss"], CPU)
+    skips = [stats.step(torch.tensor(norm)).item() for norm in (1.0, float("nan"), float("inf"), 3.0, float("nan"))]
     assert skips == [0, 1, 1, 0, 1]
-    found = meters.read(accelerator)
+    found = stats.read(accelerator)
     assert (found["grad_norm"], found["skipped"], found["longest"]) == (2.0, 3, 2)
-    meters.step(torch.tensor(float("nan")))
-    found = meters.read(accelerator)
+    stats.step(torch.tensor(float("nan")))
+    found = stats.read(accelerator)
     assert (found["grad_norm"], found["skipped"], found["longest"]) == (None, 4, 2)  # a row goes on over lines
 
 
@@ -52,9 +52,9 @@ def test_a_line_begun_before_a_checkpoint_is_finished_after_it(accelerator):
     for part in (0, 1):
         torch.manual_seed(part)
         losses, t = torch.rand(8), torch.rand(8)
-        for meters in (whole, [cut, resumed][part]):
-            meters.add(losses, t, "a")
-            meters.step(losses.sum())
+        for stats in (whole, [cut, resumed][part]):
+            stats.add(losses, t, "a")
+            stats.step(losses.sum())
         if part == 0:
             cut.gather(accelerator)
             resumed.load_state_dict(cut.state_dict(), main=True)

@@ -494,6 +494,24 @@ def test_a_signal_while_images_are_drawn_leaves_them_to_the_resumed_run(data, tm
     assert not final_state(tmp_path, 3)["validation_due"]
 
 
+def test_a_signal_while_the_last_images_are_drawn_is_a_preemption_too(data, tmp_path, monkeypatch):
+    options = ("--sampling-steps", 1, "--max-train-steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(validation.Validation, "_sample", lambda *_: signal.raise_signal(signal.SIGTERM) or stopped())
+        with pytest.raises(SystemExit):
+            train.main(arguments(data, tmp_path, *options, model="SiT-Ti/4"))
+    assert status(tmp_path) == {"state": "preempted", "step": 1} and final_state(tmp_path, 1)["validation_due"]
+    runs.reset_accelerate()
+    monkeypatch.setattr(validation, "SAMPLE_STEPS", 1)
+    train.main(arguments(data, tmp_path, *options, "--resume-step", -1, model="SiT-Ti/4"))
+    assert status(tmp_path) == {"state": "finished", "step": 1} and not final_state(tmp_path, 1)["validation_due"]
+    assert (tmp_path / "run" / "samples" / "0000001.png").is_file() and list(metrics(tmp_path)) == [1]
+
+
+def stopped():
+    raise validation.Interrupted
+
+
 def test_another_process_s_interruption_ends_the_drawing_of_all(monkeypatch):
     """One of two processes was told to stop: in the sum of both, the flag is set."""
     accelerator = SimpleNamespace(device=torch.device("cpu"), reduce=lambda flag, reduction: flag + 1)
