@@ -57,6 +57,13 @@ def vae_folder(tmp_path_factory) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items):
+    """What lies in e2e/ has that mark."""
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.e2e)
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """Accelerate keeps process-wide state; each run in this process starts anew."""

@@ -33,6 +33,8 @@ from sampling import session
 from training import trainer
 from training.stats import TrainingStats
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def nano():

@@ -37,6 +37,8 @@ from config.tool_options import EvaluateConfig
 from config.values import kinds
 from training import plan
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = ["-1", "0", "-0.5", "0.5 0.5", "nan", "-inf", "1e400", "1e308", "1e-320", "1e18", "9007199254740993", "9" * 5000, "²"]
 TEXTS = [
     "",

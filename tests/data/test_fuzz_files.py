@@ -29,6 +29,8 @@ from models.vae import VAERecord
 from preprocessing.pack import pack
 from preprocessing.unfinished import UNFINISHED_FILE, Unfinished
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 120  # of each file
 COUNT, SHAPE = 5, (6, 4, 4)
 

@@ -173,6 +173,7 @@ def test_results_do_not_depend_on_the_number_of_processes(images, vae_folder, tm
     assert content(tmp_path / "three") == one
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_same_packed_files(images, packed, vae_folder, tmp_path):
     done = launch(
         "torchrun", "--standalone", "--nproc_per_node=2", "dataset_tools.py", "encode", f"--source={images}",

@@ -19,6 +19,8 @@ from data import remote
 from data.dataset import LatentDataset, channel_record
 from dataset_tools import main
 
+pytestmark = pytest.mark.slow
+
 COUNT = 10
 
 

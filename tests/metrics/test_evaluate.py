@@ -26,6 +26,8 @@ from common.torchvision_shim import import_torchvision
 from metrics import feature_extractors
 from metrics.images import open_images
 
+pytestmark = pytest.mark.slow
+
 FEATURES = ("--features", "runs:colour_features")
 SIDE = 32
 EVALUATION = ROOT / "experiments_updated" / "evaluation"

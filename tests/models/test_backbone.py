@@ -113,6 +113,7 @@ def test_projector_flops_are_counted_product_by_product():
     assert projector_flops(models.create_model("SiT-Ti/2", **SMALL)) == 0
 
 
+@pytest.mark.slow
 def test_mean_flops_are_those_of_counting_each_where_latents_merge():
     class Merging(ElasticOwn):
         """Every three latents of a group become one in the core's block."""

@@ -14,6 +14,8 @@ from models import checkpoint_blocks, compile_model, hdit, mmdit
 from models.conditioning import Text
 from models.elit import Elastic, ELITHDiT, ELITMMDiT
 
+pytestmark = pytest.mark.slow
+
 # Graphs of torch.compile: one for each width of HDiT and of the hourglass; blocks that join with others, and blocks that do not; the
 # last block of MM-DiT, and all others.
 FAMILIES = {"sit": 1, "unet": 2, "hourglass": 2, "uvit": 2, "hdit": 3, "mmdit": 2}

@@ -22,6 +22,8 @@ from models import encoders
 from models.encoders import ENCODERS, Target, describe_encoders, encoder_names, load_encoders
 from randomness import epoch_order, training_draws
 
+pytestmark = pytest.mark.slow
+
 COUNT = 16
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -23,6 +23,8 @@ from common.errors import UserError
 from config.options import TrainConfig
 from sampling import cost
 
+pytestmark = pytest.mark.slow
+
 RESOLUTION = 64  # of VAE latents of 16×16
 MODELS = {
     "ELIT-U-ViT-Ti/2": (),

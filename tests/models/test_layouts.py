@@ -63,6 +63,7 @@ def test_a_split_within_the_merge_is_the_reference():
     assert_same(*pair(ELITSiT, layout="unet", depth=7, head_depth=3, tail_depth=3, elit_group_size=2), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "parameters", "tflops", "elit"),
     [

@@ -16,6 +16,8 @@ import train
 from common.errors import UserError
 from models.backbone import Backbone
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "own_backbone.md").read_text(encoding="utf-8")
 

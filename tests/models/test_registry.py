@@ -19,6 +19,8 @@ from training import setup
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "SiT": (["Ti", "S", "B", "L", "XL"], [2, 4, 8]),
     "SiT-UViT": (["Ti", "S", "B", "L", "XL"], [2]),

@@ -26,6 +26,8 @@ from models.dfm import recompose
 from models.vae import load_vae
 from sampling import image_folder
 
+pytestmark = pytest.mark.slow
+
 COUNT = 11
 
 

@@ -23,6 +23,8 @@ from models.elit import CrossAttention, LatentInterface
 from models.vae import decode, load_vae
 from sampling import cost
 
+pytestmark = pytest.mark.slow
+
 SCHEDULE = "0.25@1.0-0.5,1.0@0.5-0.0"
 
 

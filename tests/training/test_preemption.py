@@ -12,6 +12,8 @@ from training_runs import arguments
 
 from common import early_signals
 
+pytestmark = pytest.mark.slow
+
 BLOCKED = """
 import os, signal, sys, threading, time
 from training import preemption

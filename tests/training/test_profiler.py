@@ -9,6 +9,8 @@ from common.errors import UserError
 from training.profiler import StepProfiler, parse_steps
 from training.stats import Speed
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

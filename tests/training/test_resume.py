@@ -21,6 +21,8 @@ from training.run_data import RunData
 from training.run_dir import RunDir
 from training.setup import check, resolve
 
+pytestmark = pytest.mark.slow
+
 LABELS = np.arange(24) % 5
 
 

@@ -35,6 +35,8 @@ from training import data_order, run_dir, setup, trainer, validation
 from training.data_order import StepBatches
 from training.optim import learning_rate_factor
 
+pytestmark = pytest.mark.slow
+
 COUNT = 24
 
 
