@@ -5,12 +5,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= -c constraints.txt
 # Processes that run the tests, each with one thread.
 JOBS ?= 2
-# 1: `make lint` includes `make lint-strict`.
-STRICT ?= 0
-# Complexity, docstrings, annotations, numbers of arguments. Special methods' types and docstrings are left to their class's docstring.
-STRICT_RULES := --extend-select C90,D,ANN,PLR0913 --ignore ANN204,ANN401,D105,D107
 
-.PHONY: quickstart test test-fast lint lint-strict clean
+.PHONY: quickstart test test-fast lint clean
 
 $(VENV)/.run: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,12 +28,9 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not e2e and not slow"
 
-lint: $(VENV)/.dev $(if $(filter 1,$(STRICT)),lint-strict)
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-lint-strict: $(VENV)/.dev
-	$(BIN)/ruff check $(STRICT_RULES) .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:

@@ -14,11 +14,12 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoint import reading, training_state, weights
+from checkpoint.architecture import resolve_architecture
 from checkpoint.inspect import look, show
 from common.errors import UserError, cli_main
 from config.options import ConvertCheckpointConfig
 from config.parsing import parse
-from sampling import checks, session
+from sampling import checks
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
 
@@ -66,7 +67,7 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     for name in names:
         found = reading.read_weights(source, name, given, checksum=checksum)
         checksum = found.checksum
-        session.resolve_architecture(config, given, found, config.source)
+        resolve_architecture(config, given, found, config.source)
         weights.build_model(found, config.source)
         found.state_dict = {k: _compact(v) for k, v in found.state_dict.items()}
         sets[name] = found

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from checkpoint import reading
+from checkpoint.architecture import resolve_architecture
 from common import tensor_files
 from common.errors import UserError
 from config.options import Architecture, ConvertCheckpointConfig
-from sampling import session
 
 
 @dataclass
@@ -65,7 +65,7 @@ def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
         lines.append(f"warning     {error}")
     try:
         found = reading.read_weights(source, config.weights or "ema", given, checksum=checksum)
-        session.resolve_architecture(Architecture(), given, found, config.source)
+        resolve_architecture(Architecture(), given, found, config.source)
         vae = found.record
         lines.append(f"model       {found.config['model']}")
         lines.append(f"step        {found.step}")

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 import models
 from checkpoint import reading
+from checkpoint.architecture import resolve_architecture
 from checkpoint.weights import Weights, build_model
 from common import precision
 from common.errors import UserError
-from config.options import Architecture, GenerateConfig, InferenceTool
+from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
-from config.rules import names
 from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
-from models.vae import VAERecord, decode, load_vae
+from models.vae import decode, load_vae
 from samplers import Guidance, parse_budget
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 
 Options = GenerateConfig | InferenceTool
-# What the checkpoint decides, and options by hand may only fill in.
-ARCHITECTURE = names(Architecture, resume="same", when=(None, "elit", "dfm"), images=True)
-# How the model was made to be sampled, where the user says nothing else.
-SCHEDULE = names(Architecture, group="dfm", resume="free", images=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the options
@@ -55,37 +51,6 @@ def from_command_line(
     weights = reading.read_weights(config.ckpt, config.weights, given)
     resolve_architecture(config, given, weights, config.ckpt)
     return config, given, weights
-
-
-def resolve_architecture(config: Architecture, given: dict[str, Any], weights: Weights, where: str | Path) -> None:
-    """Take the architecture from the checkpoint `where`; what is given by hand fills gaps in it and may not contradict it.
-
-    Both `config` and what `weights` records then hold all of it.
-    """
-    recorded = {k: v for k, v in _with_depths(weights.config, weights.record).items() if v is not None}
-    for name in ARCHITECTURE:
-        value = recorded.get(name, getattr(config, name))
-        if name in recorded and name in given and given[name] not in (None, value):
-            raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts {where}, which records {value}")
-        setattr(config, name, value)
-    if config.model is None:
-        raise UserError(f"{where}: the checkpoint records no model; give --model")
-    for name, value in _with_depths(vars(config), weights.record).items():
-        setattr(config, name, value)
-    for name in SCHEDULE:
-        if name not in given and recorded.get(name):
-            setattr(config, name, recorded[name])
-    weights.config |= {name: getattr(config, name) for name in (*ARCHITECTURE, "fused_attn")}
-
-
-def _with_depths(options: dict[str, Any], record: VAERecord) -> dict[str, Any]:
-    """The options with the depths that "by size" stands for, where they name a model."""
-    if not options.get("model") or not options.get("resolution"):
-        return options
-    side = options["resolution"] // record.downsample_factor
-    sizes = models.model_spec(options["model"]).arguments(side, levels=options.get("levels"))
-    depths = {k: sizes[k] for k in ("head_depth", "tail_depth") if k in sizes and options.get(k) is None}
-    return {**options, **depths}
 
 
 def guidance(config: Options, **changes: Any) -> Guidance:

@@ -132,7 +132,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     on_cpu = not torch.accelerator.is_available()
     precision = config.mixed_precision if config.plan else supported_precision(config.mixed_precision, on_cpu)
     names = [_option_name(name) for name in config.allow_change]
-    return dataclasses.replace(config, allow_change=names, mixed_precision=precision)
+    name = models.model_spec(config.model).name  # the spelling that checkpoints record
+    return dataclasses.replace(config, model=name, allow_change=names, mixed_precision=precision)
 
 
 def _option_name(given: str) -> str:

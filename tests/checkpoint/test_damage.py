@@ -24,12 +24,12 @@ import generate
 import models
 import train
 from checkpoint import reading, records, training_state
+from checkpoint.architecture import resolve_architecture
 from checkpoint.init_from import init_from
 from checkpoint.weights import build_model
 from common import files, tensor_files
 from common.errors import UserError
 from config.options import GenerateConfig, TrainConfig
-from sampling import session
 from training import trainer
 from training.stats import TrainingStats
 
@@ -564,7 +564,7 @@ def every_reader(path, weights="ema", **given):
 
     def build():
         found = reading.read_weights(path, weights, given)
-        session.resolve_architecture(GenerateConfig(), dict(given), found, path)
+        resolve_architecture(GenerateConfig(), dict(given), found, path)
         build_model(found, path)
 
     def start():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from checkpoint.architecture import ARCHITECTURE, SCHEDULE
 from checkpoint.weights import MODEL_OPTIONS
 from config.options import Architecture, CCFGConfig, ConvertCheckpointConfig, GenerateConfig, MultibudgetConfig, TrainConfig
 from config.rules import GROUPS, Rules, folder_labels, names
@@ -18,7 +19,6 @@ from config.tool_options import (
     StatsConfig,
 )
 from sampling.image_folder import SETTINGS
-from sampling.session import ARCHITECTURE, SCHEDULE
 from training.resume import CHANGEABLE, SAME
 
 TOOLS = [CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, EvaluateConfig, PackConfig, ReferenceConfig, StatsConfig]
