@@ -176,7 +176,7 @@ def plan(images: ImageSet, metrics: Sequence[str], score_on: str | None) -> Feat
 def check_sets(ref: Features, samples: Features, metrics: Sequence[str]) -> None:
     """Refuse sets of different sizes, and too few images."""
     sizes = [f.images.size for f in (ref, samples)]
-    if None not in sizes and sizes[0] != sizes[1]:
+    if ref.images.count and samples.images.count and sizes[0] != sizes[1]:
         (h1, w1), (h2, w2) = sizes
         raise UserError(f"{samples.images.path}: has images of {w2}x{h2} pixels, but {ref.images.path} of {w1}x{h1}")
     for features in (ref, samples):

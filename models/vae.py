@@ -195,7 +195,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _folder(name: str) -> Path:
     """The local folder of a VAE, downloaded if `name` is on the hub."""
-    for folder in (Path(name), Path(__file__).parent / name):
+    for folder in (Path(name), Path(__file__).parents[1] / name):
         if os.path.isdir(folder):  # noqa: PTH112, Path.is_dir raises for a name that is too long, which a record may hold
             folder = _inside_pipeline(folder)
             if not (folder / "config.json").is_file():
