@@ -137,7 +137,7 @@ def choose_metrics(config: EvaluateConfig, used: Sequence[Network], sets: Sequen
         return list(config.metrics)
     possible = [name for name, kind in needs.items() if kind in kinds]
     metrics = [name for name in possible if not lacks(name, sets)]
-    if not metrics:  # `plan` says what is missing
+    if not metrics or not sets[1].count:  # `plan` says what is missing
         return possible
     if left_out := [f"{name} ({lacks(name, sets)})" for name in possible if name not in metrics]:
         warn(f"left out: {', '.join(left_out)}")
