@@ -137,7 +137,7 @@ def choose_metrics(config: EvaluateConfig, used: Sequence[Network], sets: Sequen
         return list(config.metrics)
     possible = [name for name, kind in needs.items() if kind in kinds]
     metrics = [name for name in possible if not lacks(name, sets)]
-    if not metrics:  # `plan` says what is missing
+    if not metrics or not sets[1].count:  # `plan` says what is missing
         return possible
     if left_out := [f"{name} ({lacks(name, sets)})" for name in possible if name not in metrics]:
         warn(f"left out: {', '.join(left_out)}")
@@ -176,7 +176,7 @@ def plan(images: ImageSet, metrics: Sequence[str], score_on: str | None) -> Feat
 def check_sets(ref: Features, samples: Features, metrics: Sequence[str]) -> None:
     """Refuse sets of different sizes, and too few images."""
     sizes = [f.images.size for f in (ref, samples)]
-    if None not in sizes and sizes[0] != sizes[1]:
+    if ref.images.count and samples.images.count and sizes[0] != sizes[1]:
         (h1, w1), (h2, w2) = sizes
         raise UserError(f"{samples.images.path}: has images of {w2}x{h2} pixels, but {ref.images.path} of {w1}x{h1}")
     for features in (ref, samples):
