@@ -32,9 +32,9 @@ class BudgetSchedule(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "BudgetSchedule":
         """`0.25@1.0-0.5,1.0@0.5-0.0`. Raises UserError for gaps, overlaps or anything that is not such a list."""
-        found = [re.fullmatch(r"([\d.]+)@([\d.]+)-([\d.]+)", part.strip()) for part in text.split(",")]
+        matches = [re.fullmatch(r"([\d.]+)@([\d.]+)-([\d.]+)", part.strip()) for part in text.split(",")]
         try:
-            pieces = tuple((float(m[1]), float(m[2]), float(m[3])) for m in found)  # type: ignore[index]
+            pieces = tuple((float(m[1]), float(m[2]), float(m[3])) for m in matches)  # type: ignore[index]
         except (TypeError, ValueError):
             raise UserError(f"budget schedule {text!r}: must be BUDGET@START-END,… e.g. 0.25@1.0-0.5,1.0@0.5-0.0") from None
         bounds = [1.0, *(end for *_, end in pieces)]

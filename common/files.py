@@ -122,15 +122,19 @@ def written_aside(path: str | Path, *, fsync: bool = False, option: str = "") ->
         WriteError: for an OSError; `path` is then what it was.
     """
     path = Path(path)
-    aside = aside_of(path)
+    # A device or a FIFO (/dev/null, /dev/stdout) is written to, never replaced.
+    is_special = os.path.exists(path) and not (path.is_file() or path.is_dir())  # noqa: PTH110
+    aside = path if is_special else aside_of(path)
     try:
         yield aside
-        if fsync:
-            _sync(aside)
-        aside.replace(path)
+        if not is_special:
+            if fsync:
+                _sync(aside)
+            aside.replace(path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+        if not is_special:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, UserError):
             raise WriteError(path, error, option) from None
         raise

@@ -100,7 +100,7 @@ def read_yaml(path: str, cls: type, *, others: Iterable[str] = ()) -> dict[str, 
         name = key.replace("-", "_")
         name = own.get(name, name)
         if name in seen:
-            raise UserError(f"{path}: {key[:80]}: stands there twice, or under two names")
+            raise UserError(f"{path}: {key[:80]}: is given twice, or under two names")
         seen.add(name)
         if name in IGNORED:
             given[name] = value

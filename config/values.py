@@ -65,7 +65,8 @@ def coerce(cls: type, name: str, value: Any, where: str) -> Any:
         spellings = [f"{v:g}" if kind.type is float else str(v) for v in values]
         twice = next((s for i, s in enumerate(spellings) if s in spellings[:i]), None)
         if twice is not None:
-            raise UserError(f"{where}: {twice} stands there twice; its values must differ in their first 6 digits")
+            differ = " in their first 6 digits" if kind.type is float else ""
+            raise UserError(f"{where}: {twice} is given twice; the values must differ{differ}")
     return values
 
 

@@ -5,7 +5,7 @@ A family is a backbone with its own table of sizes; `ELIT-` in front of a name p
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ Table = dict[str, tuple[dict[str, Any], dict[str, int]]]
 
 def _table(names: tuple[str, ...], *rows: tuple, ends: tuple[str, ...] = ("head_depth", "tail_depth")) -> Table:
     """Rows of (size, values of `names` …, value of `ends`)."""
-    return {size: (dict(zip(names, values, strict=True)), dict.fromkeys(ends, last)) for size, *values, last in rows}
+    return {size: (dict(zip(names, values, strict=True)), {end: last for end in ends}) for size, *values, last in rows}
 
 
 _SIT = _table(
@@ -166,7 +166,9 @@ def register(name: str, constructor: type[Backbone], **sizes: Any) -> ModelSpec:
 
     Args:
         name: "FAMILY-SIZE/PATCH_SIZE", e.g. "ELIT-Plain-Ti/2".
+        constructor: its class.
         sizes: arguments of the constructor that the name fixes; `patch_size` is the name's.
+
     Raises:
         UserError: a name of another form, or one that is there already.
     """
@@ -205,17 +207,25 @@ def known_names() -> str:
 
 
 def create_model(
-    name: str, *, input_size: int | tuple[int, int], in_channels: int = 4, num_classes: int = 1000, z_dims=(), **overrides: Any
+    name: str,
+    *,
+    input_size: int | tuple[int, int],
+    in_channels: int = 4,
+    num_classes: int = 1000,
+    z_dims: Iterable[int] = (),
+    **overrides: Any,
 ) -> Backbone:
     """A freshly initialised model.
 
     Args:
         name: a key of `MODELS`, e.g. "ELIT-SiT-XL/2", or another spelling that `model_spec` knows.
         input_size: side of the VAE latents, or (rows, columns).
+        in_channels: of the VAE latents.
         num_classes: of class-conditional models; text models take none.
         z_dims: feature widths of the REPA target encoders; empty without REPA.
         overrides: any other constructor argument, e.g. `head_depth=8`, `elit_tail="skip"`; `None` keeps the default. `qk_norm` is
             a switch: `True` turns on the norm that the family has, `False` leaves what the registered size has.
+
     Raises:
         UserError: unknown name or argument, or sizes that do not fit.
     """
@@ -229,8 +239,8 @@ def create_model(
             raise UserError(f"{spec.name} has no option {key!r}{did_you_mean(key, known)}")
     if "num_classes" in known:
         overrides["num_classes"] = num_classes
-    arguments = spec.arguments(input_size, **overrides)
-    return spec.constructor(input_size=input_size, in_channels=in_channels, z_dims=tuple(z_dims), **arguments)
+    arguments = {"input_size": input_size, "in_channels": in_channels, "z_dims": tuple(z_dims)}
+    return spec.constructor(**arguments, **spec.arguments(input_size, **overrides))
 
 
 def _argument_names(constructor: type[Backbone]) -> set[str]:

@@ -7,7 +7,7 @@ latents of the blocks at hand. A backbone of one's own defines `blocks`, `embed`
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -64,6 +64,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         input_size: side of the VAE latents, or (rows, columns).
         num_classes: class labels y lie below it, and it is the null label; None where y are no labels.
         encoder_depth: block after which the tokens go to REPA's projectors (1-based); used only where there are any.
+
     Raises:
         UserError: sizes that do not divide.
     """
@@ -101,8 +102,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
 
     # What a backbone defines.
 
-    def embed(self, x: Tensor, t: Tensor, y: Any) -> Stream:
-        """The stream that enters the first block."""
+    def embed(self, x: Any, t: Tensor, y: Any) -> Stream:
+        """The stream that enters the first block; x (B, C, H, W), or what else the model takes as its state."""
         raise NotImplementedError
 
     def step(self, i: int, s: Stream) -> None:
@@ -114,8 +115,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         raise NotImplementedError
 
     def interface_arguments(self) -> dict[str, Any]:
-        """Arguments of the `LatentInterface` that fits between this backbone's blocks: `dim`, `num_heads`, `grid_size`, and
-        `cond_dim`, `latent_pos` and `fused_attn` where they are not the default."""
+        """Arguments of the `LatentInterface` that fits between this backbone's blocks.
+
+        `dim`, `num_heads`, `grid_size`, and `cond_dim`, `latent_pos` and `fused_attn` where they are not the default.
+        """
         raise NotImplementedError
 
     def check_split(self, head_depth: int, tail_depth: int) -> None:
@@ -195,14 +198,14 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
 
 def compile_model(model: nn.Module, backend: str | Callable = "inductor") -> nn.Module:
     """`torch.compile` the blocks, in place: one graph that all blocks of a kind share, for every budget and batch size."""
-    for block in model.blocks:
+    for block in cast(Backbone, model).blocks:
         block.compile(dynamic=True, backend=backend)
     return model
 
 
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
     """Gradient checkpointing, in place: each block keeps its inputs alone and is computed again in the backward pass."""
-    for block in model.blocks:
+    for block in cast(Backbone, model).blocks:
         block.forward = types.MethodType(_recompute_block, block)
     return model
 

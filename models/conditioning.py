@@ -113,11 +113,9 @@ class NullText(nn.Module):
             )
         return Text(self.null_text.to(y.features).expand_as(y.features), pooled)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A model just built has no null text: it takes the checkpoint's, whatever its length.
         for name in ("null_text", "null_pooled"):
             if getattr(self, name) is None and prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=next(self.parameters()).device))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

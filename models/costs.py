@@ -5,7 +5,7 @@ Counted on the meta device, where no memory is used and attention is counted too
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import Backbone
-from models.latent_interface import budget_to_k
+from models.latent_interface import LatentInterface, budget_to_k
 
 
 def count_flops(model: nn.Module, inference_budget: float | None = None, batch_size: int = 1) -> int:
@@ -39,7 +39,9 @@ def mean_forward_flops(model: Backbone, budgets: Sequence[float | None]) -> floa
     """
     if len(budgets) <= 3:
         return float(np.mean([count_flops(model, b) for b in budgets]))
-    J = model.interface.latents_per_group
+    interface = model.interface
+    assert isinstance(interface, LatentInterface)
+    J = interface.latents_per_group
     k = np.array([budget_to_k(b, J) for b in budgets])
     counts_of = [k] if model.merged_latents == 1 else [k, -(-k // model.merged_latents)]
     terms = np.stack([(n / J) ** power for n in counts_of for power in range(3)], axis=1)  # (budgets, 3 or 6)
@@ -57,7 +59,7 @@ def _on_meta(model: nn.Module) -> Backbone:
     model = getattr(model, "_orig_mod", model)
     memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    return cast(Backbone, copy.deepcopy(model, memo))
 
 
 def _forward_flops(shadow: Backbone, batch_size: int, **options: Any) -> int:

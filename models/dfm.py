@@ -5,6 +5,7 @@ embedding and final layer; all share the blocks, since their patch sizes give th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +27,9 @@ class StagePatchEmbed(nn.Module):
         self.embedders = nn.ModuleList(xavier(PatchEmbed(p, in_channels, dim)) for p in patch_sizes)
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
-        return sum(embedder(x) for embedder, x in zip(self.embedders, pyramid, strict=True))
+        tokens = sum(embedder(x) for embedder, x in zip(self.embedders, pyramid, strict=True))
+        assert isinstance(tokens, Tensor)
+        return tokens
 
 
 class StageTimestepEmbedder(nn.Module):
@@ -37,7 +40,9 @@ class StageTimestepEmbedder(nn.Module):
         self.embedders = nn.ModuleList(TimestepEmbedder(dim) for _ in range(stages_count))
 
     def forward(self, t: Tensor) -> Tensor:
-        return sum(embedder(t[:, s]) for s, embedder in enumerate(self.embedders))
+        condition = sum(embedder(t[:, s]) for s, embedder in enumerate(self.embedders))
+        assert isinstance(condition, Tensor)
+        return condition
 
 
 class StageFinalLayer(nn.Module):
@@ -57,13 +62,14 @@ class DFMSiT(SiT):
     Args (beside SiT's):
         patch_size: of the finest stage; stage s has patch_size / 2^(S−1−s).
         stages_count: S ≥ 2.
+
     Raises:
         UserError: a patch size or input size that the stages do not allow.
     """
 
     flow = "DFM"
 
-    def __init__(self, *, stages_count: int = 2, **sit):
+    def __init__(self, *, stages_count: int = 2, **sit: Any):
         super().__init__(**sit)
         if stages_count < 2:
             raise UserError(f"stages_count {stages_count}: must be at least 2")
@@ -105,8 +111,11 @@ class DFMSiT(SiT):
 
         Args:
             pyramid: the stages' states, S of them; those after the active one are zeros.
-            t: (B, S) times in [0, 1]; 1 for the stages after the active one. y: (B,) int64 (`num_classes` = null label).
-            inference_budget, return_features: as in the class around which the stages are.
+            t: (B, S) times in [0, 1]; 1 for the stages after the active one.
+            y: (B,) int64 (`num_classes` = null label).
+            inference_budget: as in the class around which the stages are.
+            return_features: likewise.
+            active_stage: the last stage whose velocity is computed.
         """
         s = self.embed(pyramid, t, y)
         s.features = [] if return_features else None

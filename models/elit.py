@@ -42,6 +42,7 @@ class Elastic(Backbone):
     Args (beside the backbone's):
         head_depth, tail_depth: blocks before Read and after Write; the blocks between are the core.
         elit_*: the interface's group size, depths and tail policy.
+
     Raises:
         UserError: a split that leaves no core or does not fit the backbone, or groups that do not fit the grid.
     """
@@ -77,6 +78,7 @@ class Elastic(Backbone):
 
     @property
     def repa_depth(self) -> int:
+        """The block after which REPA reads the tokens (1-based): one of the head."""
         return min(self.encoder_depth, self.head_depth)
 
     def transform(self, s: Stream, inference_budget: float | None = None) -> Stream:

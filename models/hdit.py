@@ -5,8 +5,7 @@ inner level attends globally. Shapes: B batch, n tokens and W width of a level, 
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -64,6 +63,7 @@ class AdaRMSNorm(nn.Module):
         self.linear = zero(nn.Linear(cond_dim, dim, bias=False))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens x (B, n, W) and condition c (B, M) → (B, n, W)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (F.rms_norm(wide, wide.shape[-1:], eps=self.eps) * (1 + self.linear(c).unsqueeze(1))).to(x.dtype)
 
@@ -84,6 +84,7 @@ class FeedForward(nn.Module):
         self.down_proj = zero(nn.Linear(3 * dim, dim, bias=False))
 
     def forward(self, x: Tensor, *c: Tensor) -> Tensor:
+        """Tokens (B, n, W), or a condition (B, M), and what the norm takes beside it → the same shape."""
         a, g = self.up_proj(self.norm(x, *c)).chunk(2, dim=-1)
         return x + self.down_proj(a * F.gelu(g))
 
@@ -100,6 +101,7 @@ class SelfAttention(nn.Module):
         self.out_proj = zero(nn.Linear(dim, dim, bias=False))
 
     def forward(self, x: Tensor, c: Tensor, row: Tensor, column: Tensor, mask: Mask = None) -> Tensor:
+        """Tokens x (B, n, W), condition c (B, M), positions row and column (n,) → (B, n, W)."""
         qkv = self.qkv_proj(self.norm(x, c)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, n, d) each
         angles = rotation(row, column, self.num_heads, q.shape[-1])
@@ -124,6 +126,7 @@ class Layer(nn.Module):
         self.ff = FeedForward(dim, AdaRMSNorm(dim, cond_dim))
 
     def forward(self, x: Tensor, c: Tensor, row: Tensor, column: Tensor, mask: Mask = None) -> Tensor:
+        """See the class."""
         return self.ff(self.self_attn(x, c, row, column, mask), c)
 
 
@@ -137,6 +140,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("weight", torch.randn(dim // 2, 1))
 
     def forward(self, u: Tensor) -> Tensor:
+        """Times u (B,) → features (B, M)."""
         w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         angle = 2 * math.pi * u.to(w.dtype)[:, None] * w[:, 0]
         return torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -151,6 +155,7 @@ class MappingNetwork(nn.Module):
         self.blocks = nn.ModuleList(FeedForward(dim, RMSNorm(dim)) for _ in range(depth))
 
     def forward(self, c: Tensor) -> Tensor:
+        """(B, M) → (B, M)."""
         c = self.in_norm(c)
         for block in self.blocks:
             c = block(c)
@@ -166,6 +171,7 @@ class Merge(nn.Module):
         self.proj = nn.Linear(p * p * dim, inner_dim, bias=False)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, n, W) on the grid → (B, n/p², W′)."""
         # What layers add to stays as wide as x, also where autocast makes matrix products narrower.
         return self.proj(merge_cells(x, grid, self.p)).to(x.dtype)
 
@@ -179,6 +185,7 @@ class Split(nn.Module):
         self.fac = nn.Parameter(torch.full((1,), 0.5))
 
     def forward(self, x: Tensor, skip: Tensor, grid: Grid) -> Tensor:
+        """Inner tokens x (B, n/4, W′) and outer ones skip (B, n, W), on the outer grid → (B, n, W)."""
         return torch.lerp(skip, split_cells(self.proj(x), grid).to(skip.dtype), self.fac.to(skip.dtype))
 
 
@@ -240,6 +247,7 @@ class HDiT(Backbone):
         mapping_depth, mapping_width: of the network that makes the condition (B, M).
         num_classes: `None` for a model without labels.
         encoder_depth: as in `Backbone`; REPA reads the tokens of the inner level, a grid of `feature_grid`.
+
     Raises:
         UserError: sizes that do not fit each other.
     """
@@ -306,9 +314,8 @@ class HDiT(Backbone):
     ) -> dict[str, Any]:
         """The constructor's arguments of a registered size: its `hourglass`, and of ELIT the head and tail, which count all layers.
 
-        Args:
-            inner_ends: layers of the inner level in ELIT's head, and as many in its tail.
-            others: arguments as they are; they go before those made here.
+        `inner_ends` are the layers of the inner level in ELIT's head, and as many in its tail; `others` are arguments as they are,
+        which go before those made here.
         """
         rows, columns = (input_size, input_size) if isinstance(input_size, int) else input_size
         grid = (rows // patch_size, columns // patch_size)
@@ -378,22 +385,3 @@ class HDiT(Backbone):
                 pairs = (grid[0] * grid[1]) ** 2 - attended_pairs(kind, grid, place.shift)
                 left_out += 4 * pairs * self.widths[place.level]
         return left_out * batch_size
-
-
-def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """k-diffusion's weights (`image_transformer_v2`) under the names of `HDiT`: there the layers are numbered level by level."""
-    sd = {key.removeprefix("inner_model."): value for key, value in state_dict.items()}
-    depths = Counter(key.rsplit(".", 3)[0] for key in sd if key.endswith("self_attn.scale"))
-    outer = range(len(depths) // 2)
-    order = [f"down_levels.{i}" for i in outer] + ["mid_level"] + [f"up_levels.{i}" for i in reversed(outer)]
-    layers = {f"{level}.{i}": n for n, (level, i) in enumerate((level, i) for level in order for i in range(depths[level]))}
-    weights = {}
-    for key, value in sd.items():
-        layer = next((f"{name}." for name in layers if key.startswith(f"{name}.")), None)
-        if layer and not key.endswith("pos_emb.freqs"):
-            weights[f"blocks.{layers[layer[:-1]]}.{key.removeprefix(layer)}"] = value
-        elif not layer and not key.startswith(("aug_emb.", "aug_in_proj.")):
-            weights[key] = value
-    # "No augmentation" is a vector of zeros: of its features, the cosines are 1 and the sines 0.
-    weights["cond_bias"] = sd["aug_in_proj.weight"].chunk(2, dim=1)[0].sum(dim=1)
-    return weights

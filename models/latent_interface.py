@@ -41,13 +41,15 @@ def mask_levels(J: int, min_mask_prob: float | None, max_mask_prob: float | None
     Raises:
         UserError: limits crossed, out of [0, 1 − 1/J], or with no level between them.
     """
-    if min_mask_prob is None and max_mask_prob is None:
-        return [0.0]
     top = 1 - 1 / J
-    low = max_mask_prob if min_mask_prob is None else min_mask_prob
-    high = top if max_mask_prob is None else max_mask_prob
-    said = f"elit_min_mask_prob {low:g}" if max_mask_prob is None else f"elit_max_mask_prob {high:g}"
-    if min_mask_prob is not None and max_mask_prob is not None:
+    if min_mask_prob is None:
+        if max_mask_prob is None:
+            return [0.0]
+        low, high, said = max_mask_prob, max_mask_prob, f"elit_max_mask_prob {max_mask_prob:g}"
+    elif max_mask_prob is None:
+        low, high, said = min_mask_prob, top, f"elit_min_mask_prob {min_mask_prob:g}"
+    else:
+        low, high = min_mask_prob, max_mask_prob
         said = f"elit_min_mask_prob {low:g} and elit_max_mask_prob {high:g}"
     clamped = [min(max(v, 0.0), top) if math.isfinite(v) else top for v in (low, high)]
     below, above = math.floor(clamped[0] * J + EPS), math.ceil(clamped[1] * J - EPS)
@@ -76,6 +78,7 @@ class FullWidthRMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, D) → (…, D), in the dtype of x."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) / math.sqrt(x.shape[-1])
         return (x * (1 / (rms + 1e-5)) * self.scale).to(x.dtype)
@@ -94,7 +97,9 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        x = attend(*self.heads(queries, context), self.fused)  # (B·G, heads, Q, D/heads)
+        """Queries (B or 1, G or 1, Q, D) and context (B, G, K, D) → (B, G, Q, D)."""
+        q, k, v = self.heads(queries, context)
+        x = attend(q, k, v, self.fused)  # (B·G, heads, Q, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, context.shape[:2])
 
     def heads(self, queries: Tensor, context: Tensor) -> list[Tensor]:
@@ -122,7 +127,7 @@ class Read(nn.Module):
         self.adaLN_modulation = modulation(cond_dim, 6 * dim)
 
     def forward(self, z: Tensor, x: Tensor, c: Tensor) -> Tensor:
-        """z (1, 1, k, D) or (B, G, k, D), x (B, G, J, D), c (B, cond_dim) → (B, G, k, D)."""
+        """Latents z (1, 1, k, D) or (B, G, k, D), tokens x (B, G, J, D), c (B, cond_dim) → (B, G, k, D)."""
         D = x.shape[-1:]
         shift_p, scale_p, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None, None].chunk(6, dim=-1)
         x = modulate(F.layer_norm(x, D, eps=1e-6), shift_p, scale_p)
@@ -140,14 +145,15 @@ class Write(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, depth: int, fused: bool = True):
         super().__init__()
-        self.attn = nn.ModuleList(CrossAttention(dim, num_heads, fused) for _ in range(depth))
-        self.mlp = nn.ModuleList(Mlp(dim, dim, bias=False) for _ in range(depth))
-        for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            for parameter in (attn.proj.weight, attn.proj.bias, mlp.fc2.weight):
+        attns = [CrossAttention(dim, num_heads, fused) for _ in range(depth)]
+        mlps = [Mlp(dim, dim, bias=False) for _ in range(depth)]
+        self.attn, self.mlp = nn.ModuleList(attns), nn.ModuleList(mlps)
+        for module in (*(a.proj for a in attns), *(m.fc2 for m in mlps)):
+            for parameter in module.parameters():
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x (B, G, J, D), z (B, G, k, D) → (B, G, J, D)."""
+        """Tokens x (B, G, J, D), latents z (B, G, k, D) → (B, G, J, D)."""
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
             x = x + attn(x, z)
             x = x + mlp(x)
@@ -165,6 +171,7 @@ class LatentInterface(nn.Module):
         tail: what becomes of the latents beyond the budget. "drop": they do not exist (the paper's reading). "skip": they go
             from Read to Write unprocessed (what published checkpoints need).
         latent_pos: whether every latent has a learned position of its own, added after Read.
+
     Raises:
         UserError: the grid cannot be cut into groups, or an option is not valid; the message begins with the argument's name.
     """
@@ -227,8 +234,11 @@ class LatentInterface(nn.Module):
         return self.group(table.reshape(1, len(table), -1))[0, :, :k].reshape(-1, *table.shape[1:])
 
     def read(self, x: Tensor, c: Tensor, budget: float | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens (B, N, D) and condition (B, cond_dim) → tokens in group order (B, G, J, D), to be handed to `write`; the kept
-        latents (B, G·k, D) for the core; and the tail latents (B, G, J−k, D), `None` where they do not exist.
+        """Tokens (B, N, D) and condition (B, cond_dim) → tokens in group order, kept latents, tail latents.
+
+        Returns:
+            The tokens (B, G, J, D), to be handed to `write`; the kept latents (B, G·k, D) for the core; and the tail latents
+            (B, G, J−k, D), `None` where they do not exist.
         """
         J = self.latents_per_group
         k = budget_to_k(budget, J)
@@ -245,6 +255,7 @@ class LatentInterface(nn.Module):
         Tokens (B, N, D) and condition (B, cond_dim) → attention weights (B, G, heads, J latents, J tokens).
         """
         layer = self.reader.attn[-1]
+        assert isinstance(layer, CrossAttention)
         inputs: list[tuple[Tensor, Tensor]] = []
         hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
         try:

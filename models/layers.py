@@ -60,11 +60,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 def timestep_features(t: Tensor, num_features: int) -> Tensor:
-    """t (B,) → (B, num_features): [cos, sin] of t·10000^(−i/half), i = 0 … half−1, half = num_features / 2; in float32."""
+    """Times t (B,) → (B, num_features): [cos, sin] of t·10000^(−i/half), i = 0 … half−1, half = num_features / 2; in float32."""
     half = num_features // 2
     # Made at every call: as a buffer the frequencies would be cast to the model's dtype.
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
@@ -77,14 +78,16 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int, num_features: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        layers = nn.Linear(num_features, dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(layers[0], nn.SiLU(), layers[1])
         self.num_features = num_features
-        for layer in (self.mlp[0], self.mlp[2]):
+        for layer in layers:
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t, self.num_features).to(self.mlp[0].weight.dtype))
+        """See the class."""
+        return self.mlp(timestep_features(t, self.num_features).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -96,6 +99,7 @@ class LabelEmbedder(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, y: Tensor) -> Tensor:
+        """See the class."""
         return self.embedding_table(y)
 
 
@@ -108,6 +112,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, D) → (…, D), in the dtype of x."""
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps) * self.scale).to(x.dtype)
 
@@ -134,6 +139,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """See the class."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D/heads) each
         q, k = self.q_norm(q), self.k_norm(k)
@@ -153,15 +159,16 @@ class Mlp(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 def modulation(cond_dim: int, out_dim: int) -> nn.Sequential:
     """SiLU and a zero-initialised Linear: the condition's shifts, scales and gates (adaLN-Zero)."""
-    layers = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, out_dim))
-    nn.init.zeros_(layers[1].weight)
-    nn.init.zeros_(layers[1].bias)
-    return layers
+    linear = nn.Linear(cond_dim, out_dim)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.SiLU(), linear)
 
 
 def xavier(module: Module) -> Module:
@@ -186,6 +193,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = modulation(dim, 2 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """See the class."""
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 

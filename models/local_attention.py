@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 
     @property
     def local(self) -> bool:
+        """Whether cells see only cells nearby."""
         return self.name != "global"
 
 

@@ -4,7 +4,6 @@ One class is Stable Diffusion 3's and 3.5's model and REPA's text-to-image model
 Shapes: B batch, N image tokens, L text tokens, D width, d head width, E and P widths of text features and pooled text.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -97,6 +96,7 @@ class JointBlock(nn.Module):
         self.image = Side(dim, num_heads, qk_norm, fused, dual=dual)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class; returns image and text."""
         L = text.shape[1]
         text_parts, image_parts = self.text.modulations(c), self.image.modulations(c)
         both = zip(self.text.heads(text, text_parts), self.image.heads(x, image_parts), strict=True)
@@ -120,6 +120,7 @@ class MMDiT(NullText, Backbone):
             tokens take its centre; `None` for the table of the token grid itself.
         time_scale: what t in [0, 1] is multiplied by (SD3: 1000).
         projector_dim: hidden width of REPA's projectors.
+
     Raises:
         UserError: sizes that do not fit each other.
     """
@@ -211,19 +212,3 @@ class MMDiT(NullText, Backbone):
         make = self.context_embedder.weight.new_zeros
         pooled = None if self.pooled_width is None else make(batch_size, self.pooled_width)
         return Text(make(batch_size, length, self.text_width), pooled)
-
-
-_PUBLISHED_NAMES = (
-    ("model.diffusion_model.", ""), ("joint_blocks.", "blocks."), (".context_block.", ".text."), (".x_block.", ".image."),
-    (".ln_q.weight", ".q_norm.scale"), (".ln_k.weight", ".k_norm.scale"), ("y_embedder.mlp.", "y_embedder."),
-)  # fmt: skip
-
-
-def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of SD3, SD3.5 or REPA's text-to-image model under the names of `MMDiT`."""
-    weights = {}
-    for name, value in state_dict.items():
-        for theirs, ours in _PUBLISHED_NAMES:
-            name = name.replace(theirs, ours)
-        weights[name] = value
-    return weights

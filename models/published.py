@@ -1,17 +1,68 @@
 """State dicts of others: which backbone they are of, and their weights under our names."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from common.errors import UserError
-from models import hdit, mmdit, uvit
+
+
+def from_uvit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a published U-ViT under the names of `UViT`: there in, middle and out blocks have lists of their own."""
+    half = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("in_blocks."))
+    weights = {}
+    for name, value in state_dict.items():
+        part, rest = name.split(".", 1) if "." in name else (name, "")
+        if part == "mid_block":
+            name = f"blocks.{half}.{rest}"
+        elif part in ("in_blocks", "out_blocks"):
+            i, rest = rest.split(".", 1)
+            name = f"blocks.{int(i) + (half + 1) * (part == 'out_blocks')}.{rest}"
+        weights[name] = value
+    return weights
+
+
+def from_hdit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """k-diffusion's weights (`image_transformer_v2`) under the names of `HDiT`: there the layers are numbered level by level."""
+    sd = {key.removeprefix("inner_model."): value for key, value in state_dict.items()}
+    depths = Counter(key.rsplit(".", 3)[0] for key in sd if key.endswith("self_attn.scale"))
+    outer = range(len(depths) // 2)
+    order = [f"down_levels.{i}" for i in outer] + ["mid_level"] + [f"up_levels.{i}" for i in reversed(outer)]
+    layers = {f"{level}.{i}": n for n, (level, i) in enumerate((level, i) for level in order for i in range(depths[level]))}
+    weights = {}
+    for key, value in sd.items():
+        layer = next((f"{name}." for name in layers if key.startswith(f"{name}.")), None)
+        if layer and not key.endswith("pos_emb.freqs"):
+            weights[f"blocks.{layers[layer[:-1]]}.{key.removeprefix(layer)}"] = value
+        elif not layer and not key.startswith(("aug_emb.", "aug_in_proj.")):
+            weights[key] = value
+    # "No augmentation" is a vector of zeros: of its features, the cosines are 1 and the sines 0.
+    weights["cond_bias"] = sd["aug_in_proj.weight"].chunk(2, dim=1)[0].sum(dim=1)
+    return weights
+
+
+_MMDIT_NAMES = (
+    ("model.diffusion_model.", ""), ("joint_blocks.", "blocks."), (".context_block.", ".text."), (".x_block.", ".image."),
+    (".ln_q.weight", ".q_norm.scale"), (".ln_k.weight", ".k_norm.scale"), ("y_embedder.mlp.", "y_embedder."),
+)  # fmt: skip
+
+
+def from_mmdit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of SD3, SD3.5 or REPA's text-to-image model under the names of `MMDiT`."""
+    weights = {}
+    for name, value in state_dict.items():
+        for theirs, ours in _MMDIT_NAMES:
+            name = name.replace(theirs, ours)
+        weights[name] = value
+    return weights
+
 
 # A key that only this backbone has; of the published forms with the function that translates the names.
 _PUBLISHED = {
-    "mid_block.norm1.weight": ("U-ViT", uvit.from_published),
-    "mid_level.0.self_attn.scale": ("HDiT", hdit.from_published),
-    "joint_blocks.0.x_block.attn.qkv.weight": ("MMDiT", mmdit.from_published),
+    "mid_block.norm1.weight": ("U-ViT", from_uvit),
+    "mid_level.0.self_attn.scale": ("HDiT", from_hdit),
+    "joint_blocks.0.x_block.attn.qkv.weight": ("MMDiT", from_mmdit),
 }
 _OURS = {
     "patch_embed.proj.weight": "U-ViT",

@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(cond_dim or dim, 6 * dim)
 
     def forward(self, x: Tensor, c: Tensor, rotation: Rotation | None = None, skip: Tensor | None = None) -> Tensor:
-        """x and skip (B, n, D), c (B, cond_dim) → (B, n, D)."""
+        """Tokens x and skip (B, n, D), condition c (B, cond_dim) → (B, n, D)."""
         if self.skip_linear is not None and skip is not None:
             # What layers add to stays as wide as x, also where autocast makes matrix products narrower.
             x = self.skip_linear(torch.cat([x, skip], dim=-1)).to(x.dtype)
@@ -78,8 +78,10 @@ def positions(grid: tuple[int, int], x: Tensor) -> Tensor:
 
 
 def rotation(pos: Tensor, head_width: int) -> Rotation:
-    """Cosines and sines of axial rotary angles of positions (n, 2): d/4 pairs of channels turn with the row, the
-    others with the column, pair i of each by position·10000^(−2i/(d/2))."""
+    """Cosines and sines of axial rotary angles of positions (n, 2).
+
+    d/4 pairs of channels turn with the row, the others with the column, pair i of each by position·10000^(−2i/(d/2)).
+    """
     quarter = head_width // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, device=pos.device, dtype=pos.dtype) / quarter)
     angle = (pos[:, :, None] * frequencies).flatten(1)
@@ -156,6 +158,7 @@ class SiT(Backbone):
         layout: "unet": blocks of the second half join with those of the first that they mirror, but for the innermost pair.
             "hourglass": blocks from ⌊2·depth/7⌋ to as many from the end work on 2×2 cells in one of twice the width.
         z_dims: feature widths of the REPA target encoders.
+
     Raises:
         UserError: sizes that do not divide, or REPA on an inner block of the hourglass.
     """
@@ -228,6 +231,7 @@ class SiT(Backbone):
             )
 
     def interface_arguments(self) -> dict[str, Any]:
+        """The interface's tokens are the image's; rotary models need no learned positions of latents."""
         return {
             "dim": self.hidden_size,
             "num_heads": self.num_heads,
@@ -237,6 +241,7 @@ class SiT(Backbone):
         }
 
     def check_split(self, head_depth: int, tail_depth: int) -> None:
+        """Raises UserError where skips would join tokens with latents, or the core does not hold the merged blocks."""
         if self.layout == "unet" and head_depth != tail_depth:
             raise UserError(
                 f"head_depth {head_depth} and tail_depth {tail_depth}: must be equal in SiT's unet layout, "
@@ -248,7 +253,7 @@ class SiT(Backbone):
                 "since the core holds all blocks of the hourglass that work on merged tokens"
             )
 
-    def embed(self, x: Tensor, t: Tensor, y: Condition) -> Stream:
+    def embed(self, x: Any, t: Tensor, y: Condition) -> Stream:
         """Tokens (B, N, D) with their positions, and the condition (B, D)."""
         tokens, c = self.x_embedder(x), self.t_embedder(t) + self.y_embedder(check_labels(y, "SiT"))
         if not self.rotary:
@@ -257,6 +262,7 @@ class SiT(Backbone):
         return SiTStream(tokens.to(x.dtype), c, pos=positions(self.grid_size, x), grid=self.grid_size)
 
     def step(self, i: int, s: Stream) -> None:
+        """Block i, with the merge before and the split after the hourglass's inner blocks, and the skips of the unet."""
         assert isinstance(s, SiTStream)
         depth = len(self.blocks)
         if self.inner and i == self.inner.start:

@@ -4,7 +4,6 @@ The published networks predict noise on another path; here the same network pred
 is another model: SiT's blocks in this layout, `SiT(layout="unet")`.)
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class UViTBlock(nn.Module):
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x and skip (B, n, D) → (B, n, D)."""
+        """Tokens x and skip (B, n, D) → (B, n, D)."""
         if self.skip_linear is not None and skip is not None:
             # What layers add to stays as wide as x, also where autocast makes matrix products narrower.
             x = self.skip_linear(torch.cat([x, skip], dim=-1)).to(x.dtype)
@@ -46,6 +45,7 @@ class UViT(NullText, Backbone):
         final_conv: whether a 3×3 convolution goes over the result.
         time_mlp: whether a two-layer MLP follows the features of time.
         z_dims: feature widths of the REPA target encoders.
+
     Raises:
         UserError: an odd depth, or sizes that do not divide.
     """
@@ -114,6 +114,7 @@ class UViT(NullText, Backbone):
                     nn.init.zeros_(layer.bias)
 
     def interface_arguments(self) -> dict[str, Any]:
+        """The interface's tokens are the image's."""
         return {
             "dim": self.hidden_size,
             "num_heads": self.num_heads,
@@ -122,6 +123,7 @@ class UViT(NullText, Backbone):
         }
 
     def check_split(self, head_depth: int, tail_depth: int) -> None:
+        """Raises UserError where skips would join tokens with latents."""
         if head_depth != tail_depth:
             raise UserError(
                 f"head_depth {head_depth} and tail_depth {tail_depth}: must be equal in a U-ViT, "
@@ -129,9 +131,11 @@ class UViT(NullText, Backbone):
             )
 
     def null(self, y: Any) -> Any:
+        """The empty prompt of a text model, else the null label."""
         return super().null(y) if self.text else Backbone.null(self, y)
 
     def example_condition(self, batch_size: int) -> Any:
+        """Zeros, as text or as labels."""
         if self.text is None:
             return super().example_condition(batch_size)
         return Text(self.context_embed.weight.new_zeros(batch_size, *self.text))
@@ -153,6 +157,7 @@ class UViT(NullText, Backbone):
         return Stream(tokens, condition, grid=self.grid_size, prefix=self.prefix)
 
     def step(self, i: int, s: Stream) -> None:
+        """Block i; an out block takes what the in block that it mirrors left."""
         middle = len(self.blocks) // 2
         s.x = self.blocks[i](s.x, s.skips.pop() if i > middle else None)
         if i < middle:
@@ -162,18 +167,3 @@ class UViT(NullText, Backbone):
         """Tokens (B, prefix + N, D) → velocity (B, C, H, W)."""
         patches = self.decoder_pred(self.norm(s.x)[:, self.prefix :])
         return self.final_layer(unpatchify(patches, self.grid_size, self.patch_size))
-
-
-def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a published U-ViT under the names of `UViT`: there in, middle and out blocks have lists of their own."""
-    half = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("in_blocks."))
-    weights = {}
-    for name, value in state_dict.items():
-        part, rest = name.split(".", 1) if "." in name else (name, "")
-        if part == "mid_block":
-            name = f"blocks.{half}.{rest}"
-        elif part in ("in_blocks", "out_blocks"):
-            i, rest = rest.split(".", 1)
-            name = f"blocks.{int(i) + (half + 1) * (part == 'out_blocks')}.{rest}"
-        weights[name] = value
-    return weights

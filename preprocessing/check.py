@@ -11,7 +11,7 @@ from tqdm import tqdm
 from common import image_files
 from common.errors import UserError
 from common.file_tree import FileTree
-from common.files import check_output, decode_name, file_sha256
+from common.files import check_output, decode_name, file_sha256, make_folder
 from config.tool_options import CheckConfig
 from data import latent_files, remote
 from data.dataset import LatentDataset, paired_images
@@ -205,5 +205,6 @@ def draw_grid(config: CheckConfig, dataset: LatentDataset, images: FileTree | No
     if images is not None:
         names = [decode_name(name) for name in paired_images(images, dataset.latents)]
         rows += [image_files.read_image(images, names[i]) for i in chosen]
+    make_folder(path.parent, "--sample-grid: the folder")
     save_png(image_grid(np.stack(rows), columns=len(chosen)), path)
     print(f"{path}: latents {', '.join(map(str, chosen))}")

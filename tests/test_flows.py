@@ -6,16 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import runs
 import torch
 from numerics import randomize
 from torch import nn
 
 import models
+from checkpoint.weights import Weights
 from common.errors import UserError
 from config.options import GenerateConfig, TrainConfig
+from data.dataset import LatentDataset
+from experiments_updated import quickstart_report
 from flows import DFM, FlowMatching, LossCondition, flow_of
+from loss import dfm_loss, flow_matching_loss, stage_times
 from models.dfm import decompose, recompose
-from models.vae import SD_VAE, VAERecord
+from models.vae import SD_VAE, VAERecord, sample_latents
 from randomness import image_noise, sde_noise, training_draws
 from samplers import BudgetSchedule, Guidance, euler_maruyama_sampler
 
@@ -145,6 +150,44 @@ def test_held_out_losses_use_one_noise_and_shifted_times_at_every_condition():
         assert kwargs in ({}, {"inference_budget": 0.5})
     torch.testing.assert_close(losses[0], (draws.noise - x).square().mean(dim=(1, 2, 3)))
     assert torch.equal(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("name", ["ELIT-SiT-Ti/2", "DFM-ELIT-SiT-Ti/2"])
+def test_the_quick_starts_report_measures_at_the_times_and_stages_of_training(name, tmp_path):
+    shift = 1.0 if "DFM" in name else 3.0
+    record = runs.make_vae(tmp_path / "vae")
+    data = runs.make_latents(tmp_path / "data", 3, record)
+    model = randomize(models.create_model(name, input_size=8, num_classes=5, elit_group_size=2)).eval()
+    config = quickstart_report.ReportConfig(model=name, val_data_dir=str(data), budgets=[0.25, 1.0], time_shift=shift)
+    loaded, weights = SimpleNamespace(model=model, device=torch.device("cpu")), Weights({}, {"weighting": "lognormal"}, record)
+    found = quickstart_report._val_losses(config, loaded, weights)
+    wanted = np.zeros((2, 3))
+    batch = torch.utils.data.default_collate(LatentDataset(data).__getitems__([0, 1, 2]))
+    for repeat in range(2):
+        places = range(3 * repeat, 3 * repeat + 3)
+        draws = training_draws(0, 0, places, (4, 8, 8), "held-out", [(4, 4, 4)] if "DFM" in name else [])
+        x = sample_latents(batch["moments"], draws.posterior, record)
+        t = torch.sigmoid(draws.time_normal)
+        t = shift * t / (1 + (shift - 1) * t)
+        for i, budget in enumerate(config.budgets):
+            with torch.no_grad():
+                if "DFM" in name:
+                    arguments = model, x, [*draws.coarse_noise, draws.noise]
+                    losses = [
+                        dfm_loss(
+                            *arguments,
+                            stage_times(t, draws.stage_normal, s),
+                            batch["label"],
+                            "linear",
+                            s,
+                            inference_budget=budget,
+                        )
+                        for s in range(2)
+                    ]
+                else:
+                    losses = [flow_matching_loss(model, x, draws.noise, t, batch["label"], "linear", inference_budget=budget)]
+            wanted[i] += np.mean([loss.numpy() for loss in losses], axis=0) / 2
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

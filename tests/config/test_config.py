@@ -446,9 +446,9 @@ def test_an_empty_list_is_a_value_where_it_is_the_default(write):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("seed: 1\nseed: 2", "seed: stands there twice"),
-        ("batch-size: 1\nbatch_size: 2", "batch_size: stands there twice"),
-        ("cache_dir: a\ns3_cache_dir: b", "s3_cache_dir: stands there twice"),
+        ("seed: 1\nseed: 2", "seed: is given twice"),
+        ("batch-size: 1\nbatch_size: 2", "batch_size: is given twice"),
+        ("cache_dir: a\ns3_cache_dir: b", "s3_cache_dir: is given twice"),
         ("ema_decay: [[0.9], 0.8]", "ema_decay: must be a value or a list of values"),
         ("a: " + "[" * 100_000, "nested too deeply"),
         ("a: &a [x]\nb: &b [*a, *a]\nc: &c [*b, *b]", "b: must be a value"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from common.file_tree import FileTree
 from common.files import WriteError, remove_leftovers, write_atomically
 from common.image_files import read_image
 from common.tensor_files import npy_bytes
-from config.options import EvaluateConfig
+from config.tool_options import EvaluateConfig
 from data.dataset import LatentDataset
 from data.packed import LABELS_FILE
 from dataset_tools import main
@@ -280,6 +281,15 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, disk):
         write_atomically(path, b"x" * 100, option="--output")
     assert isinstance(caught.value, OSError) and isinstance(caught.value, UserError) and caught.value.strerror
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_devices_and_fifos_are_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with ThreadPoolExecutor(1) as thread:
+        received = thread.submit((tmp_path / "x").read_bytes)
+        write_atomically(tmp_path / "x", b"content")
+        assert received.result(10) == b"content"
+    assert (tmp_path / "x").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ sets of images

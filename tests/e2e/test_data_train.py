@@ -132,7 +132,7 @@ def test_training_refuses_what_contradicts(tmp_path, capsys):
     for options, words in (
         (["--latent-norm", "channel"], ["latent_stats.json: missing", "dataset_tools.py stats"]),
         (["--time-shift", "2"], ["--time-shift 2", "started with 1.0"]),
-        (["--time-shift", "0"], ["--time-shift", "> 0"]),
+        (["--time-shift", "0"], ["--time-shift", "0.001"]),
         (["--model", "DFM-SiT-B/2", "--time-shift", "2"], ["--time-shift 2", "DFM-SiT-B/2"]),
     ):
         line = refused(train.main, capsys, ["--model", "SiT-Ti/4", *base, *options])
@@ -191,7 +191,7 @@ def test_the_sde_sampler_takes_the_shifted_grid():
     np.testing.assert_allclose(model.times, [2 * t / (1 + t) for t in (1, 0.52, 0.04)], rtol=1e-6)
 
 
-def test_held_out_losses_take_the_shift():
+def test_validation_losses_take_the_shift():
     from models.vae import SD_VAE
 
     batch = {"moments": torch.rand(2, 8, 4, 4), "label": torch.zeros(2, dtype=torch.long)}

@@ -10,9 +10,10 @@ from torch._dynamo.testing import CompileCounter
 
 import models
 from common.errors import UserError
-from models import checkpoint_blocks, compile_model, hdit, mmdit
+from models import checkpoint_blocks, compile_model
 from models.conditioning import Text
 from models.elit import Elastic, ELITHDiT, ELITMMDiT
+from models.published import from_hdit, from_mmdit
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ FAMILIES = {"sit": 1, "unet": 2, "hourglass": 2, "uvit": 2, "hdit": 3, "mmdit": 
 def test_golden_hdit(tag):
     of, options = case(tag)["of"], case(tag)["options"]
     model, data, outputs = ELITHDiT(**test_hdit.golden_arguments(of), **options), arrays(of), arrays(tag)
-    model.load_state_dict(hdit.from_published(weights(of)) | weights(tag))
+    model.load_state_dict(from_hdit(weights(of)) | weights(tag))
     for budget in case(tag)["budgets"]:
         with torch.no_grad():
             out = model(data["x"], data["sigma"].log() / 4, data.get("y"), budget)
@@ -36,7 +37,7 @@ def test_golden_hdit(tag):
 def test_golden_mmdit(tag):
     of, options = case(tag)["of"], case(tag)["options"]
     model, data, outputs = ELITMMDiT(**test_mmdit.golden_arguments(of), **options), arrays(of), arrays(tag)
-    own = mmdit.from_published(weights(of)) | weights(tag) | {"pos_embed": model.pos_embed}
+    own = from_mmdit(weights(of)) | weights(tag) | {"pos_embed": model.pos_embed}
     model.load_state_dict(own)
     for budget in case(tag)["budgets"]:
         with torch.no_grad():

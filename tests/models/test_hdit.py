@@ -13,8 +13,9 @@ from common.errors import UserError
 from models import local_attention
 from models.conditioning import Text
 from models.costs import count_flops
-from models.hdit import HDiT, from_published, hourglass, places, positions, rotation
+from models.hdit import HDiT, hourglass, places, positions, rotation
 from models.local_attention import Kind, attend, attended_pairs, attention_mask, kernel_size
+from models.published import from_hdit
 
 TAGS = ["hdit_na", "hdit_na_wide", "hdit_swin", "hdit_global"]
 
@@ -58,7 +59,7 @@ def randomized(model: HDiT) -> HDiT:
 @pytest.mark.parametrize("tag", TAGS)
 def test_golden(tag, fused):
     model, data = HDiT(**golden_arguments(tag), fused_attn=fused), arrays(tag)
-    model.load_state_dict(from_published(weights(tag)))
+    model.load_state_dict(from_hdit(weights(tag)))
     with torch.no_grad():
         out = model(data["x"], data["sigma"].log() / 4, data.get("y"))
     torch.testing.assert_close(out, data["out"], rtol=0, atol=1e-4 if tag != "hdit_global" else 5e-5)

@@ -9,7 +9,8 @@ from numerics import randomize
 
 from common.errors import UserError
 from models.conditioning import Text, map_condition, select
-from models.mmdit import MMDiT, from_published
+from models.mmdit import MMDiT
+from models.published import from_mmdit as from_published
 
 TAGS = ["mmdit_repa", "mmdit_repa_crop", "mmdit_sd3", "mmdit_sd35", "mmdit_sd35_x"]
 

@@ -13,7 +13,8 @@ from common.errors import UserError
 from models.conditioning import Text
 from models.costs import count_flops
 from models.elit import ELITUViT
-from models.uvit import UViT, from_published
+from models.published import from_uvit as from_published
+from models.uvit import UViT
 
 TAGS = ["uvit_class", "uvit_conv_odd", "uvit_uncond", "uvit_t2i"]
 
