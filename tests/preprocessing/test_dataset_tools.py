@@ -507,6 +507,7 @@ def test_quarters_row_by_row():
         assert torch.equal(found[i], canvases[b, :, top : top + 32, left : left + 32])
 
 
+@pytest.mark.slow
 def test_classifier(tmp_path, monkeypatch):
     from experiments_updated import digit_classifier
 
