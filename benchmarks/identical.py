@@ -176,7 +176,7 @@ class Work:
         output = process.communicate()[0]
         if process.returncode != code:
             raise SystemExit(f"{command}: exit code {process.returncode}\n{output[-3000:]}")
-        print(f"{time.perf_counter() - begin:7.1f} s  {command.split()[0]} … {command[-80:]}", flush=True)
+        print(f"{time.perf_counter() - begin:7.1f} s  {command.split()[0]} … {command[-80:]}", file=sys.stderr, flush=True)
         lines = output.replace("\r", "\n").replace(str(self.folder), "WORK").splitlines()
         return [line for line in lines if line.strip() and not re.search(r"%\||warn|it/s|image/s", line, re.IGNORECASE)]
 
