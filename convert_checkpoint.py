@@ -16,10 +16,11 @@ from torch import Tensor
 from checkpoint import reading, training_state, weights
 from checkpoint.architecture import resolve_architecture
 from checkpoint.inspect import look, show
+from common import tensor_files
 from common.errors import UserError, cli_main
+from common.files import WriteError, check_folder
 from config.options import ConvertCheckpointConfig
 from config.parsing import parse
-from sampling import checks
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
 
@@ -49,7 +50,7 @@ def check_dest(config: ConvertCheckpointConfig) -> None:
         raise UserError(f"{dest}: exists already; choose another name")
     if config.safetensors != (dest.suffix == ".safetensors"):
         raise UserError(f"{dest}: --safetensors belongs to a name that ends in .safetensors, and only to such a name")
-    checks.check_folder("the folder of OUT,", dest.parent)
+    check_folder("the folder of OUT,", dest.parent)
 
 
 def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
@@ -74,28 +75,20 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     found = next(iter(sets.values()))
     try:
         if config.safetensors:
-            save_safetensors(dest, found)
+            metadata = {"config": json.dumps(found.config), "vae": json.dumps(found.record.to_dict()), "step": str(found.step)}
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            tensor_files.save_safetensors(dest, found.state_dict, metadata)
         else:
             ema = {_decay(name): w.state_dict for name, w in sets.items() if name != "model"}
             model = sets["model"].state_dict if "model" in sets else found.state_dict
             state = {"model": model, "ema": ema or {"0.0": model}}  # raw weights are their own average of decay 0
             state |= {"optimizer": None, "scheduler": None, "scaler": None}
             training_state.save(dest, state | {"step": found.step, "config": found.config, "vae": found.record.to_dict()})
+    except WriteError:
+        raise
     except OSError as error:
         raise UserError(f"{dest}: cannot be written: {error}") from None
     print(f"{dest}: {found.config['model']}, step {found.step}, weights {', '.join(sets)}")
-
-
-def save_safetensors(path: Path, found: weights.Weights) -> None:
-    """One set of weights with its configuration, VAE record and step as JSON in the metadata; written aside, then renamed."""
-    from safetensors.torch import save_file
-
-    metadata = {"config": json.dumps(found.config), "vae": json.dumps(found.record.to_dict()), "step": str(found.step)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    save_file(found.state_dict, aside, metadata | {"format": "pt"})
-    aside.chmod(0o644)  # safetensors leaves it readable by its owner alone
-    aside.replace(path)
 
 
 def _decay(name: str) -> str:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from checkpoint.weights import Weights
 from common import files
 from common.errors import cli_main
+from common.files import check_folder
 from common.logging import warn
 from common.plotting import bar_plot, labelled_grid
 from config.options import CCFGConfig
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_options(config: CCFGConfig) -> None:
     """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
     checks.check_options(config, config.cfg_scales)
-    checks.check_folder("--output-dir", config.output_dir)
+    check_folder("--output-dir", config.output_dir)
 
 
 def check(config: CCFGConfig) -> None:

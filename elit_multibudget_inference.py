@@ -28,6 +28,7 @@ from tqdm import tqdm
 from checkpoint.weights import Weights
 from common import files
 from common.errors import cli_main
+from common.files import check_folder
 from common.plotting import attention_maps, labelled_grid, line_plot
 from config.options import MultibudgetConfig
 from samplers import BudgetSchedule, Guidance
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_options(config: MultibudgetConfig) -> None:
     """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
     checks.check_options(config)
-    checks.check_folder("--output-dir", config.output_dir)
+    check_folder("--output-dir", config.output_dir)
 
 
 def check(config: MultibudgetConfig) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from checkpoint.weights import Weights
 from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main
-from common.files import FolderLock, check_name
+from common.files import FolderLock, check_folder, check_name
 from common.logging import warn
 from config.options import GenerateConfig
 from flows import OnStage, flow_of
@@ -59,7 +59,7 @@ def check_options(config: GenerateConfig) -> None:
         for label in config.class_labels:
             if not (label.isascii() and label.isdecimal() and len(label) < 19):
                 raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
-    checks.check_folder("--sample-dir", config.sample_dir)
+    check_folder("--sample-dir", config.sample_dir)
 
 
 def name_run(config: GenerateConfig, weights: Weights) -> None:

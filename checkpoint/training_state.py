@@ -14,6 +14,7 @@ from typing_extensions import Buffer
 
 from checkpoint.records import FORMAT
 from common.errors import UserError
+from common.files import sync_folder
 from common.tensor_files import Unreadable, load, sidecar
 
 
@@ -73,17 +74,7 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     except BaseException:
         delete_checkpoint(aside)  # its room on the disk is needed
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Renames outlive a power cut once the folder is synced. Some file systems know no such thing."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync_folder(path.parent)
 
 
 def delete_checkpoint(path: Path) -> None:
@@ -93,9 +84,10 @@ def delete_checkpoint(path: Path) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete what killed writes left aside."""
+    """Delete what killed writes of this run's checkpoints left aside; nothing else, and no links."""
     for path in Path(folder).glob("*.pt.tmp"):
-        delete_checkpoint(path)
+        if re.fullmatch(r"[0-9]{7,}\.pt\.tmp", path.name) and not path.is_symlink():
+            delete_checkpoint(path)
 
 
 def set_aside(folder: str | Path, step: int) -> Path | None:
@@ -113,7 +105,7 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
         path.replace(aside / path.name)
         if sidecar(path).exists():
             sidecar(path).replace(aside / sidecar(path).name)
-    _sync_folder(Path(folder))
+    sync_folder(Path(folder))
     return aside
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from common.errors import UserError, cli_main
+from common.files import written_aside
 from preprocessing import demo
 
 WEIGHTS_VARIABLE = "DIGIT_CLASSIFIER"  # names the weights file that `factory` reads, or makes
@@ -104,9 +105,8 @@ def load_or_train(path: str | Path | None = None) -> DigitClassifier:
     if not path.exists():
         model = train_classifier()
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        torch.save(model.state_dict(), aside)
-        aside.replace(path)
+        with written_aside(path) as aside:
+            torch.save(model.state_dict(), aside)
         return model
     model = DigitClassifier()
     try:

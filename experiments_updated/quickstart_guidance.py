@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import generate
 from common import files
 from common.errors import cli_main
+from common.files import check_folder
 from common.tables import markdown_table
 from config.options import GenerateConfig
 from config.rules import option
 from experiments_updated import digit_classifier
 from metrics import frechet_distance
-from sampling import checks, cost, session
+from sampling import cost, session
 
 TIMED_IMAGES = 6
 SCHEDULES = ("0.0625@1.0-0.5,1.0@0.5-0.0", "1.0@1.0-0.5,0.0625@0.5-0.0", "0.0625@1.0-0.75,0.25@0.75-0.25,1.0@0.25-0.0")
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_options(config: GuidanceConfig) -> None:
     """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
     generate.check_options(config)
-    checks.check_folder("--output-dir", config.output_dir)
+    check_folder("--output-dir", config.output_dir)
 
 
 def cells(config: GuidanceConfig) -> dict[tuple[str, str], GenerateConfig]:

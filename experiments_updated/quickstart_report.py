@@ -18,6 +18,7 @@ import generate
 import models
 from checkpoint.weights import Weights
 from common.errors import UserError, cli_main
+from common.files import check_folder
 from common.plotting import labelled_grid
 from common.tables import markdown_table
 from config.options import GenerateConfig
@@ -27,7 +28,7 @@ from data.dataset import LatentDataset
 from experiments_updated import digit_classifier
 from flows import flow_of
 from metrics.images import write_npz
-from sampling import checks, image_folder, session
+from sampling import image_folder, session
 from sampling.session import Session
 
 TIMED_IMAGES, TIMED_ROUNDS = 20, 2
@@ -94,7 +95,7 @@ def check_options(config: ReportConfig) -> None:
     """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
     require_options(config, "val_data_dir")
     generate.check_options(config)
-    checks.check_folder("--output-dir", config.output_dir)
+    check_folder("--output-dir", config.output_dir)
 
 
 def _with_budget(config: ReportConfig, budget: float) -> ReportConfig:

@@ -3,9 +3,7 @@
 Those of the options alone run before a checkpoint is read or downloaded, the others before anything else is loaded or written.
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import models
 from common.errors import UserError
@@ -63,13 +61,6 @@ def check_budget(config: Options, option: str, value: str | float | None) -> Non
             budget_to_k(piece, J)
         except UserError as error:
             raise UserError(f"{option}: {error}; valid values: {', '.join(f'{b:g}' for b in all_budgets(J))}") from None
-
-
-def check_folder(option: str, folder: str | Path) -> None:
-    """Refuse a folder that cannot be made or written to."""
-    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"{option} {folder}: cannot write there: {there} is no folder that can be written to")
 
 
 def all_budgets(J: int) -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 import metrics.images
 from checkpoint.weights import Weights
 from common.errors import UserError
-from common.files import WriteError, check_name, join_inside, parse_json, write_json
+from common.files import check_name, join_inside, parse_json, write_json
 from common.image_files import save_png
 from config.options import GenerateConfig
 from config.rules import folder_labels, names
@@ -179,8 +179,4 @@ def _write_image(folder: Path, index: int, image: np.ndarray) -> None:
 def write_npz(path: Path, files: Iterable[Path], config: GenerateConfig) -> None:
     """ADM's sample format: arr_0 uint8 (M, H, W, 3) of the image files. Raises WriteError for a full disk."""
     shape = (config.num_fid_samples, config.resolution, config.resolution, 3)
-    try:
-        metrics.images.write_npz(path, shape, (np.asarray(Image.open(file)) for file in files))
-    except OSError as error:
-        path.with_suffix(".npz.tmp").unlink(missing_ok=True)
-        raise error if isinstance(error, UserError) else WriteError(path, error) from None
+    metrics.images.write_npz(path, shape, (np.asarray(Image.open(file)) for file in files))

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.errors import UserError, cli_main
+from common.files import write_atomically
 
 SETTINGS = ("run", "weights", "step", "budget", "guidance", "interval", "sampler", "seed", "samples", "reference")
 FIGURES = ("fid", "sfid", "is", "precision", "recall", "fdd")
@@ -33,10 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     writer = csv.DictWriter(content, SETTINGS + FIGURES, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write(table, content.getvalue())
+    make_folder(options.dest)
+    write_atomically(table, content.getvalue())
     lines = [SETTINGS + FIGURES, ["---"] * len(SETTINGS + FIGURES)]
     lines += [[r.get(name, "") if name in SETTINGS else _short(r.get(name)) for name in lines[0]] for r in rows]
-    write(table.with_suffix(".md"), "".join("| " + " | ".join(line) + " |\n" for line in lines))
+    write_atomically(table.with_suffix(".md"), "".join("| " + " | ".join(line) + " |\n" for line in lines))
     print(f"{table}: {len(rows)} line(s)")
 
 
@@ -75,14 +77,6 @@ def guidance(made: dict) -> str:
         return f"cfg {made['cfg_scale']:g}"
     kind = "autoguidance" if made["autoguidance"] else "ccfg"
     return f"{kind} {made['cfg_scale']:g} at {made['unconditional_inference_budget']:g}"
-
-
-def write(path: Path, content: str) -> None:
-    """A text file, written aside and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(content, encoding="utf-8")
-    aside.replace(path)
 
 
 def _short(figure: str | None) -> str:
