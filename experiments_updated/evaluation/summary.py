@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.errors import UserError, cli_main
-from common.files import write_atomically
+from common.files import make_folder, write_atomically
 
 SETTINGS = ("run", "weights", "step", "budget", "guidance", "interval", "sampler", "seed", "samples", "reference")
 FIGURES = ("fid", "sfid", "is", "precision", "recall", "fdd")
