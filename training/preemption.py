@@ -84,7 +84,9 @@ class Preemption:
         if self._wakeup is not None:
             ours, interpreters, before = self._wakeup
             signal.set_wakeup_fd(before)
-            interpreters.close()  # which ends the thread
+            interpreters.close()  # which ends the thread, as does this, where it counts down
+            self._is_set_up.set()
+            self._guard.join()  # a thread that still runs when the interpreter ends aborts the process
             ours.close()
         if failed is not None and kind is not None and issubclass(kind, RuntimeError) and failed != dist.get_rank():
             # What a collective says of a process that has gone; that one tells why.
@@ -130,7 +132,8 @@ class Preemption:
         interpreters.setblocking(False)
         # The interpreter writes a signal's number there at once; a handler waits until the main thread is back in Python.
         self._wakeup = (ours, interpreters, signal.set_wakeup_fd(interpreters.fileno(), warn_on_full_buffer=False))
-        threading.Thread(target=self._abandon_setup, args=(ours,), name="set-up guard", daemon=True).start()
+        self._guard = threading.Thread(target=self._abandon_setup, args=(ours,), name="set-up guard", daemon=True)
+        self._guard.start()
 
     def _abandon_setup(self, wakeup: socket.socket) -> None:
         number = 0

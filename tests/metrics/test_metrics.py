@@ -1,5 +1,7 @@
 """Statistics on features, against scipy and NumPy written from the definitions of ADM's evaluator."""
 
+import sys
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,7 +9,6 @@ from adm import adm_frechet, exact_distances, gaussian, half_distances, neighbou
 
 import metrics
 from common.errors import UserError
-from metrics import precision_recall
 
 DIM = 48
 
@@ -154,8 +155,9 @@ def test_precision_and_recall_in_float16_are_those_of_the_definition():
 
 def test_a_block_that_overflows_is_repeated_in_float32_and_only_that_block(monkeypatch):
     """One row of 300 × the size makes the blocks it is in overflow."""
-    monkeypatch.setattr(precision_recall, "BLOCK", 200)
-    monkeypatch.setattr(precision_recall, "TILE", 60)
+    module = sys.modules["metrics.precision_recall"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "BLOCK", 200)
+    monkeypatch.setattr(module, "TILE", 60)
     ref, samples = 1 + features(500, dim=256), 1 + features(450, dim=256, seed=1, shift=0.02)
     ref[250] *= 300
 

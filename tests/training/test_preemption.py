@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from runs import ROOT, command_line, environment, free_port, make_latents, make_
 from training_runs import arguments
 
 from common import early_signals
+from training import preemption
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +78,10 @@ def test_who_does_not_train_gives_the_signals_back(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_no_thread_is_left_behind():
+    """One that still runs when the interpreter ends aborts the process, now and then."""
+    with preemption.Preemption():
+        assert any(thread.name == "set-up guard" for thread in threading.enumerate())
+    assert not any(thread.name == "set-up guard" for thread in threading.enumerate())
