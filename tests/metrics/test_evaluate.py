@@ -22,6 +22,8 @@ from runs import ROOT, make_checkpoint, make_vae
 
 import dataset_tools
 import evaluate
+from checkpoint import training_state
+from common import tensor_files
 from common.torchvision_shim import import_torchvision
 from metrics import feature_extractors
 from metrics.images import open_images
@@ -408,16 +410,26 @@ def test_the_runner_generates_evaluates_and_sums_up(tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     csv = (tmp_path / "results" / "summary.csv").read_text().splitlines()
-    metrics = json.loads((tmp_path / "results/evaluation/train/small-0000007-budget-0.5.json").read_text())
+    (path,) = (tmp_path / "results/evaluation/train").glob("small-0000007-budget-0.5-*.json")
+    metrics = json.loads(path.read_text())
     row = dict(zip(csv[0].split(","), csv[1].split(","), strict=True))
     assert (row["run"], row["step"], row["budget"], row["guidance"], row["samples"]) == ("made", "7", "0.5", "none", "6")
     assert float(row["fid"]) == metrics["fid"] and len(csv) == 2
     assert f"{metrics['fid']:.4f}" in (tmp_path / "results" / "summary.md").read_text()
-    assert not list(tmp_path.rglob("*.npz")) and not list((tmp_path / "results" / "made").rglob("*.png"))  # --clean
+    assert not list(tmp_path.rglob("*.npz")) and not list((tmp_path / "results").rglob("*.png"))  # --clean
     (tmp_path / "results" / "summary.csv").unlink()  # as if it had been stopped before the summary
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "images drawn" not in done.stdout + done.stderr  # nothing is done twice
     assert (tmp_path / "results" / "summary.csv").read_text().splitlines() == csv
+    # Other weights under the same name, with an older date, have figures of their own.
+    state = tensor_files.load(ckpt)
+    other = {k: 1.5 * v for k, v in state["model"].items()}
+    training_state.save(ckpt, state | {"model": other, "ema": {"0.9999": other}})
+    os.utime(ckpt, (0, 0))
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = dict(zip(csv[0].split(","), (tmp_path / "results/summary.csv").read_text().splitlines()[1].split(","), strict=True))
+    assert float(row["fid"]) != metrics["fid"] and len(list(path.parent.iterdir())) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
