@@ -119,6 +119,8 @@ def check_model(config: TrainConfig) -> None:
         raise UserError(
             f"--model {config.model}: is conditioned on text, which arrives with captions; training takes class labels"
         )
+    if config.levels is not None and not spec.takes("levels"):
+        raise UserError(f"--levels {config.levels}: {config.model} has no levels; only HDiT models do")
     masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
     if not spec.elastic and any(masks):
         raise UserError(f"--elit-max-mask-prob: {config.model} has no latents to mask; only ELIT models do")

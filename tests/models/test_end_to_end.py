@@ -100,7 +100,7 @@ def test_train_resume_and_generate(model, data, tmp_path, monkeypatch, capsys):
         ("MMDiT-Ti/2", (), "--model MMDiT-Ti/2: is conditioned on text, which arrives with captions"),
         ("DFM-U-ViT-Ti/2", (), "DFM exists only for SiT"),
         ("ELIT-U-ViT-Ti/2", ("--head-depth", 2), "head_depth 2 and tail_depth 1: must be equal in a U-ViT"),
-        ("U-ViT-Ti/2", ("--levels", 2), "U-ViT-Ti/2 has no option 'levels'"),
+        ("U-ViT-Ti/2", ("--levels", 2), "--levels 2: U-ViT-Ti/2 has no levels; only HDiT models do"),
         ("ELIT-HDiT-Ti/2", ("--head-depth", 0), "the core must lie in HDiT's inner level"),
         ("HDiT-Ti/4", ("--levels", 4), "HDiT level 0: head_width 32"),
         ("U-ViT-Ti/2", ("--qk-norm",), "U-ViT-Ti/2 has no option 'qk_norm'"),
