@@ -113,6 +113,7 @@ bound, started = float(sys.argv[1]), {}
 for name, argv, before, output in json.loads(sys.argv[2]):
     if not (child := os.fork()):
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
         exec(before)
         train.main(argv)
