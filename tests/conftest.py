@@ -10,9 +10,7 @@ import pytest
 import torch
 from encoder_runs import random_vit
 from numerics import GOLDEN
-from runs import reset_accelerate
-
-from common.torchvision_shim import import_torchvision
+from runs import reset_accelerate, tiny_vae
 
 torch.set_num_threads(1)  # for models this small, more threads only wait for each other
 
@@ -45,16 +43,7 @@ def golden():
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory) -> Path:
     """A small untrained VAE of factor 2."""
-    import_torchvision()  # which diffusers imports
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
-        latent_channels=3, norm_num_groups=4, scaling_factor=0.5,
-    ).save_pretrained(path)  # fmt: skip
-    return path
+    return tiny_vae(tmp_path_factory.mktemp("vae"), 2, latent_channels=3, scaling_factor=0.5)
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ import argparse
 import os
 
 import pytest
+import runs
 import torch
 from runs import make_checkpoint
 
@@ -102,12 +103,7 @@ def test_show_tells_what_is_in_a_file(ckpt, golden_checkpoint, tmp_path, capsys)
 
 
 def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        run(*argv)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
+    return runs.refused(convert_checkpoint.main, capsys, argv)
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys):

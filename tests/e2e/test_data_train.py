@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import make_latents, refused
+from runs import make_latents, refused, tiny_vae
 from sets import picture, save
 
 import dataset_tools
@@ -16,7 +16,6 @@ import generate
 import train
 from checkpoint import reading
 from common import tensor_files
-from common.torchvision_shim import import_torchvision
 from flows import FlowMatching
 from loss import training_times
 from models.vae import decode, load_vae, to_uint8
@@ -35,14 +34,7 @@ KINDS = {
 
 def make_kind(kind: str, folder: Path) -> Path:
     """A random VAE of factor 8, in the sub-folder vae/ as in a whole pipeline."""
-    import_torchvision()  # which diffusers imports
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(1)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8,) * 4,
-        norm_num_groups=4, mid_block_add_attention=False, **KINDS[kind],
-    ).save_pretrained(folder / "vae")  # fmt: skip
+    tiny_vae(folder / "vae", 4, seed=1, mid_block_add_attention=False, **KINDS[kind])
     return folder
 
 

@@ -83,11 +83,6 @@ def error_lines(text):
     return [line for line in text.splitlines() if ".py: error:" in line]
 
 
-def refused(main, capsys, argv) -> str:
-    capsys.readouterr()
-    return runs.refused(main, capsys, argv)
-
-
 # ------------------------------------------------------------------------------------------------- failures with workers
 
 # One import for all runs, which go on at the same time; each process ends as a script does, not by os._exit.
@@ -397,7 +392,7 @@ def test_a_second_run_is_refused_and_nothing_is_touched(data, run_of_two_steps, 
     with held_by_another(out / "run" / "run.lock"):
         before = content(out)
         argv = arguments(data, out, "--max-train-steps", 3, "--resume-step", -1)
-        line = refused(train.main, capsys, argv)
+        line = runs.refused(train.main, capsys, argv)
         assert content(out) == before
     assert str(out / "run") in line and "another run is writing there" in line and "--wait-for-lock" in line
 
@@ -417,7 +412,7 @@ def test_a_run_holds_its_folder_and_leaves_it(data, tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_refused_leaves_no_folder(data, tmp_path, capsys):
-    assert "nowhere.pt" in refused(train.main, capsys, arguments(data, tmp_path / "out", "--init-from", "nowhere.pt"))
+    assert "nowhere.pt" in runs.refused(train.main, capsys, arguments(data, tmp_path / "out", "--init-from", "nowhere.pt"))
     assert not (tmp_path / "out").exists()
 
 
@@ -440,7 +435,7 @@ def test_a_queued_run_waits_for_the_one_before_and_goes_on_from_it(data, run_of_
 def test_waiting_ends_in_time_and_at_a_signal(data, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with held_by_another(tmp_path / "run" / "run.lock"):
-        line = refused(train.main, capsys, arguments(data, tmp_path, "--wait-for-lock", 0.02))
+        line = runs.refused(train.main, capsys, arguments(data, tmp_path, "--wait-for-lock", 0.02))
         assert "another run is writing there" in line
         reset_accelerate()
         threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -471,7 +466,7 @@ def test_two_generations_in_one_folder(tmp_path, capsys):
     reset_accelerate()
     with held_by_another(folder.with_name(folder.name + ".lock")):
         before = content(tmp_path)
-        line = refused(generate.main, capsys, argv)
+        line = runs.refused(generate.main, capsys, argv)
         assert content(tmp_path) == before
     assert str(folder) in line and "another run is writing there" in line
     reset_accelerate()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,24 +22,26 @@ ROOT = Path(__file__).resolve().parents[2]
 SIDE, CHANNELS, RESOLUTION, CLASSES = 8, 4, 32, 5
 
 
-def make_vae(folder: Path) -> VAERecord:
-    """A random AutoencoderKL of factor 4 with 4 channels, 32 px."""
+def tiny_vae(folder: Path, blocks: int, seed: int = 0, **options) -> Path:
+    """An untrained AutoencoderKL of factor 2^(blocks − 1) with 8 channels, as diffusers saves it."""
     import_torchvision()  # which diffusers imports
     from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
-    blocks = 3
-    vae = AutoencoderKL(
+    torch.manual_seed(seed)
+    AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
         block_out_channels=(8,) * blocks,
-        latent_channels=CHANNELS,
         norm_num_groups=4,
-        sample_size=RESOLUTION,
-        scaling_factor=0.5,
-        mid_block_add_attention=False,
-    )
-    vae.save_pretrained(folder)
+        **options,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_vae(folder: Path) -> VAERecord:
+    """A random VAE of factor 4 with 4 channels, 32 px."""
+    options = {"latent_channels": CHANNELS, "sample_size": RESOLUTION, "scaling_factor": 0.5, "mid_block_add_attention": False}
+    tiny_vae(folder, 3, **options)
     return VAERecord(str(folder), None, 4, CHANNELS, 0.5, 0.0)
 
 
@@ -145,13 +148,16 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def refused(main, capsys, argv) -> str:
-    """The one line on stderr with which a script's `main(argv)` refuses a user's mistake; its exit code is 2."""
+def refused(main, capsys, argv, *culprits: str) -> str:
+    """The one line on stderr with which a script's `main(argv)` refuses a user's mistake, naming all `culprits`; exit code 2."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in argv])
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "warning" not in line and "%|" not in line]
-    assert len(lines) == 1, lines
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not re.search(r"warning|%\||image/s", line)]
+    assert len(lines) == 1 and re.match(r"\w+\.py: error: ", lines[0]), lines
+    for culprit in culprits:
+        assert culprit in lines[0], lines[0]
     return lines[0]
 
 

@@ -3,10 +3,11 @@
 import io
 import json
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
+import runs
 from PIL import Image
 
 from dataset_tools import main
@@ -55,13 +56,4 @@ def convert(source: Path, dest: Path, *options: str) -> dict[str, bytes]:
     return content(dest)
 
 
-def refused(capsys, argv: list[str], *culprits: str) -> None:
-    """The command ends with code 2 and one line on stderr that holds every one of `culprits`."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert caught.value.code == 2
-    lines = [line for line in capsys.readouterr().err.split("\n") if line and "image/s" not in line]  # the progress bar
-    assert len(lines) == 1 and lines[0].startswith("dataset_tools.py: error: "), lines
-    for culprit in culprits:
-        assert culprit in lines[0], lines[0]
+refused = partial(runs.refused, main)  # (capsys, argv, *culprits)

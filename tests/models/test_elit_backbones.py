@@ -1,10 +1,8 @@
 """ELIT around every backbone: HDiT's and MM-DiT's golden outputs; gradients, gradient checkpointing and compiled graphs of all."""
 
 import pytest
-import test_hdit
-import test_mmdit
 import torch
-from golden_cases import arrays, case, weights
+from golden_cases import arrays, case, hdit_arguments, mmdit_arguments, randomized_hdit, weights
 from numerics import randomize
 from torch._dynamo.testing import CompileCounter
 
@@ -25,7 +23,7 @@ FAMILIES = {"sit": 1, "unet": 2, "hourglass": 2, "uvit": 2, "hdit": 3, "mmdit": 
 @pytest.mark.parametrize("tag", ["elit_hdit", "elit_hdit_swin", "elit_hdit_head"])
 def test_golden_hdit(tag):
     of, options = case(tag)["of"], case(tag)["options"]
-    model, data, outputs = ELITHDiT(**test_hdit.golden_arguments(of), **options), arrays(of), arrays(tag)
+    model, data, outputs = ELITHDiT(**hdit_arguments(of), **options), arrays(of), arrays(tag)
     model.load_state_dict(from_hdit(weights(of)) | weights(tag))
     for budget in case(tag)["budgets"]:
         with torch.no_grad():
@@ -36,7 +34,7 @@ def test_golden_hdit(tag):
 @pytest.mark.parametrize("tag", ["elit_mmdit", "elit_mmdit_sd35"])
 def test_golden_mmdit(tag):
     of, options = case(tag)["of"], case(tag)["options"]
-    model, data, outputs = ELITMMDiT(**test_mmdit.golden_arguments(of), **options), arrays(of), arrays(tag)
+    model, data, outputs = ELITMMDiT(**mmdit_arguments(of), **options), arrays(of), arrays(tag)
     own = from_mmdit(weights(of)) | weights(tag) | {"pos_embed": model.pos_embed}
     model.load_state_dict(own)
     for budget in case(tag)["budgets"]:
@@ -83,7 +81,7 @@ def small(family: str, **changes) -> Elastic:
             "widths": [16, 24, 32],
             "attentions": [("shifted-window", 4), ("neighborhood", 3), ("global",)],
         }
-        return test_hdit.randomized(elit_hdit(input_size=32, head_depth=5, tail_depth=5, elit_group_size=4, **levels | changes))
+        return randomized_hdit(elit_hdit(input_size=32, head_depth=5, tail_depth=5, elit_group_size=4, **levels | changes))
     options = {"input_size": 16, "hidden_size": 32, "depth": 6, "num_heads": 2, "head_depth": 1, "tail_depth": 1}
     options |= {"text_width": 5, "qk_norm": True} if family == "mmdit" else {"num_classes": 9}
     name = {"mmdit": "MMDiT", "uvit": "U-ViT", "sit": "SiT", "unet": "SiT-UViT", "hourglass": "SiT-HDiT"}[family]

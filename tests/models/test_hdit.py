@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from golden_cases import arrays, case, weights
-from numerics import randomize
+from golden_cases import arrays, hdit_arguments, randomized_hdit, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -20,45 +19,15 @@ from models.published import from_hdit
 TAGS = ["hdit_na", "hdit_na_wide", "hdit_swin", "hdit_global"]
 
 
-def golden_arguments(tag: str) -> dict:
-    """Our arguments of a golden case."""
-    kw = case(tag)["kw"]
-    levels = kw["levels"]
-    kinds = [
-        (a["type"], *(a[k] for k in ("kernel_size", "window_size") if k in a)) for a in (level["attn"] for level in levels)
-    ]
-    return {
-        "input_size": tuple(arrays(tag)["x"].shape[2:]),
-        "patch_size": kw["patch_size"][0],
-        "in_channels": kw["in_channels"],
-        "depths": [level["depth"] for level in levels],
-        "widths": [level["width"] for level in levels],
-        "attentions": kinds,
-        "head_width": levels[0]["attn"]["d_head"],
-        "mapping_depth": kw["mapping"][0],
-        "mapping_width": kw["mapping"][1],
-        "num_classes": kw["num_classes"] - 1 if kw["num_classes"] else None,
-    }
-
-
 def small(**changes) -> HDiT:
-    arguments = golden_arguments("hdit_na_wide") | changes
+    arguments = hdit_arguments("hdit_na_wide") | changes
     return HDiT(**arguments)
-
-
-def randomized(model: HDiT) -> HDiT:
-    """The model with random weights, temperatures positive."""
-    randomize(model)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.self_attn.scale.abs_()
-    return model
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tag", TAGS)
 def test_golden(tag, fused):
-    model, data = HDiT(**golden_arguments(tag), fused_attn=fused), arrays(tag)
+    model, data = HDiT(**hdit_arguments(tag), fused_attn=fused), arrays(tag)
     model.load_state_dict(from_hdit(weights(tag)))
     with torch.no_grad():
         out = model(data["x"], data["sigma"].log() / 4, data.get("y"))
@@ -146,7 +115,7 @@ def test_masks_of_fake_tensors_are_not_kept():
 
 
 def test_a_mask_first_made_in_inference_mode_serves_training():
-    model = randomized(small(attentions=[("neighborhood", 3), ("global",)], input_size=(6, 14)))
+    model = randomized_hdit(small(attentions=[("neighborhood", 3), ("global",)], input_size=(6, 14)))
     x, t, y = torch.randn(2, 4, 6, 14), torch.tensor([0.1, 0.9]), torch.tensor([1, 2])
     with torch.inference_mode():
         model(x, t, y)
@@ -195,7 +164,7 @@ def test_windows_count_as_attended():
 
 
 def test_autocast_keeps_what_layers_add_to_in_float32():
-    model = randomized(small())
+    model = randomized_hdit(small())
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         s = model.embed(torch.randn(2, 4, 6, 10), torch.tensor([0.1, 0.9]), torch.tensor([1, 2]))
         for i in range(len(model.blocks)):
@@ -238,6 +207,6 @@ def test_what_is_no_label(y):
 
 
 def test_no_labels():
-    model = HDiT(**golden_arguments("hdit_swin"))
+    model = HDiT(**hdit_arguments("hdit_swin"))
     assert model.num_classes is None and model.null(None) is None
     assert count_flops(model) > 0

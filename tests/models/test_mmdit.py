@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from golden_cases import arrays, case, weights
+from golden_cases import arrays, mmdit_arguments, weights
 from numerics import randomize
 
 from common.errors import UserError
@@ -13,31 +13,6 @@ from models.mmdit import MMDiT
 from models.published import from_mmdit as from_published
 
 TAGS = ["mmdit_repa", "mmdit_repa_crop", "mmdit_sd3", "mmdit_sd35", "mmdit_sd35_x"]
-
-
-def golden_arguments(tag: str) -> dict:
-    """Our arguments of a golden case."""
-    kw, params, data = case(tag)["kw"], case(tag)["params"], arrays(tag)
-    stability = "adm_in_channels" in kw
-    arguments = {
-        "input_size": tuple(data["x"].shape[2:]),
-        "patch_size": kw["patch_size"],
-        "in_channels": kw["in_channels"],
-        "hidden_size": params["context_embedder.bias"][0],
-        "depth": kw["depth"],
-        "num_heads": kw["depth"],
-        "text_width": params["context_embedder.weight"][1],
-        "pos_grid": (12, 12) if stability else (16, 16),
-    }
-    if stability:
-        return arguments | {
-            "pooled_width": kw["adm_in_channels"],
-            "qk_norm": kw["qk_norm"],
-            "dual_attention": tuple(kw.get("x_block_self_attn_layers", ())),
-            "pos_scale": 3.0 if "sd35" in tag else 1.0,
-            "time_scale": 1000.0,
-        }
-    return arguments | {k: kw[k] for k in ("encoder_depth", "z_dims", "projector_dim")}
 
 
 def small(**changes) -> MMDiT:
@@ -53,7 +28,7 @@ def inputs(length: int = 3, width: int = 5, pooled: int | None = None) -> tuple[
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tag", TAGS)
 def test_golden(tag, fused):
-    model, data = MMDiT(**golden_arguments(tag), fused_attn=fused), arrays(tag)
+    model, data = MMDiT(**mmdit_arguments(tag), fused_attn=fused), arrays(tag)
     found = model.load_state_dict(from_published(weights(tag)), strict=False)
     assert found.missing_keys == ["pos_embed"] and not found.unexpected_keys  # which the reference makes itself
     with torch.no_grad():
@@ -68,8 +43,8 @@ def test_golden(tag, fused):
 def test_the_position_table_of_a_checkpoint_is_read():
     tag = "mmdit_sd3"
     published = {f"model.diffusion_model.{k}": v for k, v in weights(tag).items()}
-    right = MMDiT(**golden_arguments(tag))
-    model = MMDiT(**golden_arguments(tag) | {"pos_scale": 7.0})  # another table, which the checkpoint's replaces
+    right = MMDiT(**mmdit_arguments(tag))
+    model = MMDiT(**mmdit_arguments(tag) | {"pos_scale": 7.0})  # another table, which the checkpoint's replaces
     model.load_state_dict(from_published(published | {"model.diffusion_model.pos_embed": right.pos_embed}))
     data = arrays(tag)
     with torch.no_grad():

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import tiny_vae
 
 from common.errors import UserError
-from common.torchvision_shim import import_torchvision
 from models.vae import SD_VAE, VAERecord, decode, encode_moments, load_vae, sample_latents, to_uint8
 from preprocessing import demo
 
@@ -28,16 +28,7 @@ RECORD = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A small untrained VAE of factor 2 with a scale and a shift, as diffusers saves it."""
-    import_torchvision()  # which diffusers imports
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
-        latent_channels=3, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.25,
-    ).save_pretrained(path)  # fmt: skip
-    return path
+    return tiny_vae(tmp_path_factory.mktemp("vae"), 2, latent_channels=3, scaling_factor=0.5, shift_factor=0.25)
 
 
 def test_record_round_trip_and_keys():
