@@ -58,7 +58,7 @@ def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     lines = [f"{config.source}", f"format      {held.format}"]
     lines.append(f"weights     {', '.join(held.sets) if len(held.sets) > 1 else 'one set'}")
     lines.append(f"beside them {', '.join(held.others) or 'nothing'}")
-    checksum = tensor_files.Checksum(source)
+    checksum = tensor_files.Checksum(source, reread=True)
     try:
         checksum.check()
     except UserError as error:

@@ -20,6 +20,7 @@ from checkpoint.records import (
 )
 from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
 from common.errors import UserError
+from common.file_facts import known
 from common.hub import local_file
 from common.tensor_files import Checksum, load, load_safetensors
 
@@ -45,7 +46,7 @@ def read_weights(
         found = _read(path, weights, given or {})
         if not projectors:
             found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
-        _check_finite(path, found.state_dict)
+        known(path, f"finite {weights} {projectors}", lambda: _check_finite(path, found.state_dict))
         _check_sizes(path, found)
     except UserError:
         if checksum is not None:

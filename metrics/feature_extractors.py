@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common import hub, tensor_files
 from common.errors import UserError, first_line
-from common.files import file_sha256
+from common.file_facts import known_sha256
 from common.torchvision_shim import import_torchvision
 
 SPATIAL_CHANNELS = 7  # of the 192 of the branch that sFID looks at
@@ -58,7 +58,7 @@ def inception(path: str | None, device: torch.device, warn: Callable[[str], None
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     weights, state = _read_weights("--inception-weights", path or _download_inception(URL_INCEPTION_V3))
-    sha256 = file_sha256(weights)
+    sha256 = known_sha256(weights)
     if not sha256.startswith(_hash_in_name(URL_INCEPTION_V3)):
         warn(f"--inception-weights {weights}: not the published weights (sha256 {sha256[:16]}…); figures cannot be compared")
     # The package unpickles its file without restriction: it is given what was loaded with restriction, never the file itself.
@@ -112,7 +112,7 @@ def dinov2(path: str | None, device: torch.device) -> Network:
         pixels = torch.from_numpy(small).to(device).permute(0, 3, 1, 2).float() / 255
         return {"dinov2": model.forward_features((pixels - mean) / std)[:, 0]}
 
-    return Network("dinov2-vit-l-14", extract, weights, file_sha256(weights))
+    return Network("dinov2-vit-l-14", extract, weights, known_sha256(weights))
 
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
