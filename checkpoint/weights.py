@@ -23,7 +23,9 @@ class Weights:
     """What a checkpoint says of its model."""
 
     state_dict: dict[str, Tensor]
-    config: dict[str, Any]  # the recorded options; empty where the file records none
+    # The recorded options; empty where the file records none. Of others' models also `arguments`, those of the constructor that
+    # no option has, and `predicts`, a key of `models.published.PREDICTIONS` where that is no velocity.
+    config: dict[str, Any]
     record: VAERecord = SD_VAE
     step: int = 0
     checksum: Checksum | None = None  # of the file that they are from; rank 0 alone has it
@@ -36,8 +38,11 @@ class Weights:
 
 def build_model(found: Weights, where: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> nn.Module:
     """The model that `found` records, in eval mode with its weights loaded and checked; `overrides` are constructor arguments."""
-    config = found.config
-    for name in ("model", "resolution", "num_classes"):
+    config, arguments = found.config, found.config.get("arguments") or {}
+    is_labelled = config.get("model") and not (
+        models.model_spec(config["model"]).text or {"text", "num_classes"} & arguments.keys()
+    )
+    for name in ("model", "resolution", *(["num_classes"] if is_labelled else [])):
         if not config.get(name):
             raise UserError(f"{where}: the checkpoint records no {name}; give --{name.replace('_', '-')}")
     if config["resolution"] % found.record.downsample_factor:
@@ -50,10 +55,13 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
                 config["model"],
                 input_size=config["resolution"] // found.record.downsample_factor,
                 in_channels=found.record.latent_channels,
-                num_classes=config["num_classes"],
+                num_classes=config.get("num_classes") or 1,
+                arguments=arguments,
                 **(model_options(config) | {"fused_attn": config.get("fused_attn", True)} | overrides),
             )
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ArithmeticError, ValueError, LookupError) as error:  # sizes beyond all bounds, or none
         raise UserError(f"{where}: no such model can be made: {first_line(error)}") from None
     load_state_dict(model, found.state_dict, where, assign=True)
     found.check()
@@ -62,8 +70,9 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
 
 def model_options(config: dict[str, Any]) -> dict[str, Any]:
     """The constructor arguments among recorded options that this model family knows."""
-    spec = models.model_spec(config["model"])
-    return {k: config[k] for k in MODEL_OPTIONS if k in config and (k == "qk_norm" or spec.takes(k))}
+    spec, own = models.model_spec(config["model"]), config.get("arguments") or {}
+    options = {k: config[k] for k in MODEL_OPTIONS if k in config and (k == "qk_norm" or spec.takes(k))}
+    return {k: v for k, v in options.items() if k not in own}
 
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:

@@ -21,6 +21,7 @@ from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
+from models.published import PREDICTIONS
 from models.vae import decode, load_vae
 from samplers import Guidance, parse_budget
 
@@ -50,7 +51,22 @@ def from_command_line(
     check_options(config)
     weights = reading.read_weights(config.ckpt, config.weights, given)
     resolve_architecture(config, given, weights, config.ckpt)
+    check_velocity(config, weights)
     return config, given, weights
+
+
+def check_velocity(config: Options, weights: Weights) -> None:
+    """Refuse a model that does not predict the velocity of its class labels."""
+    recorded = weights.config
+    if "predicts" in recorded:
+        raise UserError(
+            f"--ckpt {config.ckpt}: holds a published {config.model}, which predicts {PREDICTIONS[recorded['predicts']]}, not the "
+            "velocity that the samplers follow; a run may start from it (train.py --init-from)"
+        )
+    if "text" in (recorded.get("arguments") or {}):
+        raise UserError(
+            f"--ckpt {config.ckpt}: holds a {config.model} that is conditioned on text; only class labels can be given"
+        )
 
 
 def guidance(config: Options, **changes: Any) -> Guidance:
