@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import UserError, did_you_mean
 from models.backbone import Backbone, checkpoint_blocks, compile_model
-from models.costs import count_flops
+from models.costs import count_flops, count_reused_flops
 from models.dfm import DFMELITSiT, DFMSiT
 from models.elit import Elastic, ELITHDiT, ELITMMDiT, ELITSiT, ELITUViT
 from models.hdit import HDiT
@@ -24,10 +24,12 @@ from models.uvit import UViT
 
 __all__ = [
     "MODELS",
+    "Backbone",
     "ModelSpec",
     "checkpoint_blocks",
     "compile_model",
     "count_flops",
+    "count_reused_flops",
     "create_model",
     "import_state_dict",
     "model_spec",
