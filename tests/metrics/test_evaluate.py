@@ -338,6 +338,46 @@ def test_dino_features_and_fdd(tmp_path, monkeypatch):
     assert out["fdd"] == pytest.approx(1024 * 0.01, rel=1e-3)
 
 
+def test_clip_embeddings_are_openais(tmp_path, monkeypatch):
+    """A ViT-L of one block from transformers' folder, against torch-fidelity's copy of OpenAI's code."""
+    import_torchvision()
+    import timm
+    from torch_fidelity.feature_extractor_clip import VisionTransformer
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=1, **options))
+    model = randomize(VisionTransformer(336, 14, 1024, 1, 16, 768)).eval()
+    names = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    names |= {f"layer_norm{i}": f"ln_{i}" for i in (1, 2)}
+    block = model.transformer.resblocks[0]
+    state = {
+        f"vision_model.encoder.layers.0.{ours}.{kind}": block.state_dict()[f"{theirs}.{kind}"]
+        for ours, theirs in names.items()
+        for kind in ("weight", "bias")
+    }
+    for kind in ("weight", "bias"):
+        for part, value in zip("qkv", block.attn.state_dict()[f"in_proj_{kind}"].chunk(3), strict=True):
+            state[f"vision_model.encoder.layers.0.self_attn.{part}_proj.{kind}"] = value.contiguous()
+        state[f"vision_model.pre_layrnorm.{kind}"] = model.ln_pre.state_dict()[kind]
+        state[f"vision_model.post_layernorm.{kind}"] = model.ln_post.state_dict()[kind]
+    state["vision_model.embeddings.class_embedding"] = model.class_embedding.detach()
+    state["vision_model.embeddings.position_embedding.weight"] = model.positional_embedding.detach()
+    state["vision_model.embeddings.patch_embedding.weight"] = model.conv1.weight.detach()
+    state["visual_projection.weight"] = model.proj.detach().T.contiguous()
+    others = {"logit_scale": torch.ones(()), "text_projection.weight": torch.zeros(2, 2)}
+    (tmp_path / "clip").mkdir()
+    torch.save(state | others, tmp_path / "clip" / "pytorch_model.bin")
+    images = torch.from_numpy(pictures(3, 6)).permute(0, 3, 1, 2)
+    network = feature_extractors.clip(str(tmp_path / "clip"), torch.device("cpu"))
+    with torch.inference_mode():
+        found = network.extract(images)["clip"]
+        pixels = torch.nn.functional.interpolate(images.float() / 255, (336, 336), mode="bicubic")
+        mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).view(2, 3, 1, 1)
+        expected = model((pixels - mean) / std)
+    assert found.shape == (3, 768) and found.std(dim=0).mean() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------ reference
 
 
