@@ -4,69 +4,44 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError, did_you_mean, first_line
-from common.files import DataError
-from config.tool_options import EvaluateConfig, FeatureNetworks
+from config.tool_options import EvaluateConfig, FeatureNetworks, MetricOptions
 from metrics import feature_extractors
 from metrics.feature_extractors import Network
+from metrics.features import IN_FILE, Features, gather, read_batches
 from metrics.images import ImageSet, open_images
 from metrics.precision_recall import precision_recall
-from metrics.statistics import RunningStatistics, covariance_problem, frechet_distance, inception_score, score_of_logits
+from metrics.statistics import covariance_problem, frechet_distance, inception_score, score_of_logits
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "fdd")
 FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}  # metric → the features that it compares
-IN_FILE = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2")}
 NEIGHBOURS = 3  # k of precision and recall
 
 Warn = Callable[[str], None]
-Gaussian = tuple[np.ndarray, np.ndarray]  # mean (d,), covariance (d, d)
 
 
-class Features:
-    """What is known of one set: statistics by kind of feature, given by the file or gathered, and the rows that are kept."""
+class Plan(NamedTuple):
+    """What is to be computed of two sets, and by which networks."""
 
-    def __init__(self, images: ImageSet, gather: set[str], keep: set[str]):
-        self.images, self.gather, self.keep = images, gather, keep
-        self.gathered: dict[str, RunningStatistics] = {}
-        self.rows: dict[str, np.ndarray] = {}  # (N, d) float32
-        self._taken = 0
-
-    @property
-    def wanted(self) -> set[str]:
-        """The kinds of features that the networks must give."""
-        return self.gather | self.keep
-
-    def take(self, batch: dict[str, np.ndarray]) -> None:
-        """Add the features of the next images."""
-        for kind, values in batch.items():
-            if kind in self.gather:
-                self.gathered.setdefault(kind, RunningStatistics(values.shape[1])).update(values)
-            if kind in self.keep:
-                if kind not in self.rows:
-                    self.rows[kind] = np.empty((self.images.count, values.shape[1]), np.float32)
-                self.rows[kind][self._taken : self._taken + len(values)] = values
-        self._taken += len(next(iter(batch.values())))
-
-    def gaussian(self, kind: str) -> Gaussian:
-        """Mean and covariance of one kind of features."""
-        if kind in self.gather:
-            return self.gathered[kind].mean, self.gathered[kind].covariance
-        mean, covariance = IN_FILE[kind]
-        return self.images.statistics[mean], self.images.statistics[covariance]
+    metrics: list[str]
+    ref: Features
+    samples: Features
+    networks: list[Network]
 
 
-def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[str, Any] | None:
-    """Every figure that `config` asks for, and what it belongs to: the content of the JSON file. None off the main process."""
+def prepare(config: MetricOptions, sets: Sequence[ImageSet], state: PartialState, warn: Warn) -> Plan:
+    """Check (reference, samples) `sets` against what `config` asks for, and load the networks; no features are computed.
+
+    Raises:
+        UserError: a metric that the sets or networks do not allow, sets of different sizes or of too few images, weights.
+    """
     check_names(config.metrics)
-    sets = [open_images(path) for path in (config.ref, config.samples)]
     used: list[Network] = []
     if config.features:
         used.append(feature_extractors.by_name(config.features, device_of(state)))
@@ -81,11 +56,18 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
     state.wait_for_everyone()
     used += load_networks(config, ref.wanted | samples.wanted, sets, bool(used), state, warn)
     check_dimensions(ref, samples, metrics, used, warn)
+    return Plan(metrics, ref, samples, used)
 
+
+def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[str, Any] | None:
+    """Every figure that `config` asks for, and what it belongs to: the content of the JSON file. None off the main process."""
+    check_names(config.metrics)
+    sets = [open_images(path) for path in (config.ref, config.samples)]
+    metrics, ref, samples, used = prepare(config, sets, state, warn)
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(lambda: [images.sha256() for images in sets]) if state.is_main_process else None
         for features, name in ((ref, "reference"), (samples, "samples")):
-            gather(features, used, config.batch_size, state, name)
+            gather(features, used, read_batches(features, config.batch_size, state), config.batch_size, state, name)
         if not state.is_main_process:
             return None
         assert hashes is not None
@@ -123,7 +105,7 @@ def check_names(metrics: Sequence[str]) -> None:
             raise UserError(f"--metrics {name}: not a metric{did_you_mean(name, METRICS)}; choose from {' '.join(METRICS)}")
 
 
-def choose_metrics(config: EvaluateConfig, used: Sequence[Network], sets: Sequence[ImageSet], warn: Warn) -> list[str]:
+def choose_metrics(config: MetricOptions, used: Sequence[Network], sets: Sequence[ImageSet], warn: Warn) -> list[str]:
     """The metrics asked for, else all that the network's outputs and the (reference, samples) `sets` allow.
 
     What the sets do not allow is named in a warning. fdd, which takes another network, is computed on demand only.
@@ -255,7 +237,7 @@ def _from_file(features: Features, metrics: Sequence[str]) -> list[str]:
 
 
 def compute(
-    config: EvaluateConfig,
+    config: MetricOptions,
     metrics: Sequence[str],
     ref: Features,
     samples: Features,
@@ -275,60 +257,3 @@ def compute(
         both = precision_recall(*rows, NEIGHBOURS, config.pr_dtype, device=device, progress=True)
         figures |= {m: value for m, value in zip(("precision", "recall"), both, strict=True) if m in metrics}
     return figures
-
-
-# ------------------------------------------------------------------------------------------------------------- features
-
-
-def gather(features: Features, used: Sequence[Network], batch_size: int, state: PartialState, name: str) -> None:
-    """Run the networks over one set, where anything is wanted of it; `features` is filled on the main process.
-
-    Batches are fixed by index and shared out in turns, and their features are taken in order: the result is that of one process.
-    """
-    if not features.wanted:
-        return
-    count = features.images.count
-    spans = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    mine = spans[state.process_index :: state.num_processes]
-    needed = [n for n in used if features.wanted & n.dims.keys()]
-    with (
-        ThreadPoolExecutor(1) as reader,
-        tqdm(total=count, desc=name, unit="image", disable=not state.is_main_process) as bar,
-    ):
-        ahead = reader.submit(features.images.read, mine[0]) if mine else None
-        for turn in range(0, len(spans), state.num_processes):
-            found = None
-            place = turn // state.num_processes
-            if place < len(mine) and ahead is not None:
-                images = ahead.result()
-                if place + 1 < len(mine):  # read while the networks work
-                    ahead = reader.submit(features.images.read, mine[place + 1])
-                found = features_of(needed, images, features.wanted, f"{features.images.path}: image {mine[place].start} ff.")
-            for batch in _gathered(found, state):
-                if batch is not None:
-                    features.take(batch)
-            bar.update(sum(map(len, spans[turn : turn + state.num_processes])))
-
-
-def features_of(used: Sequence[Network], images: np.ndarray, wanted: set[str], where: str) -> dict[str, np.ndarray]:
-    """Images uint8 (B, H, W, 3) → the wanted features, each (B, d) float32. `DataError` for values that are not finite."""
-    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    found: dict[str, Tensor] = {}
-    with torch.inference_mode():
-        for network in used:
-            given = network.extract(batch)
-            found |= {kind: given[kind] for kind in network.dims if kind in wanted}
-    arrays = {kind: values.flatten(1).float().cpu().numpy() for kind, values in found.items()}
-    for kind, values in arrays.items():
-        if not np.isfinite(values).all():
-            raise DataError(f"{where}: its {kind} features hold values that are not finite; are the weights whole?")
-    return arrays
-
-
-def _gathered(found: dict[str, np.ndarray] | None, state: PartialState) -> list[dict[str, np.ndarray] | None]:
-    """What each process found, in order, on the main process; nothing elsewhere."""
-    if state.num_processes == 1:
-        return [found]
-    received: list[Any] | None = [None] * state.num_processes if state.is_main_process else None
-    torch.distributed.gather_object(found, received, dst=0)
-    return received or []
