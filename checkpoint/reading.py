@@ -21,9 +21,9 @@ from checkpoint.records import (
     recorded_vae,
 )
 from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
+from checkpoint.zoo import local_file
 from common.errors import UserError
 from common.file_facts import known
-from common.hub import local_file
 from common.tensor_files import Checksum, load, load_safetensors
 
 
@@ -38,8 +38,9 @@ def read_weights(
     """One set of weights (`ema`, `ema:DECAY` or `model`) of a checkpoint file; REPA's `projectors` are left aside unless asked for.
 
     Formats: ours, its safetensors form, the published ELIT code's and REPA's, k-diffusion's, a folder of `save_pretrained`, and bare
-    state dicts (REPA's `last.pt`, original SiT's, U-ViT's, SD3's, a model's own); a path `hf://owner/repo/file` is fetched from the hub. `given`: options by hand,
-    for what a bare state dict does not record. `checksum`: the file's, where it was read before.
+    state dicts (REPA's `last.pt`, original SiT's, U-ViT's, SD3's, a model's own); a path `hf://owner/repo/file` and a name of
+    `zoo.ZOO` are fetched from the hub. `given`: options by hand, for what a bare state dict does not record. `checksum`: the
+    file's, where it was read before.
     """
     path = local_file(path)
     if checksum is None and path.is_file() and os.environ.get("RANK", "0") == "0":
@@ -81,7 +82,7 @@ def load_model(
     """The model of a checkpoint file, in eval mode on `device`, and its recorded configuration.
 
     Args:
-        path: a file of any format that `read_weights` takes, a folder of `save_pretrained`, or `hf://owner/repo/file`.
+        path: a file of any format that `read_weights` takes, a folder of `save_pretrained`, `hf://owner/repo/file`, or a name of `zoo.ZOO`.
         weights: `ema` (the first decay), `ema:0.999` (a named one) or `model` (the raw weights).
         device: where the model goes.
         overrides: constructor arguments, e.g. `elit_tail="skip"`; and `model`, `resolution`, `num_classes` and `vae`, for what a

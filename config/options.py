@@ -104,7 +104,7 @@ class TrainConfig(Architecture):
     init_from: str | None = option(
         "run",
         None,
-        "checkpoint whose averaged weights a new run starts from: ours, a published one, safetensors, or hf://owner/repo/file",
+        "checkpoint whose averaged weights a new run starts from: ours, a published one, safetensors, hf://owner/repo/file, or a released name",
         resume="free",
     )
     data_dir: str = option(
@@ -231,7 +231,7 @@ class Sampling(GuideOptions, CoreCacheOptions):
     ckpt: str = option(
         "checkpoint",
         ...,
-        "checkpoint: ours, a published one, safetensors, a save_pretrained folder, or hf://owner/repo/file",
+        "checkpoint: ours, a published one, safetensors, a save_pretrained folder, hf://owner/repo/file, or a released name",
         images=False,
     )
     config: list[str] | None = option(
@@ -352,6 +352,9 @@ class ConvertCheckpointConfig(Architecture):
     )
     safetensors: bool = option("files", False, "write a safetensors file with the configuration in its metadata")
     show: bool = option("files", False, "print what is in IN")
+    list: bool = option(
+        "files", False, "print the released weights: names that --ckpt takes, files, budgets, published figures"
+    )
     weights: str | None = option(
         "files",
         None,
