@@ -161,7 +161,7 @@ def clip(path: str, device: torch.device) -> Network:
         pixels = F.interpolate(images.to(device).float() / 255, (CLIP_SIDE, CLIP_SIDE), mode="bicubic")
         return {"clip": model((pixels - mean) / std)}
 
-    return Network("clip-vit-l-14-336", extract, weights, file_sha256(weights))
+    return Network("clip-vit-l-14-336", extract, weights, known_sha256(weights))
 
 
 def _clip_from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
