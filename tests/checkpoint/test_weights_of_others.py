@@ -90,6 +90,7 @@ def test_noise_predictors_start_runs_and_are_not_sampled_from(tmp_path, capsys):
     model = models.create_model(name, input_size=16, num_classes=10, elit_group_size=2, final_conv=False)
     config = vars(TrainConfig(model=name, resolution=128, num_classes=10, exp_name="a"))
     made = init_from(found, model, config, path)
+    assert "what it predicts noise → velocity" in made.summary()
     assert {k.split(".")[0] for k in made.new} == {"interface"} and not made.left and not made.changed
     convert_checkpoint.main([str(path), str(tmp_path / "ours.pt")])
     for ckpt in (path, tmp_path / "ours.pt"):
