@@ -16,6 +16,7 @@ from models.costs import count_flops, count_reused_flops
 from models.dfm import DFMELITSiT, DFMSiT
 from models.elit import Elastic, ELITHDiT, ELITMMDiT, ELITSiT, ELITUViT
 from models.hdit import HDiT
+from models.latent_interface import budget_to_k
 from models.layers import QKNorm
 from models.mmdit import MMDiT
 from models.published import import_state_dict
@@ -83,6 +84,16 @@ class ModelSpec:
     def merged_latents(self) -> int:
         """Latents of a group that become one in the innermost blocks: budgets of fewer cost no less there."""
         return 4 if self.sizes.get("layout") == "hourglass" else 1
+
+    def wasted_saving(self, group_size: int, budgets: Iterable[float | None]) -> str | None:
+        """What to warn of where some of the budgets cost no less than others, since blocks merge latents."""
+        J = group_size**2
+        if not self.elastic or all(budget_to_k(b, J) >= self.merged_latents for b in budgets):
+            return None
+        return (
+            f"budgets below {self.merged_latents}/{J} cost {self.name} no less in its inner blocks, which merge "
+            f"{self.merged_latents} latents"
+        )
 
     @property
     def backbone(self) -> str:

@@ -103,12 +103,8 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
             f"{spec.sizes['head_depth']} blocks (the published code would take {config.encoder_depth}: "
             f"--head-depth {config.encoder_depth})"
         )
-    J = config.elit_group_size**2
-    if spec.elastic and round(J * (trained_budgets(config)[-1] or 1)) < spec.merged_latents:
-        warnings.append(
-            f"budgets below {spec.merged_latents}/{J} cost {config.model} no less in its inner blocks, which merge "
-            f"{spec.merged_latents} latents"
-        )
+    if message := spec.wasted_saving(config.elit_group_size, trained_budgets(config)):
+        warnings.append(message)
     return warnings
 
 

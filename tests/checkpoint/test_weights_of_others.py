@@ -90,9 +90,13 @@ def test_noise_predictors_start_runs_and_are_not_sampled_from(tmp_path, capsys):
     model = models.create_model(name, input_size=16, num_classes=10, elit_group_size=2, final_conv=False)
     config = vars(TrainConfig(model=name, resolution=128, num_classes=10, exp_name="a"))
     made = init_from(found, model, config, path)
+    assert "what it predicts noise → velocity" in made.summary()
     assert {k.split(".")[0] for k in made.new} == {"interface"} and not made.left and not made.changed
     convert_checkpoint.main([str(path), str(tmp_path / "ours.pt")])
+    count = sum(p.numel() for p in reading.load_model(path)[0].parameters())  # of which the table of positions is one
     for ckpt in (path, tmp_path / "ours.pt"):
+        convert_checkpoint.main([str(ckpt), "--show"])
+        assert f"parameters  {count:,} in 67 tensors" in capsys.readouterr().out
         line = runs.refused(generate.main, capsys, ["--ckpt", ckpt, "--sample-dir", tmp_path / "out"])
         assert f"--ckpt {ckpt}: holds a published U-ViT-Class/2, which predicts noise, on the path of Stable" in line
     for tool in (elit_ccfg_inference, elit_multibudget_inference):
@@ -204,7 +208,9 @@ def test_sd3_reads_the_table_that_it_holds(tmp_path, capsys):
     save_file(half, tmp_path / "moved.safetensors")
     moved = reading.load_model(convert(tmp_path / "moved.safetensors", tmp_path / "moved.pt", "--resolution", "128"))[0].float()
     assert (moved(data["x"], data["t"] / 1000, text) - out).abs().max() > 0.1
-    capsys.readouterr()
+    convert_checkpoint.main([str(tmp_path / "sd3.safetensors"), "--show", "--resolution", "128"])
+    count = sum(p.numel() for p in model.parameters())
+    assert f"parameters  {count:,} in {len(state)} tensors" in capsys.readouterr().out
     line = runs.refused(generate.main, capsys, ["--ckpt", tmp_path / "moved.pt", "--sample-dir", tmp_path])
     assert "MMDiT-Sd3/2, which is conditioned on text" in line
 
