@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from config.rules import option
+from config.score_options import ScoreOptions
 
 
 @dataclasses.dataclass
@@ -77,7 +78,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(Architecture):
+class TrainConfig(ScoreOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(
