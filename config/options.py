@@ -5,6 +5,7 @@ from typing import Literal
 
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions
+from config.score_options import ScoreOptions
 
 
 @dataclasses.dataclass
@@ -78,7 +79,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(Architecture):
+class TrainConfig(ScoreOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(

@@ -66,6 +66,6 @@ def images(
             assert on_stage is not None
             on_stage(batch, stage, latents)
 
-        with torch.inference_mode():
+        with torch.no_grad():  # a training run may use what is cached of it, such as masks, where gradients flow
             drawn = draw(loaded, config, batch, report if on_stage else None)
         yield batch, drawn

@@ -26,6 +26,7 @@ from models.backbone import Backbone
 from models.elit import mask_levels, mask_to_budget
 from models.encoders import encoder_names
 from models.vae import VAERecord
+from training import scores
 from training.optim import EMA
 from training.profiler import parse_steps
 from training.resume import ALLOWED
@@ -86,6 +87,7 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     given: the options that the user gave, by name.
     """
     check_model(config)
+    scores.check(config)
     check_name(config.exp_name, "--exp-name", plain=True)
     if config.profile_steps:
         parse_steps(config.profile_steps)

@@ -515,8 +515,7 @@ def stopped():
 def test_another_process_s_interruption_ends_the_drawing_of_all(monkeypatch):
     """One of two processes was told to stop: in the sum of both, the flag is set."""
     accelerator = SimpleNamespace(device=torch.device("cpu"), reduce=lambda flag, reduction: flag + 1)
-    several = SimpleNamespace(accelerator=accelerator, vae=None)
-    with pytest.raises(validation.Interrupted), validation.Validation._together(several, torch.nn.Identity(), lambda: False):
+    with pytest.raises(validation.Interrupted), validation.together(accelerator, [torch.nn.Identity()], lambda: False):
         pass
 
 
