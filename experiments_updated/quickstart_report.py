@@ -29,6 +29,7 @@ from experiments_updated import digit_classifier
 from flows import flow_of
 from metrics.images import write_npz
 from sampling import image_folder, session
+from sampling.images import draw, labels_of
 from sampling.session import Session
 
 TIMED_IMAGES, TIMED_ROUNDS = 20, 2
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"digit classifier: {accuracy:.3f} of the 1,000 held-out digits right")
 
     samples = [_samples(config, budget) for budget in config.budgets]  # (n, H, W, 3) each
-    labels = generate.labels_of(config, range(len(samples[0]))).numpy()
+    labels = labels_of(config, range(len(samples[0]))).numpy()
     rates = _images_per_second(config, loaded)
     losses = _val_losses(config, loaded, weights)
     figures = _figures(config, val_digits, samples)
@@ -117,7 +118,7 @@ def _images_per_second(config: ReportConfig, loaded: Session) -> list[float]:
         for _ in range(TIMED_ROUNDS):
             for i, budget in enumerate(config.budgets):
                 start = time.perf_counter()
-                generate.draw(loaded, _with_budget(config, budget), range(TIMED_IMAGES)).cpu()
+                draw(loaded, _with_budget(config, budget), range(TIMED_IMAGES)).cpu()
                 best[i] = min(best[i], time.perf_counter() - start)
     return [TIMED_IMAGES / seconds for seconds in best]
 
