@@ -5,6 +5,7 @@ result back. Shapes: B batch, N tokens, D width, J tokens and latents per group 
 latents kept per group.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -212,6 +213,19 @@ class LatentInterface(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         self.reader = Read(dim, num_heads, cond_dim or dim, read_depth, fused_attn)
         self.writer = Write(dim, num_heads, write_depth, fused_attn)
+
+    def on_grid(self, grid_size: Sequence[int]) -> "LatentInterface":
+        """This interface on another token grid, its parameters shared; it must be one without positions of latents.
+
+        Raises:
+            UserError: the grid cannot be cut into groups.
+        """
+        assert self.latent_pos is None, "positions of latents belong to one grid"
+        other = copy.copy(self)
+        other.grid_size = tuple(grid_size)
+        _check_groups(other.grid_size, self.group_shape, self.group_size)
+        other.num_groups = math.prod(grid_size) // self.latents_per_group
+        return other
 
     def group(self, x: Tensor) -> Tensor:
         """Row-major tokens (B, N, D) → (B, G, J, D): windows in row-major order, and row-major inside each."""
