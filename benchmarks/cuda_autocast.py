@@ -1,7 +1,8 @@
 """CUDA's rules of automatic mixed precision on tensors of another device, e.g. meta, so that a GPU's work can be traced without one."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,13 @@ class CudaAutocast(TorchFunctionMode):
         self.dtype = dtype
         self.enabled = True
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}  # of leaves that require a gradient, as autocast caches them
+
+    @contextlib.contextmanager
+    def off(self, off: bool = True) -> Iterator[None]:
+        """Inside, operations keep the types of their inputs (or, with `off=False`, they do not)."""
+        before, self.enabled = self.enabled, not off
+        yield
+        self.enabled = before
 
     def cast(self, dtype: torch.dtype, tree: Any) -> Any:
         def convert(x: Any) -> Any:

@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 import models
 from benchmarks.cuda_autocast import CudaAutocast
+from common import precision
 from common.errors import cli_main
 from common.precision import AMP_TYPES
 from config.options import TrainConfig
@@ -241,7 +243,8 @@ def trace_step(config: TrainConfig, batch_size: int, budget: float | None = None
         stats = TrainingStats(["loss"], torch.device("meta"))
         ema, parameters = EMA(model, [0.9999]), list(model.parameters())
         name_parts(model, recorder)
-        with CudaAutocast(AMP_TYPES[config.mixed_precision]) as mode, recorder:
+        mode = CudaAutocast(AMP_TYPES[config.mixed_precision])
+        with mock.patch.object(precision, "full_precision", lambda _: mode.off()), mode, recorder:
             with saved_tensors_hooks(recorder.keep, lambda x: x):
                 loss = _loss(model, flow, mode, (moments, y, draws), budget, stats)
             loss.backward()
@@ -267,17 +270,16 @@ def _loss(
     moments, y, draws = batch
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        mode.enabled = True
-        velocity = model(*args, **kwargs)
-        mode.enabled = False
+        with mode.off(False):
+            velocity = model(*args, **kwargs)
         return tree_map(lambda v: v.float(), velocity)
 
-    mode.enabled = False
-    x = sample_latents(moments, draws.posterior, RECORD)
-    y = drop_conditions(model, y, draws, 0.1)
-    losses, times, _ = flow.loss_under(flow.conditions([budget])[-1], call, x, draws, y)
-    stats.add(losses, times)
-    return losses.mean()
+    with mode.off():
+        x = sample_latents(moments, draws.posterior, RECORD)
+        y = drop_conditions(model, y, draws, 0.1)
+        losses, times, _ = flow.loss_under(flow.conditions([budget])[-1], call, x, draws, y)
+        stats.add(losses, times)
+        return losses.mean()
 
 
 @torch.no_grad()

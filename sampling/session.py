@@ -21,6 +21,7 @@ from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
+from models.layers import narrow_linears
 from models.vae import decode, load_vae
 from samplers import Guidance, parse_budget
 
@@ -78,10 +79,11 @@ def device_name(device: torch.device) -> str:
 
 
 def set_precision(config: Options, device: torch.device) -> None:
-    """Apply `tf32`; on a CPU, which has no fp16, change `mixed_precision` to no with a warning."""
+    """Apply `tf32` and `cudnn_attn`; on a CPU, which has no fp16, change `mixed_precision` to no with a warning."""
     if precision.supported_precision(config.mixed_precision, device.type == "cpu") == "no":
         config.mixed_precision = "no"
     precision.set_tf32(config.tf32)
+    precision.set_attention(config.cudnn_attn)
 
 
 # ------------------------------------------------------------------------------------------------------ the session
@@ -164,7 +166,7 @@ def load(config: Options, weights: Weights, device: torch.device) -> Session:
     """Model (compiled where that is asked for) and VAE on `device`."""
     # While the VAE loads, the checkpoint is hashed.
     vae, record = load_vae(config.vae or weights.record.vae, device, expected=weights.record)
-    model = build_model(weights, config.ckpt, device)
+    model = narrow_linears(build_model(weights, config.ckpt, device), precision.AMP_TYPES[config.mixed_precision])
     if config.compile:
         models.compile_model(model)
     side = config.resolution // weights.record.downsample_factor
