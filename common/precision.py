@@ -28,6 +28,11 @@ def tf32(enabled: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def set_attention(cudnn: bool) -> None:
+    """Whether PyTorch may choose cuDNN's attention on CUDA; it plans anew, for up to a second, for every number of tokens."""
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
 def supported_precision(mixed_precision: str, on_cpu: bool) -> str:
     """`mixed_precision` where the device can do it: `no`, with a warning, for fp16 on a CPU."""
     if on_cpu and mixed_precision == "fp16":
@@ -40,3 +45,8 @@ def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManag
     """The context of a model's forward passes: automatic mixed precision of that type, or nothing for `no`."""
     dtype = AMP_TYPES[mixed_precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """The context of what computes in its weights' own type, whatever automatic mixed precision is around it."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

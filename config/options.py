@@ -22,6 +22,9 @@ class Architecture:
     fused_attn: bool = option(
         "system", True, "scaled_dot_product_attention (false: plain matrix products)", resume="free", images=False
     )
+    cudnn_attn: bool = option(
+        "system", False, "let PyTorch choose cuDNN's attention on CUDA, in the blocks", resume="free", images=False
+    )
     path_type: Literal["linear", "cosine"] = option(
         "path", "linear", "interpolant between data and noise", resume="same", images=True
     )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.layers import Mlp, attend, modulate, modulation
+from models.layers import Mlp, attend, gated, modulate, modulation
 
 EPS = 1e-6  # how far a decimal may be from a multiple of 1/J
 
@@ -100,7 +100,7 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """Queries (B or 1, G or 1, Q, D) and context (B, G, K, D) → (B, G, Q, D)."""
         q, k, v = self.heads(queries, context)
-        x = attend(q, k, v, self.fused)  # (B·G, heads, Q, D/heads)
+        x = attend(q, k, v, self.fused, portable=True)  # (B·G, heads, Q, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, context.shape[:2])
 
     def heads(self, queries: Tensor, context: Tensor) -> list[Tensor]:
@@ -108,6 +108,7 @@ class CrossAttention(nn.Module):
         B, G = context.shape[:2]
         q = self.q_norm(self.q_proj(queries)).expand(B, G, -1, -1)  # queries that all groups share are projected once
         k, v = self.kv_proj(context).chunk(2, dim=-1)
+        q = q.contiguous()  # not all kernels take one row for all groups
         return [a.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in (q, self.k_norm(k), v)]
 
     def weights(self, queries: Tensor, context: Tensor) -> Tensor:
@@ -133,8 +134,8 @@ class Read(nn.Module):
         shift_p, scale_p, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None, None].chunk(6, dim=-1)
         x = modulate(F.layer_norm(x, D, eps=1e-6), shift_p, scale_p)
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            z = torch.addcmul(z, gate_a, attn(z, x))
-            z = torch.addcmul(z, gate_m, mlp(modulate(F.layer_norm(z, D, eps=1e-6), shift_m, scale_m)))
+            z = gated(z, gate_a, attn(z, x))
+            z = gated(z, gate_m, mlp(modulate(F.layer_norm(z, D, eps=1e-6), shift_m, scale_m)))
         return z
 
 

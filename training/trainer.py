@@ -15,10 +15,12 @@ from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
 from common.errors import UserError
 from common.logging import log, warn
+from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
 from models.encoders import describe_encoders, encoder_names, load_encoders
+from models.layers import narrow_linears
 from models.vae import sample_latents
 from training import resume, scores, setup, trackers
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
@@ -111,7 +113,8 @@ class Trainer:
         """Put everything on the device, as a new run starts."""
         config, device, data = self.config, self.accelerator.device, self.data
         grid = setup.token_grid(config, data.record)
-        self.encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
+        encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
+        self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
         self.model.to(device)
         self.ema = EMA(self.model, config.ema_decay)
         if config.gradient_checkpointing:
@@ -287,9 +290,10 @@ class Trainer:
         self.validation_due = False
         if self.validation is None:
             return
+        model = self.validation.narrowed(self.ema.first)
         try:
-            losses = self.validation.validate(self.ema.first, lambda: preemption.signal > 0)
-            grids = self.validation.sample_images(self.ema.first, self.data.shape, lambda: preemption.signal > 0)
+            losses = self.validation.validate(model, lambda: preemption.signal > 0)
+            grids = self.validation.sample_images(model, self.data.shape, lambda: preemption.signal > 0)
         except Interrupted:
             self.validation_due = True
             return
