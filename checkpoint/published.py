@@ -100,15 +100,17 @@ def read_bare(path: Path, state_dict: dict[str, Any], given: dict[str, Any]) -> 
             _turn_original_sit(path, state_dict, channels)
     if spec.elastic:
         names = ("head_depth", "tail_depth", "elit_tail")
+        former = {**spec.sizes, **spec.former_split}
         if published:
             # There the head is `encoder_depth` blocks, and the tail latents bypass the core.
             head = given.get("encoder_depth") or PUBLISHED_HEAD_DEPTH
-            config |= dict(zip(names, (head, spec.sizes["tail_depth"], "skip"), strict=True))
+            config |= dict(zip(names, (head, former["tail_depth"], "skip"), strict=True)) | {"elit_write": "published"}
             _turn_published_interface(state_dict, config, spec, record)
         config |= {name: given[name] for name in names if given.get(name) is not None}
         missing = ["--" + name.replace("_", "-") for name in names if name not in config]
         if missing:
-            usual = f"--head-depth {spec.sizes['head_depth']} --tail-depth {spec.sizes['tail_depth']} --elit-tail drop"
+            splits = ("--head-depth {head_depth} --tail-depth {tail_depth}".format(**split) for split in (spec.sizes, former))
+            usual = f"{', formerly '.join(dict.fromkeys(splits))}; --elit-tail drop"
             raise UserError(f"{path}: does not tell {', '.join(missing)}; give what it was made with (by default: {usual})")
     return Weights(state_dict, config, record)
 
@@ -144,6 +146,8 @@ def _shapes(path: Path, state_dict: dict[str, Tensor], given: dict[str, Any], re
     if has_stages:
         config["stages_count"] = len(embeddings)
     if elit:
+        hidden = state_dict.get("interface.reader.mlp.0.fc1.weight")
+        config["elit_mlp_ratio"] = len(hidden) / width if hidden is not None and hidden.dim() == 2 else 1.0
         config["elit_group_size"] = math.isqrt(len(state_dict["interface.query"]))
         for name, layers in (("elit_read_depth", "reader"), ("elit_write_depth", "writer")):
             config[name] = len({k for k in state_dict if re.fullmatch(rf"interface\.{layers}\.attn\.\d+\.q_proj\.weight", k)})

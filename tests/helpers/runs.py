@@ -65,6 +65,8 @@ def make_latents(data_dir: Path, count: int, record: VAERecord | None, labels: b
 
 def make_checkpoint(path: Path, record: VAERecord, model: str = "ELIT-SiT-Ti/2", **options) -> Path:
     """A checkpoint of train.py's format with random, non-zero weights."""
+    if model.startswith("ELIT-SiT-Ti"):
+        options = {"head_depth": 1, "tail_depth": 1} | options
     config = TrainConfig(model=model, resolution=RESOLUTION, num_classes=CLASSES, exp_name="made", elit_group_size=2, **options)
     torch.manual_seed(1)
     net = models.create_model(
