@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-quickstart}
-ELIT=$OUT/quickstart/checkpoints/0001000.pt
-SIT=$OUT/quickstart_sit/checkpoints/0000850.pt
+ELIT=$OUT/quickstart/checkpoints/0000900.pt
+SIT=$OUT/quickstart_sit/checkpoints/0000660.pt
 SAMPLES=(--config experiments_updated/generation/quickstart.yaml --sample-dir "$OUT/samples")
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }

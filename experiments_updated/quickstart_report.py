@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     labels = generate.labels_of(config, range(len(rows[0].images))).numpy()
     features = [_features(classifier, row.images) for row in rows]  # (n, 4, 64), and the classes (n, 4), each
     reference = digit_classifier.statistics(classifier, val_digits)
+    fids = [_fid(f, reference) for f, _ in features]
     bootstrap = _bootstrap([f for f, _ in features], reference)  # (resamplings, rows)
     figures, rates = _figures(config, val_digits, rows), _images_per_second(rows)
     # Cheap guidance draws with the weights of the row before it, and has no loss of its own.
@@ -111,8 +112,9 @@ def main(argv: list[str] | None = None) -> None:
             "gflops_per_step": cost.mean_flops_per_step(row.config, session.guidance(row.config), row.loaded.model) / 1e9,
             "images_per_second": rates[i],
             "digits_in_class": float((features[i][1] == labels[:, None]).mean()),
-            **{name: figures[i][name] for name in ("fid", "is", "precision", "recall")},
-            "fid_difference": figures[i]["fid"] - figures[full]["fid"],
+            "fid": fids[i],
+            **{name: figures[i][name] for name in ("precision", "recall")},
+            "fid_difference": fids[i] - fids[full],
             "fid_difference_standard_error": float((bootstrap[:, i] - bootstrap[:, full]).std(ddof=1)),
             "pixel_difference": float(np.abs(row.images.astype(np.int16) - rows[full].images).mean()),
             "quarters_differ": _quarters_differ(row.images),
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             result |= {"held_out_loss": float(losses[row.name].mean())}
             result |= {"held_out_loss_difference": mean, "held_out_loss_difference_standard_error": error}
         results.append(result)
-    steps = _neighbours(config, rows, losses, [f["fid"] for f in figures], bootstrap)
+    steps = _neighbours(config, rows, losses, fids, bootstrap)
     training = [_training(row) for row in rows if row.name in ("SiT", _name(config.budgets[-1]))]
     text = "\n\n".join([_table(results, rows[full].name), _steps_table(steps), *(t["text"] for t in training)])
     print(text)
@@ -253,11 +255,14 @@ def _mean_and_error(differences: np.ndarray) -> tuple[float, float]:
 
 
 def _figures(config: ReportConfig, val_digits: torch.Tensor, rows: list[Row]) -> list[dict]:
-    """evaluate.py's JSON for each set of samples: their digits against the held-out ones, in the classifier's features."""
+    """evaluate.py's JSON for each set of samples: a digit of each canvas against the held-out ones, in the classifier's features.
+
+    One of each: mirror images are one another's nearest neighbours, by which precision and recall measure.
+    """
     folder = Path(config.output_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[digit_classifier.WEIGHTS_VARIABLE] = str(Path(config.output_dir) / "classifier.pt")
-    sets = {"held-out": val_digits} | {f"row-{i}": _digits(row.images) for i, row in enumerate(rows)}
+    sets = {"held-out": val_digits} | {f"row-{i}": _digits(row.images)[::4] for i, row in enumerate(rows)}
     for name, digits in sets.items():
         images = digits.permute(0, 2, 3, 1).numpy()
         write_npz(folder / f"{name}.npz", images.shape, images)
