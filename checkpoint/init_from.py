@@ -19,7 +19,8 @@ from models.latent_interface import LatentInterface
 from models.uvit import UViT
 
 # The options whose change a user should see.
-DESCRIBING = ("model", "resolution", "num_classes", "path_type", "qk_norm", "enc_type", "elit_group_size", "elit_tail")
+_ELIT = ("elit_group_size", "elit_tail", "elit_write", "elit_mlp_ratio")
+DESCRIBING = ("model", "resolution", "num_classes", "path_type", "qk_norm", "enc_type", *_ELIT)
 
 
 @dataclass

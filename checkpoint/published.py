@@ -137,15 +137,17 @@ def read_bare(
     if spec.elastic:
         names = ("head_depth", "tail_depth", "elit_tail")
         usual = spec.arguments(config["resolution"] // record.downsample_factor, levels=config.get("levels"))
+        former = {**usual, **spec.former_split}
         if is_published_elit:
             # There the head is `encoder_depth` blocks, and the tail latents bypass the core.
             head = given.get("encoder_depth") or PUBLISHED_HEAD_DEPTH
-            config |= dict(zip(names, (head, usual["tail_depth"], "skip"), strict=True))
+            config |= dict(zip(names, (head, former["tail_depth"], "skip"), strict=True)) | {"elit_write": "published"}
             _turn_published_interface(state_dict, config, spec, record)
         config |= {name: given[name] for name in names if given.get(name) is not None}
         missing = ["--" + name.replace("_", "-") for name in names if name not in config]
         if missing:
-            usually = f"--head-depth {usual['head_depth']} --tail-depth {usual['tail_depth']} --elit-tail drop"
+            splits = ("--head-depth {head_depth} --tail-depth {tail_depth}".format(**split) for split in (usual, former))
+            usually = f"{', formerly '.join(dict.fromkeys(splits))}; --elit-tail drop"
             raise UserError(f"{path}: does not tell {', '.join(missing)}; give what it was made with (by default: {usually})")
     return Weights(state_dict, config, record)
 

@@ -49,6 +49,19 @@ class Architecture:
     elit_tail: Literal["drop", "skip"] = option(
         "elit", "drop", "what becomes of the latents beyond the budget", resume="same", images=True, model=True
     )
+    elit_write: Literal["published", "paper"] = option(
+        "elit", "published", "Write without norms, or with the paper's pre-norms", resume="same", images=True, model=True
+    )
+    elit_mlp_ratio: float = option(
+        "elit",
+        1.0,
+        "width of the MLPs in Read and Write, as a multiple of the model's",
+        gt=0,
+        le=64,
+        resume="same",
+        images=True,
+        model=True,
+    )
     elit_max_mask_prob: float | None = option(
         "elit", None, "largest share of latents masked in training", ge=0, le=1, resume="changeable", images=False
     )

@@ -122,10 +122,10 @@ class CrossAttention(nn.Module):
 class Read(nn.Module):
     """Latents z pull from the tokens x of their group: cross-attention + MLP pairs under one shared modulation."""
 
-    def __init__(self, dim: int, num_heads: int, cond_dim: int, depth: int, fused: bool = True):
+    def __init__(self, dim: int, num_heads: int, cond_dim: int, depth: int, hidden_dim: int, fused: bool = True):
         super().__init__()
         self.attn = nn.ModuleList(CrossAttention(dim, num_heads, fused) for _ in range(depth))
-        self.mlp = nn.ModuleList(Mlp(dim, dim, bias=False) for _ in range(depth))
+        self.mlp = nn.ModuleList(Mlp(dim, hidden_dim, bias=False) for _ in range(depth))
         self.adaLN_modulation = modulation(cond_dim, 6 * dim)
 
     def forward(self, z: Tensor, x: Tensor, c: Tensor) -> Tensor:
@@ -140,26 +140,31 @@ class Read(nn.Module):
 
 
 class Write(nn.Module):
-    """Tokens x take from the latents z of their group: cross-attention + MLP pairs, no modulation and no norms.
+    """Tokens x take from the latents z of their group: cross-attention + MLP pairs without modulation.
 
-    The last Linears start at zero, so that an untrained interface leaves the tokens as they were.
+    The last Linears start at zero, so that an untrained interface leaves the tokens as they were. `pre_norm`: LayerNorm without
+    affine in front of both layers, for tokens and latents alike (the paper's Write, "fully symmetric" to Read).
     """
 
-    def __init__(self, dim: int, num_heads: int, depth: int, fused: bool = True):
+    def __init__(self, dim: int, num_heads: int, depth: int, hidden_dim: int, pre_norm: bool = False, fused: bool = True):
         super().__init__()
         attns = [CrossAttention(dim, num_heads, fused) for _ in range(depth)]
-        mlps = [Mlp(dim, dim, bias=False) for _ in range(depth)]
-        self.attn, self.mlp = nn.ModuleList(attns), nn.ModuleList(mlps)
+        mlps = [Mlp(dim, hidden_dim, bias=False) for _ in range(depth)]
+        self.attn, self.mlp, self.pre_norm = nn.ModuleList(attns), nn.ModuleList(mlps), pre_norm
         for module in (*(a.proj for a in attns), *(m.fc2 for m in mlps)):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Tokens x (B, G, J, D), latents z (B, G, k, D) → (B, G, J, D)."""
+        z = self._norm(z)
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            x = x + attn(x, z)
-            x = x + mlp(x)
+            x = x + attn(self._norm(x), z)
+            x = x + mlp(self._norm(x))
         return x
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.pre_norm else x
 
 
 class LatentInterface(nn.Module):
@@ -172,6 +177,8 @@ class LatentInterface(nn.Module):
         cond_dim: width of the condition c; default D.
         tail: what becomes of the latents beyond the budget. "drop": they do not exist (the paper's reading). "skip": they go
             from Read to Write unprocessed (what published checkpoints need).
+        write: "published": no norms in Write, as the published code has it. "paper": pre-norms in front of both of its layers.
+        mlp_ratio: hidden width of the MLPs of Read and Write, as a multiple of D.
         latent_pos: whether every latent has a learned position of its own, added after Read.
 
     Raises:
@@ -189,6 +196,8 @@ class LatentInterface(nn.Module):
         read_depth: int = 1,
         write_depth: int = 1,
         tail: Literal["drop", "skip"] = "drop",
+        write: Literal["published", "paper"] = "published",
+        mlp_ratio: float = 1.0,
         latent_pos: bool = True,
         fused_attn: bool = True,
     ):
@@ -198,6 +207,11 @@ class LatentInterface(nn.Module):
         _check_groups(grid, shape, group_size)
         if tail not in ("drop", "skip"):
             raise UserError(f"tail {tail!r} is not valid; choose drop or skip")
+        if write not in ("published", "paper"):
+            raise UserError(f"write {write!r} is not valid; choose published or paper")
+        hidden_dim = round(dim * mlp_ratio) if 0 < mlp_ratio <= 64 else 0
+        if hidden_dim < 1 or not math.isclose(hidden_dim, dim * mlp_ratio):
+            raise UserError(f"mlp_ratio {mlp_ratio:g}: must make a whole number of the width {dim}, and be at most 64")
         for name, depth in (("read_depth", read_depth), ("write_depth", write_depth)):
             if depth < 1:
                 raise UserError(f"{name} {depth}: must be at least 1")
@@ -212,8 +226,8 @@ class LatentInterface(nn.Module):
         for parameter in (self.query, self.read_pos, self.write_pos, self.latent_pos):
             if parameter is not None:
                 nn.init.normal_(parameter, std=0.02)
-        self.reader = Read(dim, num_heads, cond_dim or dim, read_depth, fused_attn)
-        self.writer = Write(dim, num_heads, write_depth, fused_attn)
+        self.reader = Read(dim, num_heads, cond_dim or dim, read_depth, hidden_dim, fused_attn)
+        self.writer = Write(dim, num_heads, write_depth, hidden_dim, write == "paper", fused_attn)
 
     def on_grid(self, grid_size: Sequence[int]) -> "LatentInterface":
         """This interface on another token grid, its parameters shared; it must be one without positions of latents.

@@ -23,7 +23,7 @@ from common.precision import set_attention, set_tf32, supported_precision
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
-from models.elit import mask_levels, mask_to_budget
+from models.elit import Elastic, mask_levels, mask_to_budget
 from models.encoders import encoder_names
 from models.vae import VAERecord
 from training import scores
@@ -50,6 +50,13 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Ba
         z_dims=z_dims,
         **model_options(dataclasses.asdict(config)),
     )
+
+
+def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
+    """The options with the head and tail depth that `model` was built with, to be recorded: defaults change over the years."""
+    if not isinstance(model, Elastic):
+        return config
+    return dataclasses.replace(config, head_depth=model.head_depth, tail_depth=model.tail_depth)
 
 
 def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_main: bool) -> str:
@@ -108,6 +115,16 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     if message := spec.wasted_saving(config.elit_group_size, trained_budgets(config)):
         warnings.append(message)
     return warnings
+
+
+def ema_warnings(config: TrainConfig, total_steps: int) -> list[str]:
+    """Warnings of averaged weights that still hold early ones at the end of the run."""
+    return [
+        f"--ema-decay {decay:g}: averages over about {round(1 / (1 - decay)):,} steps, but the run has {total_steps:,}; "
+        f"its averaged weights lag behind (for a tenth of the run: {max(0.0, 1 - 10 / total_steps):.3g})"
+        for decay in config.ema_decay
+        if total_steps and 1 / (1 - decay) > total_steps
+    ]
 
 
 def check_model(config: TrainConfig) -> None:

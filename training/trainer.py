@@ -42,10 +42,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
-        self.config = config
         self.accelerator = accelerator = setup.create_accelerator(config)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
+        config = resume.with_recorded_split(config, self.run_dir)
         self.data = open_data(config, accelerator.num_processes)
         local = config.batch_size // accelerator.num_processes
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
@@ -55,6 +55,7 @@ class Trainer:
         targets = describe_encoders(self.encoder_names, config.resolution, grid)
         torch.manual_seed(config.seed)
         self.model = setup.build_model(config, self.data.record, [target.z_dim for target in targets])
+        self.config = self.run_dir.config = setup.with_split(config, self.model)
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
         self.speed = Speed(self.model, targets, accelerator.num_processes, peak)
         kinds = dict.fromkeys("loss" + condition.metric_suffix for condition in self.flow.conditions(self.budgets))
@@ -174,6 +175,8 @@ class Trainer:
     def _start_logging(self) -> None:
         config, accelerator = self.config, self.accelerator
         trackers.start_trackers(accelerator, config, self.run_dir, self.step)
+        for message in setup.ema_warnings(config, self.total_steps):
+            warn(message)
         parameters = sum(p.numel() for p in self.model.parameters())
         log.info(
             f"{config.model}: {parameters:,} parameters; {len(self.data.dataset):,} samples; "

@@ -16,7 +16,7 @@ from models.elit import ELITSiT, budget_to_k, mask_levels, mask_to_budget
 from models.layers import narrow_linears
 from models.sit import SiT, sincos_position_embedding
 
-SIZES = {"Ti": (8, 192, 3, 1), "S": (12, 384, 6, 2), "B": (12, 768, 12, 2), "L": (24, 1024, 16, 4), "XL": (28, 1152, 16, 4)}
+SIZES = {"Ti": (8, 192, 3, 2), "S": (12, 384, 6, 3), "B": (12, 768, 12, 3), "L": (24, 1024, 16, 4), "XL": (28, 1152, 16, 4)}
 TINY = {"patch_size": 2, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
 
 
