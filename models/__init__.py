@@ -126,7 +126,9 @@ _SIT = _table(  # splits by the ELIT paper's study of B/2 and XL/2; of Ti by doc
     ("XL", 28, 1152, 16, 4),
 )
 # The splits until they were recorded in checkpoints; SiT's two layouts still have them.
-_FORMER_SPLITS = {size: dict.fromkeys(_ENDS, ends) for size, ends in {"Ti": 1, "S": 2, "B": 2, "L": 4, "XL": 4}.items()}
+_FORMER_SPLITS: dict[str, dict[str, int]] = {
+    size: dict.fromkeys(_ENDS, ends) for size, ends in {"Ti": 1, "S": 2, "B": 2, "L": 4, "XL": 4}.items()
+}
 _SIT_LAYOUTS: Table = {size: (arguments, _FORMER_SPLITS[size]) for size, (arguments, _) in _SIT.items()}
 _UVIT = _table(  # depth: blocks but the middle one
     ("depth", "hidden_size", "num_heads", "final_conv"),
