@@ -75,6 +75,15 @@ def test_a_published_uvit_gives_its_numbers(tmp_path, tag, resolution):
     assert {name: recorded[name] for name in config} == config
 
 
+def test_a_size_that_is_not_registered_can_be_given_from_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", {k: v for k, v in models.MODELS.items() if "-Class/" not in k and "-T2I/" not in k})
+    path = saved(tmp_path, weights("uvit_class"))
+    with pytest.raises(UserError, match="a published U-ViT of depth 4 and width 64, which predicts noise"):
+        reading.load_model(path)
+    model, _ = reading.load_model(path, model="UViT-S/2", depth=4, hidden_size=64, num_heads=4)
+    torch.testing.assert_close(model(*uvit_inputs("uvit_class")), arrays("uvit_class")["out"], rtol=0, atol=5e-5)
+
+
 def test_text_of_a_uvit_has_the_length_of_clip_or_what_the_resolution_leaves(tmp_path):
     state = weights("uvit_t2i")
     with pytest.raises(UserError, match=r"how many of its 43 tokens are text; give --resolution"):
@@ -135,7 +144,10 @@ def test_k_diffusions_files_give_their_numbers(tmp_path, capsys, form):
     assert (recorded["resolution"], recorded["num_classes"], recorded["levels"]) == (256, 10, 3)
     line = runs.refused(generate.main, capsys, ["--ckpt", tmp_path / "ours.pt", "--sample-dir", tmp_path])
     assert "holds a published HDiT-Ti/2, which predicts denoised images under k-diffusion's preconditioning" in line
-    with pytest.raises(UserError, match="a HDiT of depth 2 and width 32 is no registered size; give --model"):
+    with pytest.raises(
+        UserError,
+        match=r"a published HDiT of depth 2 and width 32, which predicts denoised images .* is no registered size; give --model",
+    ):
         reading.load_model(path)
 
 
