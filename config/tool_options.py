@@ -169,3 +169,20 @@ class FinetuneDiffusersConfig:
     dtype: Literal["float32", "bfloat16"] = option("system", "bfloat16", "of the frozen weights", resume="free")
     mixed_precision: Literal["no", "bf16"] = option("system", "bf16", "of matrix products", resume="free")
     gradient_checkpointing: bool = option("system", False, "recompute blocks in the backward pass: less memory", resume="free")
+
+
+@dataclasses.dataclass
+class TextConfig:
+    """Options of dataset_tools.py text: captions → text features."""
+
+    source: str = option("files", ..., "data folder with captions, e.g. DATA_DIR; writes DATA_DIR/text")
+    encoder: str = option(
+        "images",
+        "openai/clip-vit-large-patch14",
+        "text encoder: folder or hub name of a transformers model or of an SD3 pipeline, minilm, or words (for tests)",
+    )
+    length: int = option("images", 77, "text tokens; longer captions are cut (SD3: 77 more)", ge=1, le=4096)
+    dtype: Literal["float32", "float16"] = option("files", "float16", "how the features are stored")
+    packed: bool = option("files", False, "write one large file that training maps, in DATA_DIR/packed")
+    batch_size: int = option("system", 64, "images per batch, with all their captions", ge=1, le=2**31 - 1)
+    workers: int = option("system", 4, "threads of each process that write", ge=1, le=1024)
