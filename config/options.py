@@ -193,7 +193,12 @@ class TrainConfig(Architecture):
         resume="free",
         distinct=True,
     )
-    compile: bool = option("system", False, "torch.compile the blocks", resume="free")
+    compile: bool | None = option(
+        "system",
+        None,
+        "torch.compile the blocks and the parts around them (default: on CUDA; --no-compile: nowhere)",
+        resume="free",
+    )
     gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     max_skipped_steps: int = option(
         "train", 50, "stop once so many steps in a row had a gradient that is not finite", ge=1, resume="free"
@@ -268,7 +273,7 @@ class Sampling:
         "guidance", False, "guide with the same label at the unconditional budget", images=True, folder=(4, "autoguidance")
     )
     compile: bool = option(
-        "system", False, "torch.compile the blocks: slower to start; one graph for all budgets", images=False
+        "system", False, "torch.compile the model's parts: slower to start; one graph for all budgets", images=False
     )
 
 

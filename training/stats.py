@@ -76,6 +76,7 @@ class Speed:
     def start(self) -> None:
         """Measure from here on."""
         self._since, self._images, self._flops = time.perf_counter(), 0, 0
+        self._host, self._steps = 0.0, 0
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
@@ -84,15 +85,29 @@ class Speed:
         yield
         self._since += time.perf_counter() - begin
 
+    @contextlib.contextmanager
+    def host(self) -> Iterator[None]:
+        """What is done inside is one step, which a GPU may end later than the host has issued it."""
+        begin = time.perf_counter()
+        yield
+        self._host += time.perf_counter() - begin
+        self._steps += 1
+
     def add(self, images: int, budget: float | None) -> None:
         """Forward and backward of `images` images of all processes. A backward pass is two forwards."""
         self._images += images
         self._flops += images * (3 * self._forward_flops(budget) + self._repa_flops)
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """images_per_second, tflops, mfu where it is known, and on CUDA peak_memory_gib of this process since the last line."""
+        """images_per_second, tflops, mfu where it is known, and on CUDA peak_memory_gib of this process since the last line.
+
+        Also the mean times of a step: step_ms, and host_ms, in which the host had issued it (and got its batch). Where the two are
+        close on a GPU, launches are the bottleneck, or data.
+        """
         seconds = time.perf_counter() - self._since
         values = {"images_per_second": self._images / seconds, "tflops": self._flops / seconds / 1e12}
+        if self._steps:
+            values |= {"step_ms": 1000 * seconds / self._steps, "host_ms": 1000 * self._host / self._steps}
         if self._peak is not None:
             values["mfu"] = values["tflops"] / (self._peak * self._num_processes)
         if device.type == "cuda":
