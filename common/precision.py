@@ -1,8 +1,10 @@
 """The precision of matrix products and convolutions, and of automatic mixed precision."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.utils.deterministic
 
 from common.logging import warn
 
@@ -13,6 +15,14 @@ def set_tf32(enabled: bool) -> None:
     """Float32 matrix products and convolutions in TF32 (on Ampere and newer GPUs), or in full float32."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     torch.backends.cudnn.allow_tf32 = enabled
+
+
+def set_deterministic() -> None:
+    """Only kernels that give the same bits in every run; PyTorch raises an error where it has none. Before the first product on CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS adds in an order that changes
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
 
 
 def set_attention(cudnn: bool) -> None:

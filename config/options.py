@@ -124,6 +124,9 @@ class TrainConfig(Architecture):
         "output", None, "VAE for pictures: ema, mse, hub name or folder (default: the data set's record)", resume="free"
     )
     allow_tf32: bool = option("system", False, "TF32 matrix products on Ampere and newer GPUs", resume="changeable")
+    deterministic: bool = option(
+        "system", False, "only kernels that give the same bits in every run; slower on a GPU", resume="free"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
         "system", "fp16", "precision of the forward and backward pass", resume="changeable"
     )

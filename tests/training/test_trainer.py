@@ -775,3 +775,17 @@ def test_a_batch_that_processes_cannot_share_is_refused_once(data, tmp_path):
     done = launch("torchrun", "--nproc_per_node=2", port, "train.py", *arguments(data, tmp_path, "--batch-size", 7))
     assert done.returncode != 0
     assert done.stderr.count("train.py: error:") == 1 and "--batch-size 7" in done.stderr
+
+
+def test_deterministic_and_full_float32_reach_the_kernels(data, tmp_path, monkeypatch):
+    """Convolutions are TF32 by PyTorch's default: without --allow-tf32 they are not."""
+    chosen = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    config, _ = parse(TrainConfig, [str(a) for a in arguments(data, tmp_path, "--deterministic")], prog="train.py")
+    setup.create_accelerator(config)
+    assert chosen == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
