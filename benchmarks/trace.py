@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 from unittest import mock
 
@@ -33,6 +33,7 @@ from flows import FlowMatching, flow_of
 from loss import drop_conditions
 from models.backbone import Backbone
 from models.elit import Elastic
+from models.layers import FinalLayer
 from models.vae import VAERecord, sample_latents
 from randomness import Draws
 from training.optim import EMA
@@ -43,7 +44,7 @@ autograd_number, current_node = cast(Any, torch._C)._autograd._get_sequence_nr, 
 foreach_norm, foreach_mul_ = cast(Any, torch)._foreach_norm, cast(Any, torch)._foreach_mul_
 Pairs = dict[int, int]  # storage → bytes
 RECORD = VAERecord("SD", None, 8, 4, 0.18215, 0.0)
-EAGER = {"loss", "update"}  # the parts that are not compiled
+Region = tuple[str, int, bool]  # part, the how manieth region, whether `torch.compile` gets it
 
 # --------------------------------------------------------------------------------------------------- the recorder
 
@@ -66,7 +67,8 @@ class Op:
 
     name: str
     part: str
-    region: tuple[str, int, bool]  # part, its how manieth call, whether in the backward pass
+    region: Region
+    backward: bool
     kernels: int
     flops: int
     reads: Pairs
@@ -102,9 +104,9 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[Op] = []
-        self.parts = ["loss"]
-        self.calls: dict[str, int] = defaultdict(int)
-        self.starts: list[tuple[int, tuple[str, int]]] = []  # (autograd's number, part): where each part's operations begin
+        self.regions: list[Region] = [("loss", 0, False)]  # those that are entered, the innermost last
+        self.entered = 0
+        self.starts: list[tuple[int, Region]] = []  # (autograd's number, region): where each region's operations begin
         self.saved: dict[
             int, tuple[str, Any]
         ] = {}  # storage → part, and the storage itself, kept so that no other has its number
@@ -112,56 +114,47 @@ class Recorder(TorchDispatchMode):
         self._mark()
 
     def _mark(self) -> None:
-        part = self.parts[-1]
-        self.starts.append((autograd_number(), (part, self.calls[part])))
+        self.starts.append((autograd_number(), self.regions[-1]))
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str, compiled: bool = False) -> Iterator[None]:
         """What runs inside, and its backward pass, belongs to `name`."""
-        self.enter(name)
+        self.entered += 1
+        self.regions.append((name, self.entered, compiled))
+        self._mark()
         yield
-        self.leave()
-
-    def enter(self, name: str) -> None:
-        self.parts.append(name)
-        self.calls[name] += 1
+        self.regions.pop()
         self._mark()
 
-    def leave(self) -> None:
-        self.parts.pop()
-        self._mark()
+    def attach(self, owner: Any, name: str, method: str = "forward", compiled: bool = False) -> None:
+        """Everything inside this method of `owner` belongs to the part `name`."""
+        function = getattr(owner, method)
 
-    def attach(self, module: nn.Module, name: str, methods: Iterable[str] = ("forward",)) -> None:
-        """Everything inside these methods of `module` belongs to the part `name`."""
-        for method in methods:
-            setattr(module, method, self._inside(getattr(module, method), name))
-
-    def _inside(self, function: Callable, name: str) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
+            with self.part(name, compiled):
                 return function(*args, **kwargs)
 
-        return call
+        setattr(owner, method, call)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """For `saved_tensors_hooks`."""
         storage = tensor.untyped_storage()
-        self.saved.setdefault(storage._cdata, (self.parts[-1], storage))
+        self.saved.setdefault(storage._cdata, (self.regions[-1][0], storage))
         return tensor
 
-    def _region(self) -> tuple[str, int, bool]:
+    def _region(self) -> tuple[Region, bool]:
         node = current_node()
         if node is None:
-            return (self.parts[-1], self.calls[self.parts[-1]], False)
+            return self.regions[-1], False
         place = bisect.bisect_right(self.starts, node._sequence_nr(), key=lambda start: start[0]) - 1
-        return (*self.starts[place][1], True)
+        return self.starts[place][1], True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         outputs = func._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in outputs)
-        if is_view or name in FREE or "empty" in name:
+        if is_view or name in FREE or "empty" in name or name == "promote_types":
             return result
         in_place = [
             value
@@ -180,9 +173,9 @@ class Recorder(TorchDispatchMode):
         kernels = 2 if name in TWO_KERNELS else 1
         if name.startswith("_foreach") or name.startswith("_fused"):
             kernels = _many_tensor_kernels(args)
-        region = self._region()
+        region, backward = self._region()
         self.alive += [x.untyped_storage() for x in tree_leaves((args, result)) if isinstance(x, Tensor)]
-        self.ops.append(Op(name, region[0], region, kernels, flops, reads, writes))
+        self.ops.append(Op(name, region[0], region, backward, kernels, flops, reads, writes))
         return result
 
 
@@ -217,18 +210,18 @@ class Trace:
 
 
 def name_parts(model: Backbone, recorder: Recorder) -> None:
-    """Blocks and what is around them."""
-    for i, block in enumerate(model.blocks):
-        name = "blocks"
-        if isinstance(model, Elastic):
-            core = model.head_depth <= i < len(model.blocks) - model.tail_depth
-            name = "core blocks" if core else "head and tail blocks"
-        recorder.attach(block, name)
-    recorder.attach(model, "embedding", ["embed"])
-    recorder.attach(model, "final layer", ["output"])
+    """Blocks and what is around them, and what of it is compiled."""
+    names = dict.fromkeys(model.blocks, "blocks")
+    outer = [(model, "embedding", "embed"), (model, "final layer", "output")]
     if isinstance(model, Elastic):
-        recorder.attach(model.interface, "Read", ["read"])
-        recorder.attach(model.interface, "Write", ["write"])
+        names = dict.fromkeys(model.blocks, "head and tail blocks")
+        names |= dict.fromkeys(list(model.blocks)[model.head_depth : len(model.blocks) - model.tail_depth], "core blocks")
+        names |= {model.interface.reader: "Read", model.interface.writer: "Write"}
+        outer += [(model.interface, "Read", "read"), (model.interface, "Write", "write")]
+    for part in model.compiled_parts():
+        recorder.attach(part, names.get(part, "final layer" if isinstance(part, FinalLayer) else "embedding"), compiled=True)
+    for owner, name, method in outer:
+        recorder.attach(owner, name, method)
 
 
 def trace_step(config: TrainConfig, batch_size: int, budget: float | None = None, update: bool = True) -> Trace:
@@ -303,45 +296,55 @@ def compiled(trace: Trace) -> Trace:
     """The step with its regions fused: of a region, what is element-wise and hangs together between two products is one kernel."""
     ops, regions = [], defaultdict(list)
     for op in trace.ops:
-        regions[op.region].append(op)
+        regions[op.region, op.backward].append(op)
     readers: dict[int, set[int]] = defaultdict(set)
     for op in trace.ops:
         for key in op.reads:
             readers[key].add(id(op))
-    for (part, _, _), members in regions.items():
-        ops += members if part in EAGER else _fuse(members, readers, trace.kept)
+    for (region, _), members in regions.items():
+        ops += _fuse(members, readers, trace.kept) if region[2] else members
     return dataclasses.replace(trace, ops=ops)
 
 
 def _fuse(region: list[Op], readers: dict[int, set[int]], kept: set[int]) -> list[Op]:
-    stage: dict[int, int] = {}  # op → products and attentions on the longest way to it
+    stage: dict[int, int] = {}  # op → products, attentions and sums on the longest way to it
     producer: dict[int, Op] = {}
     for op in region:
         before = [producer[key] for key in op.reads if key in producer]
-        stage[id(op)] = max((stage[id(b)] + (not _fuses(b)) for b in before), default=0)
+        stage[id(op)] = max((stage[id(b)] + (b.kind != "element-wise" or _sums(b)) for b in before), default=0)
         producer |= dict.fromkeys(op.writes, op)
-    fused = [op for op in region if not _fuses(op)]
-    groups: list[tuple[set[int], list[Op]]] = []  # storages that connect, and the operations
-    for op in filter(_fuses, region):
-        keys = op.reads.keys() | op.writes.keys()
-        touching = [g for g in groups if g[0] & keys and stage[id(g[1][0])] == stage[id(op)]]
+    sums = {id(op) for op in region if _sums(op)}
+    fused = [op for op in region if op.kind != "element-wise"]
+    groups: list[tuple[Any, set[int], list[Op]]] = []  # what must be equal, storages that connect, and the operations
+    inlined: dict[int, Pairs] = {}  # what sums alone read → what it is made of
+    for op in region:
+        reads = {k: size for key, own in op.reads.items() for k, size in inlined.get(key, {key: own}).items()}
+        if op.kind != "element-wise":
+            continue
+        if all(readers[key] and readers[key] <= sums and key not in kept for key in op.writes):
+            inlined |= dict.fromkeys(op.writes, reads)
+            continue
+        form = (stage[id(op)], sum(op.writes.values()) if _sums(op) else None)
+        keys = set(reads) if _sums(op) else {*reads, *op.writes}
+        touching = [g for g in groups if g[0] == form and g[1] & keys]
         groups = [g for g in groups if not any(g is t for t in touching)]
-        groups.append((keys.union(*(t[0] for t in touching)), [*(o for t in touching for o in t[1]), op]))
-    for _, members in groups:
-        own = {id(op) for op in members}
+        members = [*(o for t in touching for o in t[2]), dataclasses.replace(op, reads=reads)]
+        groups.append((form, keys.union(*(t[1] for t in touching)), members))
+    for _, _, members in groups:
         reads, writes = {}, {}
         for op in members:
             reads |= op.reads
             writes |= op.writes
-        outside = {key: size for key, size in writes.items() if key in kept or readers[key] - own or not readers[key]}
+        inside = {key for op in members for key in op.reads}
+        last = {key: size for key, size in writes.items() if key in kept or key not in inside or len(readers[key]) > 1}
         external = {key: size for key, size in reads.items() if key not in writes}
-        fused.append(dataclasses.replace(members[0], name="fused", kernels=1, flops=0, reads=external, writes=outside))
+        fused.append(dataclasses.replace(members[0], name="fused", kernels=1, flops=0, reads=external, writes=last))
     return fused
 
 
-def _fuses(op: Op) -> bool:
-    # A sum over images and tokens runs across the rows that the rest of a kernel runs along.
-    return op.kind == "element-wise" and not (op.name == "sum" and op.region[2])
+def _sums(op: Op) -> bool:
+    """A sum over images and tokens runs across the rows that the rest of a kernel runs along: nothing after it is in its kernel."""
+    return op.name == "sum" and op.backward
 
 
 # ----------------------------------------------------------------------------------------------------- the tables
@@ -387,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table(trace))
         sums: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
         for op in trace.ops:
-            entry = sums[op.part, op.name, op.region[2]]
+            entry = sums[op.part, op.name, op.backward]
             entry[0] += op.kernels
             entry[1] += op.bytes
         for (part, name, backward), (kernels, size) in sorted(sums.items(), key=lambda i: -i[1][1])[: args.kernels]:

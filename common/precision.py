@@ -1,9 +1,11 @@
 """The precision of matrix products and convolutions, and of automatic mixed precision."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.utils.deterministic
 
 from common.logging import warn
 
@@ -26,6 +28,14 @@ def tf32(enabled: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def set_deterministic() -> None:
+    """Only kernels that give the same bits in every run; PyTorch raises an error where it has none. Before the first product on CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS adds in an order that changes
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
 
 
 def set_attention(cudnn: bool) -> None:

@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from common.errors import UserError, did_you_mean
-from models.backbone import Backbone, checkpoint_blocks, compile_model
+from models.backbone import Backbone, checkpoint_blocks
+from models.compilation import compile_model
 from models.costs import count_flops, count_reused_flops
 from models.dfm import DFMELITSiT, DFMSiT
 from models.elit import Elastic, ELITHDiT, ELITMMDiT, ELITSiT, ELITUViT

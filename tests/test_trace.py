@@ -65,7 +65,7 @@ def type_of(case):
 
 def test_flops_are_the_counted_ones(trace):
     model = models.create_model(CONFIG.model, input_size=32, num_classes=10)
-    forward = sum(op.flops for op in trace.ops if not op.region[2])
+    forward = sum(op.flops for op in trace.ops if not op.backward)
     assert forward == models.count_flops(model, 0.25, batch_size=2)
     assert (
         1.9 * forward < trace.total()[2] - forward <= 2 * forward + 4 * (7 / 2 - 2) * forward
@@ -74,11 +74,12 @@ def test_flops_are_the_counted_ones(trace):
 
 def test_parts_and_traffic_of_a_block(trace):
     assert trace.parts == ["loss", "embedding", "head and tail blocks", "Read", "core blocks", "Write", "final layer", "update"]
-    blocks = [op for op in trace.ops if op.part == "core blocks" and op.region[1] == 1]
+    first = next(op.region for op in trace.ops if op.part == "core blocks")
+    blocks = [op for op in trace.ops if op.part == "core blocks" and op.region == first]
     gelu = [op for op in blocks if "gelu" in op.name]
     numbers = 2 * 256 // 4 * 4 * 192  # images × kept latents × hidden width
     assert [op.bytes for op in gelu] == [2 * 2 * numbers, 3 * 2 * numbers]  # bf16: read and write; read two, write one
-    assert [op.region[2] for op in gelu] == [False, True]
+    assert [op.backward for op in gelu] == [False, True]
     weights = sum(p.numel() for p in models.create_model(CONFIG.model, input_size=32, num_classes=10).parameters())
     adam = next(op for op in trace.ops if "adamw" in op.name)
     assert adam.bytes >= 28 * weights
@@ -88,6 +89,8 @@ def test_parts_and_traffic_of_a_block(trace):
 def test_fusing_never_adds(trace):
     fused = compiled(trace)
     assert fused.total("products") == trace.total("products")
+    assert fused.total("element-wise", ["loss", "update"]) == trace.total("element-wise", ["loss", "update"])
+    assert fused.total("element-wise")[0] < 0.8 * trace.total("element-wise")[0]
     for part in trace.parts:
         kernels, size, _ = fused.total("element-wise", [part])
         assert kernels <= trace.total("element-wise", [part])[0]
@@ -96,7 +99,7 @@ def test_fusing_never_adds(trace):
 
 def test_a_chain_between_two_products_is_one_kernel():
     def op(name, reads, writes):
-        return Op(name, "a", ("a", 1, False), 1, 0, dict.fromkeys(reads, 4), dict.fromkeys(writes, 4))
+        return Op(name, "a", ("a", 1, True), False, 1, 0, dict.fromkeys(reads, 4), dict.fromkeys(writes, 4))
 
     ops = [op("mm", [1], [2]), op("add", [2, 9], [3]), op("mul", [3], [4]), op("mm", [4], [5]), op("mul", [5, 9], [6])]
     fused = compiled(Trace(ops, {}, set()))

@@ -19,7 +19,7 @@ from checkpoint.weights import model_options
 from common.distributed import check_world_size
 from common.errors import UserError, did_you_mean
 from common.files import check_name
-from common.precision import set_attention, set_tf32, supported_precision
+from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
@@ -186,6 +186,8 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # pyright: ignore[reportAttributeAccessIssue]
     check_accelerator(accelerator, config)
     set_tf32(config.allow_tf32)
+    if config.deterministic:
+        set_deterministic()
     set_attention(config.cudnn_attn)
     return accelerator
 

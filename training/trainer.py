@@ -120,7 +120,7 @@ class Trainer:
         self.ema = EMA(self.model, config.ema_decay)
         if config.gradient_checkpointing:
             models.checkpoint_blocks(self.model)
-        if config.compile:
+        if device.type == "cuda" if config.compile is None else config.compile:
             models.compile_model(self.model)
         self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
         self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn)
@@ -206,7 +206,8 @@ class Trainer:
             while not preemption.reached(self.step) and self.step < self.total_steps:
                 self.step += 1
                 profiler.begin_step(self.step)
-                self.train_step(batches)
+                with self.speed.host():
+                    self.train_step(batches)
                 bar.update()
                 # Waiting for the device is allowed from here on.
                 if self.step % config.log_every == 0 or self.step in (1, self.total_steps):
