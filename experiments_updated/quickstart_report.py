@@ -58,14 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     accuracy = digit_classifier.accuracy(classifier, val_digits, val_labels)
     print(f"digit classifier: {accuracy:.3f} of the 1,000 held-out digits right")
 
-    samples = [_samples(config, budget) for budget in config.budgets]  # (n, H, W, 3) each
+    samples = [read_samples(config, budget) for budget in config.budgets]  # (n, H, W, 3) each
     labels = generate.labels_of(config, range(len(samples[0]))).numpy()
     rates = _images_per_second(config, loaded)
-    losses = _val_losses(config, loaded, weights)
-    figures = _figures(config, val_digits, samples)
+    losses = held_out_losses(config, loaded, weights)
+    figures = digit_figures(config, val_digits, samples)
     rows = []
     for i, (budget, images) in enumerate(zip(config.budgets, samples, strict=True)):
-        predicted = digit_classifier.features(classifier, _digits(images))[1].argmax(dim=1).numpy()
+        predicted = digit_classifier.features(classifier, digits_of(images))[1].argmax(dim=1).numpy()
         difference = losses[i] - losses[-1]
         rows.append(
             {
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     (out / "table.md").write_text(table + "\n")
     (out / "results.json").write_text(json.dumps({"classifier_accuracy": accuracy, "budgets": rows}, indent=1) + "\n")
     first = [int(np.flatnonzero(labels == c)[0]) for c in range(config.num_classes)]
-    names = [f"budget {_fraction(b)}\n{r['gflops_per_forward']:.2f} GFLOPs" for b, r in zip(config.budgets, rows, strict=True)]
+    names = [f"budget {fraction(b)}\n{r['gflops_per_forward']:.2f} GFLOPs" for b, r in zip(config.budgets, rows, strict=True)]
     labelled_grid(
         np.stack([s[first] for s in samples]), names, [str(c) for c in range(config.num_classes)], out / "budgets.png"
     )
@@ -98,15 +98,17 @@ def check_options(config: ReportConfig) -> None:
     check_folder("--output-dir", config.output_dir)
 
 
-def _with_budget(config: ReportConfig, budget: float) -> ReportConfig:
-    return dataclasses.replace(config, inference_budget=str(budget))
+def with_budget(config: ReportConfig, budget: float | None) -> ReportConfig:
+    """The options for samples at a budget, `None` where the model has none."""
+    return dataclasses.replace(config, inference_budget=None if budget is None else str(budget))
 
 
-def _samples(config: ReportConfig, budget: float) -> np.ndarray:
-    folder = image_folder.images_folder(_with_budget(config, budget))
+def read_samples(config: ReportConfig, budget: float | None) -> np.ndarray:
+    """What generate.py drew at a budget, uint8 (n, H, W, 3)."""
+    folder = image_folder.images_folder(with_budget(config, budget))
     path = folder.with_name(folder.name + ".npz")
     if not path.is_file():
-        raise UserError(f"--sample-dir {config.sample_dir}: no samples at budget {budget:g} ({path}); run generate.py first")
+        raise UserError(f"--sample-dir {config.sample_dir}: no samples at budget {budget} ({path}); run generate.py first")
     return np.load(path)["arr_0"]
 
 
@@ -117,12 +119,12 @@ def _images_per_second(config: ReportConfig, loaded: Session) -> list[float]:
         for _ in range(TIMED_ROUNDS):
             for i, budget in enumerate(config.budgets):
                 start = time.perf_counter()
-                generate.draw(loaded, _with_budget(config, budget), range(TIMED_IMAGES)).cpu()
+                generate.draw(loaded, with_budget(config, budget), range(TIMED_IMAGES)).cpu()
                 best[i] = min(best[i], time.perf_counter() - start)
     return [TIMED_IMAGES / seconds for seconds in best]
 
 
-def _val_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.ndarray:
+def held_out_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.ndarray:
     """Velocity loss of each held-out canvas at each budget (budgets, canvases), over a few fixed draws of time and noise.
 
     Times as in training: its weighting and shift. Of DFM the mean over the stages.
@@ -150,17 +152,17 @@ def _val_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.n
     return losses.mean(dim=1).cpu().numpy().astype(np.float64)
 
 
-def _digits(canvases: np.ndarray) -> torch.Tensor:
+def digits_of(canvases: np.ndarray) -> torch.Tensor:
     """The digits of uint8 (n, H, W, 3) canvases: (4n, 3, 32, 32)."""
     return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2))
 
 
-def _figures(config: ReportConfig, val_digits: torch.Tensor, samples: list[np.ndarray]) -> list[dict]:
+def digit_figures(config: ReportConfig, val_digits: torch.Tensor, samples: list[np.ndarray]) -> list[dict]:
     """evaluate.py's JSON for each set of samples: their digits against the held-out ones, in the classifier's features."""
     folder = Path(config.output_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[digit_classifier.WEIGHTS_VARIABLE] = str(Path(config.output_dir) / "classifier.pt")
-    sets = {"held-out": val_digits} | {f"budget-{b:g}": _digits(s) for b, s in zip(config.budgets, samples, strict=True)}
+    sets = {"held-out": val_digits} | {f"budget-{b}": digits_of(s) for b, s in zip(config.budgets, samples, strict=True)}
     for name, digits in sets.items():
         images = digits.permute(0, 2, 3, 1).numpy()
         write_npz(folder / f"{name}.npz", images.shape, images)
@@ -172,7 +174,8 @@ def _figures(config: ReportConfig, val_digits: torch.Tensor, samples: list[np.nd
     return evaluated
 
 
-def _fraction(budget: float) -> str:
+def fraction(budget: float) -> str:
+    """For people: 1/16 in place of 0.0625."""
     return f"1/{round(1 / budget)}" if budget < 1 and (1 / budget).is_integer() else f"{budget:g}"
 
 
@@ -194,7 +197,7 @@ def _table(rows: list[dict]) -> str:
         difference = f"{r['held_out_loss_difference']:+.4f} ± {r['held_out_loss_difference_standard_error']:.4f}"
         lines.append(
             [
-                _fraction(r["budget"]),
+                fraction(r["budget"]),
                 f"{r['gflops_per_forward']:.3f}",
                 f"{r['images_per_second']:.2f}",
                 f"{r['digits_in_class']:.3f}",
