@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # U-ViT, HDiT and the ELIT paper's two layouts, each with and without ELIT, trained alike on the quick start's digits
-# → held-out loss and FID of each at three budgets: table.md, results.json and samples.png in quickstart/backbones-300/.
+# → held-out loss and FID of each at three budgets: table.md, results.json and samples.png in quickstart/backbones-240/.
 # Everything goes to quickstart/ (or $1), whose data are used where the quick start has made them. Killed, it goes on from there.
-# STEPS=n trains for n steps in place of 300.
+# STEPS=n trains for n steps in place of 240.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-OUT=${1:-quickstart} STEPS=${STEPS:-300}
+OUT=${1:-quickstart} STEPS=${STEPS:-240}
 STUDY=$OUT/backbones-$STEPS
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }
