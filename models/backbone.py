@@ -5,6 +5,7 @@ latents of the blocks at hand. A backbone of one's own defines `blocks`, `embed`
 """
 
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
