@@ -157,7 +157,7 @@ def test_images_that_are_not_finite_leave_a_gap(data, tmp_path, monkeypatch, cap
         (("--eval-steps", 2, "--eval-ref", "large.npz"), "large.npz: has images of 64x64 pixels; those of the run have --resolution 32"),
         (("--eval-steps", 2, "--eval-ref", "ref.npz", "--eval-metrics", "fdi"), "--eval-metrics fdi: not a metric (did you mean fid?)"),
         (("--eval-steps", 2, "--eval-ref", "ref.npz", "--eval-metrics", "cmmd"), "--eval-metrics cmmd: needs --clip-weights"),
-        (("--eval-steps", 2, "--eval-ref", "ref.npz", "--eval-budgets", 0.1), "--eval-budgets: inference_budget 0.1"),
+        (("--eval-steps", 2, "--eval-ref", "ref.npz", "--eval-budgets", 0.1), "--eval-budgets: inference budget 0.1"),
         (("--eval-steps", 2, "--eval-ref", "ref.npz", "--eval-budgets", 0.25, "--model", "SiT-Ti/2", "--elit-max-mask-prob", "none",
           "--elit-min-mask-prob", "none"), "--eval-budgets 0.25: SiT-Ti/2 has no budget"),
         (("--eval-steps", 2, "--eval-ref", "ref.npz", "--eval-features", "runs:nothing"), "--eval-features runs:nothing"),
