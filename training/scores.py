@@ -18,7 +18,7 @@ from torch import nn
 
 from checkpoint import training_state
 from common.errors import UserError
-from common.files import write_json
+from common.files import DataError, write_json
 from common.logging import warn
 from common.precision import tf32
 from config.options import Architecture, GenerateConfig, TrainConfig
@@ -160,6 +160,8 @@ class Scores:
                     batches = self._batches(model, step, budget, should_stop)
                     figures = self.scorer.score(batches, count, f"images of step {step}{suffix.replace('_', ' ')}")
             except UserError as error:  # the same in every process that draws, or in the one that computes
+                if isinstance(error, DataError):  # met by one process, for which the others wait
+                    raise
                 warn(f"step {step} is not scored: {error}")
             if self.run_dir.is_main:
                 values |= {metric + suffix: (figures or {}).get(metric) for metric in self.config.eval_metrics}
