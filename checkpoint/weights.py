@@ -36,6 +36,14 @@ class Weights:
 
 def build_model(found: Weights, where: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> nn.Module:
     """The model that `found` records, in eval mode with its weights loaded and checked; `overrides` are constructor arguments."""
+    model = empty_model(found, where, **overrides)  # no time spent on initial weights: all of them are replaced
+    load_state_dict(model, found.state_dict, where, assign=True)
+    found.check()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def empty_model(found: Weights, where: str | Path, **overrides: Any) -> nn.Module:
+    """The model that `found` records, on the meta device: without weights. UserError where none can be made."""
     config = found.config
     for name in ("model", "resolution", "num_classes"):
         if not config.get(name):
@@ -45,8 +53,8 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
             f"{where}: resolution {config['resolution']} is not divisible by the VAE's factor {found.record.downsample_factor}"
         )
     try:
-        with torch.device("meta"):  # no time spent on initial weights: all of them are replaced
-            model = models.create_model(
+        with torch.device("meta"):
+            return models.create_model(
                 config["model"],
                 input_size=config["resolution"] // found.record.downsample_factor,
                 in_channels=found.record.latent_channels,
@@ -55,9 +63,6 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
             )
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
         raise UserError(f"{where}: no such model can be made: {first_line(error)}") from None
-    load_state_dict(model, found.state_dict, where, assign=True)
-    found.check()
-    return model.to(device).eval().requires_grad_(False)
 
 
 def model_options(config: dict[str, Any]) -> dict[str, Any]:

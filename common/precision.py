@@ -1,6 +1,7 @@
 """The precision of matrix products and convolutions, and of automatic mixed precision."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -13,6 +14,18 @@ def set_tf32(enabled: bool) -> None:
     """Float32 matrix products and convolutions in TF32 (on Ampere and newer GPUs), or in full float32."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     torch.backends.cudnn.allow_tf32 = enabled
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """`set_tf32` for a while."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    set_tf32(enabled)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def supported_precision(mixed_precision: str, on_cpu: bool) -> str:

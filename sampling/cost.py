@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 import models
 from flows import flow_of
 from samplers import Guidance
-from sampling.session import Options
+from sampling.session import Options, guidance
 
 Run = list[tuple[float | None, ...]]  # the budgets of the passes of each velocity evaluation
 
@@ -40,6 +40,13 @@ def mean_flops_per_step(config: Options, g: Guidance, model: nn.Module) -> float
     return flops_per_step(config, run, pass_flops(model, [run]))
 
 
+def flops_per_image(configs: Sequence[Options], model: nn.Module) -> list[float]:
+    """FLOPs of one image's velocity evaluations by each of the options; the model may be on the meta device."""
+    runs = [passes_of_run(config, guidance(config)) for config in configs]
+    flops = pass_flops(model, runs)
+    return [flops_per_step(config, run, flops) * flow_of(config).total_steps for config, run in zip(configs, runs, strict=True)]
+
+
 WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 25, 30
 
 
@@ -56,16 +63,17 @@ def interleaved_times(jobs: Mapping[Job, Callable[[], object]], device: torch.de
         if turn >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
             break
         for name, job in jobs.items():
-            _synchronize(device)
+            synchronize(device)
             begin = time.perf_counter()
             job()
-            _synchronize(device)
+            synchronize(device)
             if turn >= 0:
                 times[name].append(1000 * (time.perf_counter() - begin))
     quartiles = {name: statistics.quantiles(t, n=4, method="inclusive") for name, t in times.items()}
     return {name: (low, median, high) for name, (low, median, high) in quartiles.items()}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -21,7 +21,7 @@ from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
-from models.vae import decode, load_vae
+from models.vae import VAERecord, decode, load_vae
 from samplers import Guidance, parse_budget
 
 if TYPE_CHECKING:
@@ -48,9 +48,14 @@ def from_command_line(
     config, given = parse(cls, argv, prog=prog)
     require_options(config, "ckpt")
     check_options(config)
+    return config, given, read_checkpoint(config, given)
+
+
+def read_checkpoint(config: Options, given: dict[str, Any]) -> Weights:
+    """The weights that the options name; the architecture that they record is filled in (`given`: the options by hand)."""
     weights = reading.read_weights(config.ckpt, config.weights, given)
     resolve_architecture(config, given, weights, config.ckpt)
-    return config, given, weights
+    return weights
 
 
 def guidance(config: Options, **changes: Any) -> Guidance:
@@ -160,10 +165,17 @@ class Session:
         return decode(self.vae, latents)
 
 
-def load(config: Options, weights: Weights, device: torch.device) -> Session:
-    """Model (compiled where that is asked for) and VAE on `device`."""
-    # While the VAE loads, the checkpoint is hashed.
-    vae, record = load_vae(config.vae or weights.record.vae, device, expected=weights.record)
+def vae_of(config: Options, weights: Weights, device: torch.device, vaes: dict) -> tuple[Any, VAERecord]:
+    """The VAE of a checkpoint, and its record; from `vaes` where it is among those, else added to them."""
+    name = config.vae or weights.record.vae
+    if (name, weights.record) not in vaes:
+        vaes[name, weights.record] = load_vae(name, device, expected=weights.record)
+    return vaes[name, weights.record]
+
+
+def load(config: Options, weights: Weights, device: torch.device, vaes: dict | None = None) -> Session:
+    """Model (compiled where that is asked for) and VAE on `device`. `vaes`: those that are loaded already; a new one is added."""
+    vae, record = vae_of(config, weights, device, {} if vaes is None else vaes)  # meanwhile the checkpoint is hashed
     model = build_model(weights, config.ckpt, device)
     if config.compile:
         models.compile_model(model)
