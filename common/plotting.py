@@ -121,7 +121,13 @@ def curves_plot(
     colours = iter([BLUE, ORANGE, GREEN, "#8a5fb0", "#b5443a", "#3aa0a8", "#a8932f", "#c76f9e"])
     if front:
         axis.plot(*zip(*front, strict=True), color="black", linewidth=0.9, zorder=1, label="Pareto front")
-        ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 0.9, "linestyle": "none"}
+        ring: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 11,
+            "markerfacecolor": "none",
+            "markeredgewidth": 0.9,
+            "linestyle": "none",
+        }
         axis.plot(*zip(*front, strict=True), color="black", zorder=3, **ring)
     for curve in curves:
         style: dict[str, Any] = {"color": GREY, "linestyle": "--"} if curve.is_reference else {"color": next(colours, GREY)}

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from config.options import Architecture, GenerateConfig
-from config.rules import names, option
+from config.rules import folder_labels, names, option
 from config.tool_options import MetricOptions
 from config.values import kinds
 
@@ -41,7 +41,12 @@ class SweepOptions(MetricOptions, Architecture):
 # Of generate.py, as they are there; those that change images are the same for all cells.
 SHARED = ("config", "train_config", "vae", "tf32", "compile", "per_proc_batch_size")
 _FIXED = {*names(Architecture, resume="same"), *SHARED, "global_seed"}
-AXES = tuple(name for name in names(GenerateConfig, images=True) if name not in _FIXED)
+_IN_FOLDERS = folder_labels(GenerateConfig)  # among them what is told by the hash of a file
+AXES = tuple(
+    f.name
+    for f in dataclasses.fields(GenerateConfig)
+    if (f.metadata["images"] or f.name in _IN_FOLDERS) and f.name not in _FIXED
+)
 DEFAULTS = {"class_labels": ["balanced"]}  # where a sweep's default is another than generate.py's
 
 

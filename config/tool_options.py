@@ -90,7 +90,14 @@ class MetricOptions(FeatureNetworks):
 
     ref: str = option("files", ..., "reference: .npz in ADM's format or a folder of PNG", positional="REF")
     metrics: list[str] = option(
-        "metrics", [], "of fid sfid is precision recall fdd (default: all that the network gives; fdd on demand)", distinct=True
+        "metrics",
+        [],
+        "of fid sfid is precision recall (default: those that the network gives) and, on demand, fdd kid mind density coverage "
+        "dino_precision dino_recall dino_density dino_coverage cmmd",
+        distinct=True,
+    )
+    clip_weights: str | None = option(
+        "metrics", None, "CLIP ViT-L/14 at 336 px for cmmd: transformers' folder, or timm's file (required for cmmd)"
     )
     features: str | None = option("metrics", None, "another network than Inception, as module:factory")
     pr_dtype: Literal["float16", "float32"] = option(
@@ -101,7 +108,7 @@ class MetricOptions(FeatureNetworks):
 
 @dataclasses.dataclass
 class EvaluateConfig(MetricOptions):
-    """Options of evaluate.py: FID, sFID, Inception Score, Precision, Recall and FDD, as ADM's evaluator has them."""
+    """Options of evaluate.py: the figures of ADM's evaluator, and others."""
 
     samples: str = option("files", ..., ".npz or a folder of PNG", positional="SAMPLES")
     output: str = option("files", "metrics.json", "JSON file with the figures and what they belong to")

@@ -13,15 +13,25 @@ from torch import Tensor
 from common.errors import UserError, did_you_mean, first_line
 from config.tool_options import EvaluateConfig, FeatureNetworks, MetricOptions
 from metrics import feature_extractors
+from metrics.distances import cmmd, kid, mind
 from metrics.feature_extractors import Network
 from metrics.features import IN_FILE, Features, gather, read_batches
 from metrics.images import ImageSet, open_images
-from metrics.precision_recall import precision_recall
+from metrics.precision_recall import density_coverage, precision_recall
 from metrics.statistics import covariance_problem, frechet_distance, inception_score, score_of_logits
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "fdd")
-FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}  # metric → the features that it compares
+# Metric → the features that it looks at: of ADM's evaluator, and those on demand.
+ADM = {"fid": "pool", "sfid": "spatial", "is": "logits", "precision": "pool", "recall": "pool"}
+ON_DEMAND = {"fdd": "dinov2", "kid": "pool", "mind": "pool", "density": "pool", "coverage": "pool"}
+ON_DEMAND |= dict.fromkeys(("dino_precision", "dino_recall", "dino_density", "dino_coverage"), "dinov2") | {"cmmd": "clip"}
+NEEDS = ADM | ON_DEMAND
+METRICS = tuple(NEEDS)
+NAMES = {name: name.capitalize().replace("Dino_", "DINO ") for name in METRICS}  # for people
+NAMES |= {"sfid": "sFID"} | {name: name.upper() for name in ("fid", "is", "fdd", "kid", "mind", "cmmd")}
+HIGHER_IS_BETTER = {name for name in METRICS if name.endswith(("is", "precision", "recall", "density", "coverage"))}
+FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}
 NEIGHBOURS = 3  # k of precision and recall
+PRDC_NEIGHBOURS = 5  # k of density and coverage, and of all four of DINOv2's features
 
 Warn = Callable[[str], None]
 
@@ -54,7 +64,8 @@ def prepare(config: MetricOptions, sets: Sequence[ImageSet], state: PartialState
         for images in sets:
             images.check()
     state.wait_for_everyone()
-    used += load_networks(config, ref.wanted | samples.wanted, sets, bool(used), state, warn)
+    wanted = (ref.wanted | samples.wanted).difference(*(network.dims for network in used))
+    used += load_networks(config, wanted, sets, state, warn)
     check_dimensions(ref, samples, metrics, used, warn)
     return Plan(metrics, ref, samples, used)
 
@@ -74,7 +85,7 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
         ref_sha256, samples_sha256 = hashes.result()  # which finds damage
         figures = compute(config, metrics, ref, samples, used, device_of(state))
     return (
-        {name: figures.get(name) for name in METRICS}
+        {name: figures.get(name) for name in METRICS if name in (*ADM, "fdd", *metrics)}
         | {"num_ref": ref.images.count or None, "num_samples": samples.images.count or None}
         | {"ref": config.ref, "samples": config.samples, "ref_sha256": ref_sha256, "samples_sha256": samples_sha256}
         | {"statistics_from_file": {"ref": _from_file(ref, metrics), "samples": _from_file(samples, metrics)}}
@@ -108,16 +119,20 @@ def check_names(metrics: Sequence[str]) -> None:
 def choose_metrics(config: MetricOptions, used: Sequence[Network], sets: Sequence[ImageSet], warn: Warn) -> list[str]:
     """The metrics asked for, else all that the network's outputs and the (reference, samples) `sets` allow.
 
-    What the sets do not allow is named in a warning. fdd, which takes another network, is computed on demand only.
+    What the sets do not allow is named in a warning. Metrics beyond ADM's are computed on demand only.
     """
     kinds = used[0].dims if used else ("pool", "spatial", "logits")
-    needs = {"fid": "pool", "sfid": "spatial", "is": "logits", "precision": "pool", "recall": "pool"}
     for name in config.metrics:
-        if name != "fdd" and needs[name] not in kinds:
-            raise UserError(f"--metrics {name}: needs {needs[name]}, which --features {config.features} does not give")
+        kind = NEEDS[name]
+        if kind == "clip" and kind not in kinds and not config.clip_weights:
+            raise UserError(
+                f"--metrics {name}: needs --clip-weights, e.g. a copy of the hub's openai/clip-vit-large-patch14-336"
+            )
+        if kind not in ("dinov2", "clip", *kinds):
+            raise UserError(f"--metrics {name}: needs {kind}, which --features {config.features} does not give")
     if config.metrics:
         return list(config.metrics)
-    possible = [name for name, kind in needs.items() if kind in kinds]
+    possible = [name for name, kind in ADM.items() if kind in kinds]
     metrics = [name for name in possible if not lacks(name, sets)]
     if not metrics or not sets[1].count:  # `plan` says what is missing
         return possible
@@ -140,7 +155,7 @@ def plan(images: ImageSet, metrics: Sequence[str], score_on: str | None) -> Feat
     needed_by: dict[str, list[str]] = {}
     gather, keep = set(), set()
     for metric in metrics:
-        kind = FRECHET.get(metric, "pool")
+        kind = NEEDS[metric]
         if metric in FRECHET and all(name in images.statistics for name in IN_FILE[kind]):
             continue
         if metric == "is":
@@ -163,22 +178,34 @@ def check_sets(ref: Features, samples: Features, metrics: Sequence[str]) -> None
         raise UserError(f"{samples.images.path}: has images of {w2}x{h2} pixels, but {ref.images.path} of {w1}x{h1}")
     for features in (ref, samples):
         images = features.images
-        if {"precision", "recall"} & set(metrics) and images.count < NEIGHBOURS + 1:
-            raise UserError(f"{images.path}: {images.count} images; precision and recall need at least {NEIGHBOURS + 1}")
+        for metric in metrics:
+            least = 2 if metric == "kid" else neighbours(metric) + 1 if neighbours(metric) else 0
+            if images.count < least:
+                raise UserError(f"{images.path}: {images.count} images; {metric} needs at least {least}")
         if features.gather and images.count < 2:
             raise UserError(f"{images.path}: one image has no covariance; wanted: at least 2")
 
 
+def neighbours(metric: str) -> int:
+    """The k of a figure of nearest neighbours; 0 for another one."""
+    if metric in ("precision", "recall"):
+        return NEIGHBOURS
+    return PRDC_NEIGHBOURS if metric.removeprefix("dino_") in ("precision", "recall", "density", "coverage") else 0
+
+
 def load_networks(
-    config: FeatureNetworks, wanted: set[str], sets: Sequence[ImageSet], by_hand: bool, state: PartialState, warn: Warn
+    config: FeatureNetworks, wanted: set[str], sets: Sequence[ImageSet], state: PartialState, warn: Warn
 ) -> list[Network]:
-    """Inception and DINOv2 where their features are wanted. One process of each machine downloads, the others find the file."""
+    """Those that give the `wanted` features. One process of each machine downloads, the others find the file."""
     used = []
     with state.local_main_process_first():
-        if wanted & {"pool", "spatial"} and not by_hand:
+        if wanted & {"pool", "spatial"}:
             used.append(feature_extractors.inception(config.inception_weights, device_of(state), warn))
         if "dinov2" in wanted:
             used.append(feature_extractors.dinov2(config.dino_weights, device_of(state)))
+        if "clip" in wanted:
+            assert isinstance(config, MetricOptions) and config.clip_weights  # see `choose_metrics`
+            used.append(feature_extractors.clip(config.clip_weights, device_of(state)))
     for network in used:
         probe(network, sets)
     return used
@@ -196,7 +223,7 @@ def probe(network: Network, sets: Sequence[ImageSet]) -> None:
             given = network.extract(batch)
     except Exception as error:  # whatever a function that is no feature network raises
         raise UserError(f"--features {network.name}: {type(error).__name__}: {first_line(error)}; {wanted}") from None
-    kinds = {"pool", "spatial", "logits", "dinov2"}
+    kinds = {"pool", "spatial", "logits", "dinov2", "clip"}
     if not isinstance(given, dict) or not given or not given.keys() <= kinds or not all(map(_is_one_row, given.values())):
         raise UserError(f"--features {network.name}: {wanted}")
     network.dims = {kind: values.numel() for kind, values in given.items()}
@@ -243,8 +270,9 @@ def compute(
     samples: Features,
     used: Sequence[Network],
     device: torch.device,
+    progress: bool = True,
 ) -> dict[str, float]:
-    """The figures, of features that are gathered."""
+    """The figures, of features that are gathered. progress: bars for what takes long."""
     figures = {m: frechet_distance(*ref.gaussian(FRECHET[m]), *samples.gaussian(FRECHET[m])) for m in metrics if m in FRECHET}
     if "is" in metrics and "logits" in samples.rows:
         figures["is"] = score_of_logits(samples.rows["logits"], config.split_size)
@@ -252,8 +280,27 @@ def compute(
         weight = used[0].class_weight
         assert weight is not None  # Inception has one
         figures["is"] = inception_score(samples.rows["pool"], weight, config.split_size)
-    if {"precision", "recall"} & set(metrics):
-        rows = ref.rows["pool"], samples.rows["pool"]
-        both = precision_recall(*rows, NEIGHBOURS, config.pr_dtype, device=device, progress=True)
-        figures |= {m: value for m, value in zip(("precision", "recall"), both, strict=True) if m in metrics}
-    return figures
+    for name, distance in {"mind": mind, "cmmd": cmmd}.items():
+        if name in metrics:
+            figures[name] = distance(ref.rows[NEEDS[name]], samples.rows[NEEDS[name]], device=device)
+    if "kid" in metrics:
+        figures["kid"] = kid(ref.rows["pool"], samples.rows["pool"])
+    return figures | _of_neighbours(config, metrics, ref, samples, device, progress)
+
+
+def _of_neighbours(
+    config: MetricOptions, metrics: Sequence[str], ref: Features, samples: Features, device: torch.device, progress: bool
+) -> dict[str, float]:
+    figures = {}
+    for prefix, kind in (("", "pool"), ("dino_", "dinov2")):
+        pair = f"{prefix}precision", f"{prefix}recall"
+        if set(pair) & set(metrics):
+            dtype = "float32" if prefix else config.pr_dtype
+            k = neighbours(pair[0])
+            both = precision_recall(ref.rows[kind], samples.rows[kind], k, dtype, device=device, progress=progress)
+            figures |= dict(zip(pair, both, strict=True))
+        pair = f"{prefix}density", f"{prefix}coverage"
+        if set(pair) & set(metrics):
+            both = density_coverage(ref.rows[kind], samples.rows[kind], PRDC_NEIGHBOURS, device=device, progress=progress)
+            figures |= dict(zip(pair, both, strict=True))
+    return {metric: value for metric, value in figures.items() if metric in metrics}

@@ -29,7 +29,7 @@ def make_reference(config: ReferenceConfig, state: PartialState, warn: Callable[
         images.check()
     state.wait_for_everyone()
     features = Features(images, {"pool", "spatial"} | ({"dinov2"} if config.dino else set()), set())
-    used = load_networks(config, features.wanted, [images], False, state, warn)
+    used = load_networks(config, features.wanted, [images], state, warn)
     gather(features, used, read_batches(features, config.batch_size, state), config.batch_size, state, "reference")
     if not state.is_main_process:
         return

@@ -98,7 +98,9 @@ class Scorer:
             gather(samples, self.networks, batches, self._options.batch_size, self._state, name)
             if not self._state.is_main_process:
                 return None
-            return compute(self._options, self.metrics, self.ref, samples, self.networks, device_of(self._state))
+            return compute(
+                self._options, self.metrics, self.ref, samples, self.networks, device_of(self._state), progress=False
+            )
 
     def _look_at_reference(self) -> None:
         """Fill in the features of the reference, from the file beside it where there is one."""

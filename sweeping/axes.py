@@ -17,7 +17,9 @@ from samplers import parse_budget
 Values = dict[str, Any]  # option of generate.py → value
 
 # Without guidance these have no effect: cells that differ in them alone are one.
-OF_GUIDANCE = tuple(name for name in names(GenerateConfig, group="guidance", images=True) if name != "cfg_scale")
+OF_GUIDANCE = tuple(name for name in names(GenerateConfig, group="guidance") if name in AXES and name != "cfg_scale")
+OF_GUIDE = tuple(name for name in OF_GUIDANCE if name.startswith("guide_"))
+OF_CACHE = tuple(name for name in AXES if name.startswith("cache_"))
 
 
 def axes_of(config: Any, given: Values) -> list[list[Values]]:
@@ -43,8 +45,15 @@ def axes_of(config: Any, given: Values) -> list[list[Values]]:
 
 def combinations(axes: list[list[Values]]) -> Iterator[Values]:
     """Every combination of the axes' points, the last axis the fastest."""
+    several = {name for axis in axes if len(axis) > 1 for name in axis[0]}
     for points in itertools.product(*axes):
-        yield {name: value for point in points for name, value in point.items()}
+        values = {name: value for point in points for name, value in point.items()}
+        # Options of a guide belong to the points that have one, and autoguidance to those with a budget for it.
+        if "guide_ckpt" in several and values["guide_ckpt"] is None:
+            values = {name: value for name, value in values.items() if name not in OF_GUIDE}
+        if "autoguidance" in several and values.get("unconditional_inference_budget") is None:
+            values["autoguidance"] = False
+        yield values
 
 
 def base_config(config: Any, ckpt: str) -> GenerateConfig:
@@ -56,10 +65,9 @@ def base_config(config: Any, ckpt: str) -> GenerateConfig:
 
 
 def canonical(config: GenerateConfig) -> GenerateConfig:
-    """The same images by options in one spelling: without guidance its options are the defaults, and a budget of 1 is the full one."""
-    changes: Values = {}
-    if config.cfg_scale == 1:
-        changes = {name: getattr(GenerateConfig(), name) for name in OF_GUIDANCE}
+    """The same images by options in one spelling: those that have no effect are the defaults, and a budget of 1 is the full one."""
+    idle = (*(OF_GUIDANCE if config.cfg_scale == 1 else ()), *(() if config.core_cache else OF_CACHE))
+    changes: Values = {name: getattr(GenerateConfig(), name) for name in idle}
     if config.inference_budget is not None:
         budget = parse_budget(config.inference_budget)
         changes["inference_budget"] = None if budget == 1 else str(budget)

@@ -27,7 +27,7 @@ class Cell:
         ref: the reference.
         count: images.
         options: everything that decides the figures.
-        gflops: of the transformer for one image, guidance included.
+        gflops: of the transformer for one image, guidance included, without a core cache.
     """
 
     config: GenerateConfig

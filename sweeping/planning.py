@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 
 from checkpoint.architecture import resolve_architecture
-from checkpoint.weights import Weights, empty_model
+from checkpoint.weights import Weights, meta_model
 from common.errors import UserError
 from common.files import check_folder
 from common.logging import warn
@@ -20,14 +20,14 @@ from config.sweep_options import AXES
 from config.tool_options import MetricOptions
 from flows import flow_of
 from metrics.scoring import Scorer
-from sampling import checks, cost, session
+from sampling import checks, core_cache, cost, session
 from sampling.image_folder import settings
 from sampling.session import Session
-from sweeping.axes import Values, axes_of, base_config, canonical, combinations
+from sweeping.axes import OF_GUIDE, Values, axes_of, base_config, canonical, combinations
 from sweeping.results import parse_bound
 
 # Options that decide which weights are loaded: cells that share them are done one after the other.
-LOADED = tuple(name for name in ("weights", "guide_ckpt") if name in AXES)
+LOADED = ("weights", *OF_GUIDE)
 BEST = 3  # cells that --coarse scores in full
 
 
@@ -55,7 +55,7 @@ class Source:
     Attributes:
         name: of the run and file, for tables.
         configs: options of its cells, in order, each canonical and different from the others.
-        gflops: of each, per image.
+        gflops: of each, per image; what a core cache saves is not known before.
         settings: of each, all that the images depend on (on the main process).
         ref: the reference of its cells.
     """
@@ -116,16 +116,19 @@ class Plan:
             config = dataclasses.replace(base, **values)
             resolve_architecture(config, by_hand, weights, ckpt)
             checks.check_generation_model(config)
+            core_cache.check(config, weights)
             config.mixed_precision = self._precision(config.mixed_precision)
             config = canonical(config)
             unique.setdefault(str(_effective(config)), config)
         configs = list(unique.values())
-        gflops = [flops / 1e9 for flops in cost.flops_per_image(configs, empty_model(weights, ckpt))]
+        guide = meta_model(weights.guide, configs[0].guide_ckpt or "") if weights.guide else None
+        gflops = [flops / 1e9 for flops in cost.flops_per_image(configs, meta_model(weights, ckpt), guide)]
         run = weights.config.get("exp_name") or configs[0].model
         source = Source(first, by_hand, ref, weights, f"{run}/{Path(ckpt).stem}", configs, gflops)
         _, record = session.vae_of(first, weights, self.device, self.vaes)
         if self.state.is_main_process:
-            source.settings = [settings(config, weights, record.sha256) for config in configs]
+            alone = dataclasses.replace(weights, guide=None)
+            source.settings = [settings(c, weights if c.guide_ckpt else alone, record.sha256) for c in configs]
         if len(self.config.ckpt) > 1 or len({_loaded(values) for values in points}) > 1:
             source.weights = None
         return source

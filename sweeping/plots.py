@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from common.plotting import Curve, curves_plot
+from metrics.evaluation import HIGHER_IS_BETTER, NAMES
 from sweeping.axes import OF_GUIDANCE, shown
-from sweeping.results import HIGHER_IS_BETTER, Point, best, grouped, is_guided, main_metric, varying_names
+from sweeping.results import Point, best, grouped, is_guided, main_metric, varying_names
 
 MOST_CURVES = 8  # of a plot of guidance: those with the best points
 
@@ -37,7 +38,7 @@ def write_plots(points: Sequence[Point], dest: Path) -> list[Path]:
         front = pareto_front(usual, metric) if name == "gflops" else ()
         stars = {count: [(x_of(p), p.figures[metric].mean) for p in stars] for count, stars in others.items()}
         written.append(dest / f"{metric}_vs_{name}.png")
-        curves_plot(written[-1], curves, labels=(label, metric.upper(), title), front=front, stars=stars)
+        curves_plot(written[-1], curves, labels=(label, NAMES[metric], title), front=front, stars=stars)
     return written
 
 

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from common.errors import UserError
 from common.files import write_atomically
 from common.tables import markdown_table
+from config.options import GenerateConfig
 from config.sweep_options import AXES
+from metrics.evaluation import HIGHER_IS_BETTER, NAMES
 from sweeping.axes import OF_GUIDANCE, shown
 from sweeping.cells import Record
 
-HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage"}
 COLUMNS = ("global_seed", *AXES)
 
 
@@ -58,12 +59,21 @@ class Point:
 
 
 def points_of(records: Iterable[Record]) -> list[Point]:
-    """Group cells by all but the seed, in their order."""
+    """Group cells by all but the seed, in the order of their options."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         rest = {name: value for name, value in record["options"].items() if name != "global_seed"}
         groups.setdefault(str(sorted(rest.items())), []).append(record)
-    return [_point(group) for group in groups.values()]
+    return sorted((_point(group) for group in groups.values()), key=lambda point: _order(point.values))
+
+
+def _order(values: dict[str, Any]) -> list[tuple]:
+    """Numbers ascending, text after them, none last."""
+    numbers = [(name, shown(values.get(name))) for name in ("ref", "name", *AXES)]
+    return [
+        (0, float(v), "") if re.fullmatch(r"[\d.]+(e-?\d+)?", v) else (1, 0.0, v) if v != "none" else (2, 0.0, v)
+        for _, v in numbers
+    ]
 
 
 def _point(group: Sequence[Record]) -> Point:
@@ -73,7 +83,8 @@ def _point(group: Sequence[Record]) -> Point:
         values = [record["figures"][metric] for record in group]
         figures[metric] = Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
     return Point(
-        {"name": first["name"], "ref": Path(first["ref"]).name} | {k: v for k, v in first["options"].items() if k in AXES},
+        {"name": first["name"], "ref": Path(first["ref"]).name, "guide_ckpt": first.get("guide_ckpt")}
+        | {k: v for k, v in first["options"].items() if k in AXES},
         figures,
         statistics.fmean(record["gflops_per_image"] for record in group),
         statistics.fmean(record["ms_per_image"] for record in group),
@@ -81,7 +92,7 @@ def _point(group: Sequence[Record]) -> Point:
         tuple(record["key"] for record in group),
         tuple(record["options"]["global_seed"] for record in group),
         first["ckpt"],
-        first["options"],
+        first["options"] | {"guide_ckpt": first.get("guide_ckpt")},
     )
 
 
@@ -116,6 +127,7 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
     writer.writerow(["ckpt", "ckpt_step", "ref", *COLUMNS, *measured, *metrics, "cell"])
     for record in records:
         options, figures = record["options"], record["figures"]
+        options = {"guide_ckpt": record.get("guide_ckpt")} | options
         axes = [shown(options[name]) if name in options else "" for name in COLUMNS]
         writer.writerow(
             [record["ckpt"], options["ckpt_step"], record["ref"], *axes, *(repr(record[name]) for name in measured)]
@@ -159,13 +171,13 @@ def _side_by_side(points: Sequence[Point], varying: Sequence[str]) -> str:
             + [f"{side.gflops:.4g}" if side else "" for side in pair]
             + [guidance_text(guided[0].values) if guided else ""]
         )
-    doubled = [title for m in metrics for title in (m.upper(), f"{m.upper()}, guided")]
+    doubled = [title for m in metrics for title in (NAMES[m], f"{NAMES[m]}, guided")]
     return markdown_table([*rest, "images", *doubled, "GFLOPs / image", "GFLOPs, guided", "guidance"], rows)
 
 
 def _all_points(points: Sequence[Point], varying: Sequence[str]) -> str:
     metrics = list(dict.fromkeys(metric for point in points for metric in point.figures))
-    head = [*varying, "images", "seeds", "GFLOPs / image", "ms / image", *(metric.upper() for metric in metrics)]
+    head = [*varying, "images", "seeds", "GFLOPs / image", "ms / image", *(NAMES[metric] for metric in metrics)]
     rows = [
         [shown(point.values.get(name)) for name in varying]
         + [f"{point.count:,}", str(len(point.seeds)), f"{point.gflops:.4g}", f"{point.ms:.4g}"]
@@ -197,7 +209,9 @@ def guidance_text(values: dict[str, Any]) -> str:
         "guidance_low",
         "guidance_high",
     }
-    return text + "".join(f", {name} {shown(values[name])}" for name in sorted(others) if values[name] is not None)
+    defaults = GenerateConfig()
+    changed = [name for name in sorted(others) if values[name] != getattr(defaults, name)]
+    return text + "".join(f", {name} {shown(values[name])}" for name in changed)
 
 
 # ------------------------------------------------------------------------------------------------------------- bounds

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 import models
 from common.files import FolderLock, make_folder
@@ -95,8 +95,8 @@ class Runner:
             finally:
                 if lock is not None:
                     lock.release()
-        records = (self.store.read(cells[number].key) for number in numbers) if state.is_main_process else ()
-        return [record for record in records if record is not None]
+        keys = dict.fromkeys(cells[number].key for number in numbers) if state.is_main_process else ()
+        return [record for record in map(self.store.read, keys) if record is not None]
 
     def _next(self, cells: Sequence[Cell], missing: list[int]) -> tuple[int | None, FolderLock | None]:
         """The next cell to do, locked; −1: other jobs have all of them; None: all are done. Those of the loaded model come first."""
@@ -133,7 +133,7 @@ class Runner:
         plan, state = self.plan, self.plan.state
         source, place = self.sources[number]
         config, scorer = source.configs[place], plan.scorers[source.ref]
-        loaded, kept, folder = self.load(source), min(plan.config.keep_images, count), self._folder(key)
+        loaded, kept, folder = self.load(source).fresh(), min(plan.config.keep_images, count), self._folder(key)
         if kept:
             make_folder(folder, "--dest")
         watch = Stopwatch(images(loaded, config, range(count), state.process_index, state.num_processes), plan.device)
@@ -146,15 +146,22 @@ class Runner:
                         writer.write(folder, chosen, drawn[: len(chosen)])
                     yield indices, drawn
 
-            figures = scorer.score(keeping(), count, f"cell {key[:8]}")
+            figures = scorer.score(keeping(), count, f"cell {number + 1} of {len(self.sources)}")
+        gflops = source.gflops[place]
+        if config.core_cache:
+            for other in gather_object([loaded.drawn])[1:]:
+                loaded.drawn.add(other)
+            sampled = loaded.with_options(config)
+            gflops = cost.drawn_flops_per_step(sampled, loaded.drawn) * sampled.flow.total_steps / 1e9
         if figures is None:
             return None
         return {
             "name": source.name,
             "ckpt": source.config.ckpt,
             "ref": source.ref,
+            "guide_ckpt": config.guide_ckpt,
             "figures": figures,
-            "gflops_per_image": source.gflops[place],
+            "gflops_per_image": gflops,
             "ms_per_image": watch.ms_per_image,
             "num_samples": count,
             "num_ref": scorer.ref.images.count or None,
