@@ -23,6 +23,7 @@ from torch import Tensor
 from common import hub, tensor_files
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
+from common.files import file_sha256
 from common.torchvision_shim import import_torchvision
 
 SPATIAL_CHANNELS = 7  # of the 192 of the branch that sFID looks at
