@@ -54,11 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_options(config: GenerateConfig) -> None:
     """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
-    checks.check_options(config)
-    if config.class_labels not in (["random"], ["balanced"]):
-        for label in config.class_labels:
-            if not (label.isascii() and label.isdecimal() and len(label) < 19):
-                raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
+    checks.check_generation(config)
     check_folder("--sample-dir", config.sample_dir)
 
 
@@ -72,11 +68,9 @@ def name_run(config: GenerateConfig, weights: Weights) -> None:
 def check(config: GenerateConfig) -> None:
     """Refuse what the model cannot be sampled with, before anything is loaded or written."""
     check_options(config)
-    checks.check_model(config)
+    checks.check_generation_model(config)
     if config.preview and not flow_of(config).preview_sides(config.resolution):
         raise UserError(f"--preview: {config.model} has no coarser stages; only DFM models do")
-    if config.class_labels not in (["random"], ["balanced"]):
-        checks.check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
     images_folder(config)
 
 
@@ -97,6 +91,8 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
     lock = lock_folder(config, settings(config, weights, loaded.vae_sha256) if state.is_main_process else {}, state)
     try:
         drawn, seconds = draw_missing(config, loaded, state)
+        for other in gather_object([loaded.drawn])[1:] if config.core_cache else []:
+            loaded.drawn.add(other)
         if state.is_main_process:
             finish(config, loaded, drawn, seconds)
         state.wait_for_everyone()
@@ -159,8 +155,15 @@ def finish(config: GenerateConfig, loaded: Session, drawn: int, seconds: float) 
     rate = f", {drawn / seconds:.2f} images/s" if drawn else ""
     kept = config.num_fid_samples - drawn
     print(f"{folder}: {drawn} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
-    flops = cost.mean_flops_per_step(config, session.guidance(config), loaded.model)
-    print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
+    if not config.core_cache:
+        flops = cost.mean_flops_per_step(config, session.guidance(config), loaded.model, loaded.guide)
+        print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
+    elif drawn:
+        flops, ran = cost.drawn_flops_per_step(loaded, loaded.drawn), loaded.drawn
+        print(
+            f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included: the core ran in {100 * ran.share:.1f}% of the passes "
+            f"and reused what it had added in the others; the cache held {ran.cache_bytes / 2**20:.1f} MiB a process"
+        )
 
 
 if __name__ == "__main__":

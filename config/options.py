@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from config.rules import option
+from config.sampling_options import CoreCacheOptions, GuideOptions
 from config.score_options import ScoreOptions
 
 
@@ -225,7 +226,7 @@ class TrainConfig(ScoreOptions, Architecture):
 
 
 @dataclasses.dataclass
-class Sampling:
+class Sampling(GuideOptions, CoreCacheOptions):
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
     ckpt: str = option(

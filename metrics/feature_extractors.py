@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common import hub, tensor_files
 from common.errors import UserError, first_line
+from common.file_facts import known_sha256
 from common.files import file_sha256
 from common.torchvision_shim import import_torchvision
 
@@ -63,8 +64,14 @@ class Network:
     extract: Callable[[Tensor], dict[str, Tensor]]
     weights: Path | None = None
     sha256: str | None = None
+    source_sha256: str | None = None  # of the module of a network named by hand
     dims: dict[str, int] = field(default_factory=dict)  # kind of features → d, found by a first image
     class_weight: np.ndarray | None = None  # (classes, d): logits of `pool` without a bias, where it gives none itself
+
+    @property
+    def identity(self) -> str:
+        """What tells its features from another network's, as far as that is known."""
+        return f"{self.name} {self.sha256} {self.source_sha256}"
 
 
 def inception(path: str | None, device: torch.device, warn: Callable[[str], None]) -> Network:
@@ -76,7 +83,7 @@ def inception(path: str | None, device: torch.device, warn: Callable[[str], None
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     weights, state = _read_weights("--inception-weights", path or _download_inception(URL_INCEPTION_V3))
-    sha256 = file_sha256(weights)
+    sha256 = known_sha256(weights)
     if not sha256.startswith(_hash_in_name(URL_INCEPTION_V3)):
         warn(f"--inception-weights {weights}: not the published weights (sha256 {sha256[:16]}…); figures cannot be compared")
     # The package unpickles its file without restriction: it is given what was loaded with restriction, never the file itself.
@@ -130,7 +137,7 @@ def dinov2(path: str | None, device: torch.device) -> Network:
         pixels = torch.from_numpy(small).to(device).permute(0, 3, 1, 2).float() / 255
         return {"dinov2": model.forward_features((pixels - mean) / std)[:, 0]}
 
-    return Network("dinov2-vit-l-14", extract, weights, file_sha256(weights))
+    return Network("dinov2-vit-l-14", extract, weights, known_sha256(weights))
 
 
 def clip(path: str, device: torch.device) -> Network:
@@ -161,7 +168,7 @@ def clip(path: str, device: torch.device) -> Network:
         pixels = F.interpolate(images.to(device).float() / 255, (CLIP_SIDE, CLIP_SIDE), mode="bicubic")
         return {"clip": model((pixels - mean) / std)}
 
-    return Network("clip-vit-l-14-336", extract, weights, file_sha256(weights))
+    return Network("clip-vit-l-14-336", extract, weights, known_sha256(weights))
 
 
 def _clip_from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -215,7 +222,14 @@ def by_name(name: str, device: torch.device) -> Network:
     if not callable(extract):
         raise UserError(f"--features {name}: gives a {type(extract).__name__}; {wanted}")
     network: Any = extract  # `callable` would narrow it to what returns an object
-    return Network(name, lambda images: network(images.to(device)))
+    sha256 = getattr(extract, "sha256", None)
+    source = getattr(sys.modules[module], "__file__", None)
+    return Network(
+        name,
+        lambda images: network(images.to(device)),
+        sha256=sha256 if isinstance(sha256, str) else None,
+        source_sha256=file_sha256(source) if source else None,
+    )
 
 
 def _download_inception(url: str) -> Path:

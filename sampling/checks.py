@@ -7,20 +7,23 @@ from collections.abc import Sequence
 
 import models
 from common.errors import UserError
+from config.options import GenerateConfig
 from flows import check_sampler, flow_of
 from models.elit import budget_to_k
 from samplers import BudgetSchedule, parse_budget
+from sampling import guides
 from sampling.session import Options, guidance
 
 BUDGETS = ("inference_budget", "unconditional_inference_budget")
 
 
 def check_options(config: Options, cfg_scales: Sequence[float] | None = None) -> None:
-    """Refuse what no model can be sampled with; `cfg_scales`: of a tool that has several."""
+    """Refuse what no model can be sampled with; `cfg_scales`: of a tool that compares several, and kinds of guidance."""
     for name in BUDGETS:
         _parsed(_flag(name), getattr(config, name))
     check_sampler(config.mode, config.heun)
-    for changes in [{}] if cfg_scales is None else [{"cfg_scale": scale} for scale in cfg_scales]:
+    guides.check_options(config)
+    for changes in [{}] if cfg_scales is None else [{"cfg_scale": scale, "guide_label": None} for scale in cfg_scales]:
         guidance(config, **changes).check()
 
 
@@ -33,6 +36,21 @@ def check_model(config: Options) -> None:
     flow_of(config).check_sampling()
     for name in BUDGETS:
         check_budget(config, _flag(name), getattr(config, name))
+
+
+def check_generation(config: GenerateConfig) -> None:
+    """Refuse what no set of images can be drawn with."""
+    check_options(config)
+    for label in [] if config.class_labels in (["random"], ["balanced"]) else config.class_labels:
+        if not (label.isascii() and label.isdecimal() and len(label) < 19):
+            raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
+
+
+def check_generation_model(config: GenerateConfig) -> None:
+    """Refuse what the checkpoint's model cannot draw a set of images with."""
+    check_model(config)
+    if config.class_labels not in (["random"], ["balanced"]):
+        check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
 
 
 def check_elit(config: Options) -> None:
