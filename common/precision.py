@@ -20,7 +20,7 @@ def set_tf32(enabled: bool) -> None:
 
 @contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """`set_tf32` for what is done inside."""
+    """`set_tf32` for a while."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     set_tf32(enabled)
     try:

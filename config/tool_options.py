@@ -84,7 +84,7 @@ class FeatureNetworks:
 
     inception_weights: str | None = option("metrics", None, "Inception in torch-fidelity's format (default: downloaded)")
     dino_weights: str | None = option("metrics", None, "DINOv2 ViT-L/14, timm's or the original file (default: downloaded)")
-    batch_size: int = option("system", 64, "images per batch and process", ge=1, le=2**31 - 1)
+    batch_size: int = option("system", 64, "images per batch and process of these networks", ge=1, le=2**31 - 1)
 
 
 @dataclasses.dataclass

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import models
 from common.errors import UserError
 from common.logging import warn
+from config.options import GenerateConfig
 from flows import check_sampler, flow_of
 from models.elit import budget_to_k
 from samplers import BudgetSchedule, parse_budget
@@ -36,6 +37,21 @@ def check_model(config: Options) -> None:
     flow_of(config).check_sampling()
     for name in BUDGETS:
         check_budget(config, _flag(name), getattr(config, name))
+
+
+def check_generation(config: GenerateConfig) -> None:
+    """Refuse what no set of images can be drawn with."""
+    check_options(config)
+    for label in [] if config.class_labels in (["random"], ["balanced"]) else config.class_labels:
+        if not (label.isascii() and label.isdecimal() and len(label) < 19):
+            raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
+
+
+def check_generation_model(config: GenerateConfig) -> None:
+    """Refuse what the checkpoint's model cannot draw a set of images with."""
+    check_model(config)
+    if config.class_labels not in (["random"], ["balanced"]):
+        check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
 
 
 def check_elit(config: Options) -> None:

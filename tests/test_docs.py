@@ -20,6 +20,7 @@ import elit_multibudget_inference
 import evaluate
 import finetune_diffusers
 import generate
+import sweep
 import train
 from common.errors import UserError
 from config.parsing import parse_command_line
@@ -33,6 +34,7 @@ SCRIPTS = {
     "train.sbatch": train.TrainConfig,
     "generate.py": generate.GenerateConfig,
     "evaluate.py": evaluate.EvaluateConfig,
+    "sweep.py": sweep.SweepConfig,
     "elit_multibudget_inference.py": elit_multibudget_inference.MultibudgetConfig,
     "elit_ccfg_inference.py": elit_ccfg_inference.CCFGConfig,
     "convert_checkpoint.py": convert_checkpoint.ConvertCheckpointConfig,
