@@ -200,6 +200,20 @@ def test_axes_from_yaml_and_other_weights(folder, tmp_path):
     assert {(o["heun"], o["global_seed"], o["num_samples"]) for o in options} == {(True, 3, 4)}
 
 
+def test_core_cache_and_guides_are_axes(folder, tmp_path):
+    axes = ("--core-cache", 0, 0.9, "--cache-rule", "time", "head", "--guide-ckpt", "none", folder / "sit.pt", "--num-steps", 5)
+    swept(folder, tmp_path, "--cfg-scale", 1, 2, *axes, "--num-fid-samples", 4, "--metrics", "is")
+    cells = [cell["options"] | cell for cell in cells_of(tmp_path).values()]
+    assert len(cells) == 3 * (1 + 2)  # of the caches; without guidance, and guided by the model itself or by another
+    assert sum("guide_sha256" in cell for cell in cells) == 3
+    for guided in (1, 2):
+        same = [c for c in cells if c["cfg_scale"] == guided and "guide_sha256" not in c]
+        plain, *cached = [c["gflops_per_image"] for c in sorted(same, key=lambda c: c["core_cache"])]
+        assert len(cached) == 2 and max(cached) < plain  # what ran
+    with (tmp_path / "sweep.csv").open() as file:
+        assert {row["guide_ckpt"] for row in csv.DictReader(file)} == {"none", str(folder / "sit.pt")}
+
+
 @pytest.mark.parametrize(
     ("more", "culprits"),
     [
