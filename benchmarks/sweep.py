@@ -48,6 +48,19 @@ def start(argv: list[str], log: Path) -> int:
     return child
 
 
+def ended(child: int) -> bool:
+    """Has the process ended? Asked again after that, too."""
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
+
+
+def in_cell(dest: Path, since: float) -> bool:
+    """Has a cell been locked since then?"""
+    return any(path.stat().st_mtime > since for path in (dest / "cells").glob("*.lock"))
+
+
 def cells_of(dest: Path) -> dict[str, tuple[int, dict]]:
     """Cell → when its file was written, and its figures. ValueError for one that is not whole."""
     return {p.stem: (p.stat().st_mtime_ns, json.loads(p.read_text())["figures"]) for p in (dest / "cells").glob("*.json")}
@@ -56,13 +69,14 @@ def cells_of(dest: Path) -> dict[str, tuple[int, dict]]:
 def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
     """The first part. Returns what was wrong."""
     rng, log, findings = np.random.default_rng(seed), root / "log.txt", []
-    since = time.perf_counter()
     os.waitpid(start([*argv, "--dest", str(root / "whole")], log), 0)
-    seconds = time.perf_counter() - since
-    whole = {key: figures for key, (_, figures) in cells_of(root / "whole").items()}
+    cells = cells_of(root / "whole")
+    whole = {key: figures for key, (_, figures) in cells.items()}
     if len(whole) != CELLS:
         return [f"the undisturbed sweep made {len(whole)} cells:\n{log.read_text()[-2000:]}"]
-    print(f"undisturbed: {CELLS} cells in {seconds:.1f} s", flush=True)
+    written = sorted(when for when, _ in cells.values())
+    seconds = (written[-1] - written[0]) / 1e9 / (CELLS - 1)
+    print(f"undisturbed: {CELLS} cells, {seconds:.2f} s each", flush=True)
     dest, done, again, unfinished = root / "killed", 0, 0, 0
     while done < kills:
         before = cells_of(dest)
@@ -70,10 +84,14 @@ def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
             for path in sorted((dest / "cells").glob("*.json"))[: int(rng.integers(4, CELLS))]:
                 path.unlink()
             before = cells_of(dest)
+        begin = time.time()
         child = start([*argv, "--dest", str(dest)], log)
-        time.sleep(float(rng.uniform(0.1, 0.6)) * seconds)
-        ended, _ = os.waitpid(child, os.WNOHANG)
-        if not ended:
+        early = rng.random() < 0.2  # before it works at cells; the others within the first three
+        while not early and not in_cell(dest, begin) and not ended(child):
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 3)) * seconds)
+        is_over = ended(child)
+        if not is_over:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             done += 1
@@ -81,7 +99,7 @@ def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
         again += sum(after[key][0] != written for key, (written, _) in before.items())
         unfinished += len(list((dest / "cells").glob("*.lock")))
         print(
-            f"kill {done:2}: {len(before):2} cells before, {len(after):2} after{' (came to its end)' if ended else ''}",
+            f"kill {done:2}: {len(before):2} cells before, {len(after):2} after{' (came to its end)' if is_over else ''}",
             flush=True,
         )
     os.waitpid(start([*argv, "--dest", str(dest)], log), 0)
