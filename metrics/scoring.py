@@ -43,7 +43,7 @@ class Scorer:
     """
 
     def __init__(self, options: MetricOptions, count: int, size: tuple[int, int], state: PartialState, warn: Warn):
-        """Check, and load the networks. The reference is looked at when the first set is scored.
+        """Check, and load the networks.
 
         Args:
             options: `ref`, `metrics` (none: all that reference and network allow), networks, `batch_size` of the networks.
@@ -92,7 +92,7 @@ class Scorer:
             count: images of all processes.
             name: what they are, for the progress bar.
         """
-        self._look_at_reference()
+        self.look_at_reference()
         samples = Features(DrawnImages(count, self._size), self._gather, self._keep)
         with tf32(False):
             gather(samples, self.networks, batches, self._options.batch_size, self._state, name)
@@ -102,8 +102,8 @@ class Scorer:
                 self._options, self.metrics, self.ref, samples, self.networks, device_of(self._state), progress=False
             )
 
-    def _look_at_reference(self) -> None:
-        """Fill in the features of the reference, from the file beside it where there is one."""
+    def look_at_reference(self) -> None:
+        """Fill in the features of the reference, from the file beside it where there is one; done by the first `score` at the latest."""
         if self._is_ready or not self.ref.wanted:
             return
         is_main, path = self._state.is_main_process, None

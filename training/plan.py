@@ -17,14 +17,16 @@ import torch
 from checkpoint import reading
 from checkpoint.init_from import init_from
 from common.errors import UserError
+from common.logging import warn
 from config.options import TrainConfig
 from models.costs import mean_forward_flops, projector_flops
 from models.encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from models.vae import SD_VAE, load_vae
 from training.memory import activation_bytes, format_gib, state_bytes
+from training.resume import with_recorded_split
 from training.run_data import RunData, open_data
 from training.run_dir import RunDir
-from training.setup import build_model, token_grid, trained_budgets
+from training.setup import build_model, ema_warnings, token_grid, trained_budgets
 from training.stats import encoder_flops
 
 SAMPLES_READ = 64  # by --plan, evenly spread
@@ -34,7 +36,7 @@ class Plan:
     """`train.py --plan`: the account of a run and every mistake in it, found without training or writing anything."""
 
     def __init__(self, config: TrainConfig):
-        self.config = config
+        config = self.config = with_recorded_split(config, RunDir(config, is_main=True))
         self.processes = config.plan_processes or int(os.environ.get("WORLD_SIZE", 1))
         self.lines: list[str] = []
         self.errors: list[str] = []
@@ -97,6 +99,8 @@ class Plan:
     def describe_data(self) -> None:
         """Lines on batches, data, number of steps and time."""
         config, data = self.config, self.data
+        for message in ema_warnings(config, data.total_steps) if data is not None else ():
+            warn(message)
         if config.batch_size % self.processes == 0:
             images, local = config.batch_size * config.gradient_accumulation_steps, config.batch_size // self.processes
             self.say("batch", f"{images} = {self.processes} processes × {local} × {config.gradient_accumulation_steps}")
@@ -189,14 +193,16 @@ class Plan:
         self.say("outputs", text)
 
     def checkpoints_kept(self, total_steps: int) -> int:
-        """The most that lie in the folder at one time: by --keep-last and --keep-every, and the one being written."""
+        """The most that lie in the folder at one time: by --keep-last, --keep-every and --keep-best, and the one being written."""
         config = self.config
-        count = -(-total_steps // config.checkpointing_steps)  # one every so many steps, and one at the end
+        every = [n for n in (config.checkpointing_steps, config.eval_steps) if n]
+        at = sum(total_steps // n for n in every) - (total_steps // math.lcm(*every) if len(every) > 1 else 0)
+        count = at + all(total_steps % n for n in every)  # one every so many steps, and one at the end
         if not config.keep_last:
             return count
         newest_old = max(count - config.keep_last, 0) * config.checkpointing_steps
         kept = newest_old // math.lcm(config.checkpointing_steps, config.keep_every) if config.keep_every else 0
-        return min(count, config.keep_last + 1 + kept)
+        return min(count, config.keep_last + 1 + kept + config.keep_best)
 
     def describe_parts(self) -> None:
         """What a run uses beside the data: the VAE of its pictures, REPA's encoders, the checkpoint that it starts from."""
@@ -211,6 +217,10 @@ class Plan:
                     self.errors.append(str(error))
                 else:
                     self.say("pictures", f"none: {error}")
+        if config.eval_steps:
+            budgets = f" at {len(config.eval_budgets)} budgets" if config.eval_budgets else ""
+            images = f"{config.eval_samples:,} images{budgets} against {config.eval_ref}"
+            self.say("scores", f"{' '.join(config.eval_metrics)} every {config.eval_steps:,} steps and at the end, {images}")
         if self.encoders:
             with self.checked():
                 names = [e.name for e in self.encoders]
