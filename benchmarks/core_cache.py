@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cfg-scale", type=float, default=6.0)
     parser.add_argument("--inference-budget", help="of ELIT models [all latents]")
     parser.add_argument("--time", type=float, nargs="+", default=[0.08, 0.1, 0.15], help="thresholds of the rule time")
-    parser.add_argument("--head", type=float, nargs="+", default=[0.03, 0.05, 0.1, 0.2], help="thresholds of the rule head")
+    parser.add_argument("--head", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="thresholds of the rule head")
     parser.add_argument("--cache-after", type=int, help="blocks before the core of models without ELIT")
     parser.add_argument("--repeats", type=int, default=3, help="rounds [%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [all]")
