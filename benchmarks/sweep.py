@@ -61,9 +61,13 @@ def in_cell(dest: Path, since: float) -> bool:
     return any(path.stat().st_mtime > since for path in (dest / "cells").glob("*.lock"))
 
 
+def files(dest: Path) -> list[Path]:
+    return sorted((dest / "cells").glob("*.json"))
+
+
 def cells_of(dest: Path) -> dict[str, tuple[int, dict]]:
     """Cell → when its file was written, and its figures. ValueError for one that is not whole."""
-    return {p.stem: (p.stat().st_mtime_ns, json.loads(p.read_text())["figures"]) for p in (dest / "cells").glob("*.json")}
+    return {p.stem: (p.stat().st_mtime_ns, json.loads(p.read_text())["figures"]) for p in files(dest)}
 
 
 def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
@@ -81,15 +85,16 @@ def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
     while done < kills:
         before = cells_of(dest)
         if len(before) >= CELLS - 1:  # too little left to be killed in
-            for path in sorted((dest / "cells").glob("*.json"))[: int(rng.integers(4, CELLS))]:
+            for path in files(dest)[: int(rng.integers(4, CELLS))]:
                 path.unlink()
             before = cells_of(dest)
         begin = time.time()
         child = start([*argv, "--dest", str(dest)], log)
-        early = rng.random() < 0.2  # before it works at cells; the others within the first three
-        while not early and not in_cell(dest, begin) and not ended(child):
+        # One in five before it works at cells, the others inside a cell: the first, second or third.
+        early, whole_before = rng.random() < 0.2, len(before) + int(rng.integers(3))
+        while not early and not (len(files(dest)) >= whole_before and in_cell(dest, begin)) and not ended(child):
             time.sleep(0.01)
-        time.sleep(float(rng.uniform(0, 3)) * seconds)
+        time.sleep(float(rng.uniform(0, 1)) * seconds)
         is_over = ended(child)
         if not is_over:
             os.kill(child, signal.SIGKILL)
