@@ -44,7 +44,7 @@ def write_plots(points: Sequence[Point], dest: Path) -> list[Path]:
 
 def steps_of(values: dict[str, Any]) -> int:
     """The sampler's steps, over all stages of DFM."""
-    return values["num_steps"] if "num_steps" in values else sum(values["num_steps_per_scale"])
+    return sum(values["num_steps_per_scale"]) if "num_steps_per_scale" in values else values["num_steps"]
 
 
 def pareto_front(points: Sequence[Point], metric: str) -> list[tuple[float, float]]:
