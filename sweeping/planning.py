@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.files import check_folder
 from common.logging import warn
 from config.options import Architecture, GenerateConfig
+from config.parsing import flag
 from config.sweep_options import AXES
 from config.tool_options import MetricOptions
 from flows import flow_of
@@ -86,7 +87,7 @@ class Plan:
     """
 
     def __init__(self, config: Any, given: Values, points: Sequence[Values], state: PartialState):
-        self.config, self.state = config, state
+        self.config, self.given, self.state = config, given, state
         self.device = torch.device(state.device or "cpu")
         self.vaes: dict = {}
         self.scorers: dict[str, Scorer] = {}
@@ -111,6 +112,9 @@ class Plan:
         first = dataclasses.replace(base, **points[0])
         session.set_precision(first, self.device)
         weights = session.read_checkpoint(first, by_hand)
+        for option, reason in flow_of(first).ignored_options.items():
+            if option in self.given:
+                warn(f"{flag(option)} has no effect: {reason}")
         unique: dict[str, GenerateConfig] = {}
         for values in points:
             config = dataclasses.replace(base, **values)

@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,18 +268,24 @@ def test_the_evaluation_script_does_another_scale_anew(folder, tmp_path):
     train.write_text("exp_name: made\nmodel: ELIT-SiT-Ti/2\nresolution: 32\nnum_classes: 5\nelit_group_size: 2\n")
     generation.write_text("num_fid_samples: 6\nnum_steps: 2\ncfg_scale: 1.0\n")
     script = ROOT / "experiments_updated" / "evaluation" / "eval.sh"
-    environment = runs.environment() | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
+    torchrun = tmp_path / "bin" / "torchrun"  # tells its arguments
+    torchrun.parent.mkdir()
+    torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    torchrun.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{torchrun.parent}:{os.environ['PATH']}",
         "EVALUATE": "--features runs:colour_features --metrics fid is",
-        "NPROC": "1",
+        "RESULTS": str(tmp_path / "results"),
+        "NPROC": "3",
     }
     for scale, clean in ((2, ""), (6, "--clean")):
-        done = subprocess.run(
+        told = subprocess.run(
             ["bash", script, *([clean] if clean else []), train, generation, folder / "0000007.pt", folder / "ref.npz", "0.5"],
-            env=environment | {"GENERATE": f"--cfg-scale {scale}"}, cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+            env=environment | {"GENERATE": f"--cfg-scale {scale}"}, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+        assert told[:3] == ["--standalone", "--nproc_per_node=3", str(ROOT / "sweep.py")]
+        sweep.main(told[3:])
+        runs.reset_accelerate()
     rows = list(csv.DictReader((tmp_path / "results" / "sweep.csv").open()))
     assert sorted((row["cfg_scale"], row["inference_budget"], row["num_samples"]) for row in rows) == [
         ("2", "0.5", "6"),
