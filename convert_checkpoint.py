@@ -3,8 +3,9 @@
     python convert_checkpoint.py IN OUT.pt                          ours, with every set of weights that IN holds
     python convert_checkpoint.py IN OUT.safetensors --safetensors   one set of weights, the configuration in the metadata
     python convert_checkpoint.py IN --show
+    python convert_checkpoint.py --list                             released weights by name, each of which can be IN
 
-IN: a file of ours, a published one, safetensors, a folder of `save_pretrained`, or hf://owner/repo/file. What it does not record is
+IN: a file of ours, a published one, safetensors, a folder of `save_pretrained`, hf://owner/repo/file, or a released name. What it does not record is
 given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The optimizer's state is left behind: the result is for sampling.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoint import reading, training_state, weights
+from checkpoint import reading, training_state, weights, zoo
 from checkpoint.architecture import resolve_architecture
 from checkpoint.inspect import look, show
 from common import tensor_files
@@ -29,6 +30,9 @@ PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which d
 def main(argv: list[str] | None = None) -> None:
     """Convert a checkpoint, or show what is in it."""
     config, given = parse(ConvertCheckpointConfig, argv, prog="convert_checkpoint.py")
+    if config.list:
+        print(zoo.table())
+        return
     if config.source is None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
     if config.dest is None and not config.show:

@@ -2,12 +2,14 @@
 
 `python elit_ccfg_inference.py --ckpt … --cfg-scales 1 2 3 4 5 --class-label 207 --output-dir …` writes
 
-- `cfg_vs_ccfg_grid.png`: for each label a row for CFG, cheap CFG (CCFG) and autoguidance (AutoG), a column for each scale;
+- `cfg_vs_ccfg_grid.png`: for each label a row for CFG, cheap CFG (CCFG) and autoguidance (AutoG), with --guide-ckpt another for
+  that guide (Guide), a column for each scale;
 - `cfg_vs_ccfg_flops.png`: GFLOPs of a guided step by kind of guidance;
 - `results.json`: an entry for each kind (`mode`) and `cfg_scale`,
   - `gflops_per_forward`, `flops_per_forward`: one image through the model once at the inference budget;
   - `gflops_per_guided_step`: one image, one velocity evaluation inside the guidance interval;
   - `gflops_per_step`: one image, mean over the sampler's steps: guidance interval and Heun's second evaluations counted;
+    with --core-cache what ran, and `core_share`: in how many of the passes the core ran;
   - `latency_ms`, `latency_ms_quartiles`: median and quartiles of the wall time of one guided velocity evaluation on a batch of
     `batch_size` images (all labels, at most --per-proc-batch-size), after warm-up.
 
@@ -32,9 +34,10 @@ from config.options import CCFGConfig
 from models.elit import budget_to_k
 from samplers import BudgetSchedule, Guidance, parse_budget
 from sampling import checks, cost, session
+from sampling.core_cache import Drawn
 from sampling.session import Session
 
-MODES = {"CFG": "CFG", "CCFG": "cheap CFG", "AutoG": "autoguidance"}
+MODES = {"CFG": "CFG", "CCFG": "cheap CFG", "AutoG": "autoguidance", "Guide": "guide"}
 
 
 @cli_main
@@ -88,12 +91,13 @@ def round_budgets(config: CCFGConfig) -> None:
 
 
 def guidance(config: CCFGConfig, mode: str, cfg_scale: float) -> Guidance:
-    """One of the three kinds of guidance, at a scale."""
+    """One of the kinds of guidance, at a scale."""
     return session.guidance(
         config,
         cfg_scale=cfg_scale,
-        unconditional_inference_budget=None if mode == "CFG" else config.unconditional_inference_budget,
+        unconditional_inference_budget=config.unconditional_inference_budget if mode in ("CCFG", "AutoG") else None,
         autoguidance=mode == "AutoG",
+        guide_label=config.guide_label if mode == "Guide" else None,
     )
 
 
@@ -102,16 +106,24 @@ def compare(config: CCFGConfig, weights: Weights) -> list[dict[str, Any]]:
     loaded, folder = session.setup_tool(config, weights, config.output_dir)
 
     scales = sorted(set(config.cfg_scales))
-    runs = {(mode, scale): guidance(config, mode, scale) for mode in MODES for scale in scales}
+    modes = {mode: name for mode, name in MODES.items() if mode != "Guide" or config.guide_ckpt is not None}
+    runs = {(mode, scale): guidance(config, mode, scale) for mode in modes for scale in scales}
     with torch.inference_mode():
         images: dict[tuple[str, float], np.ndarray] = {}
+        drawn: dict[tuple[str, float], Drawn] = {}
         for (mode, scale), g in tqdm(runs.items(), desc="sample", unit="guidance"):
-            same = images.get(("CFG", scale)) if scale == 1 else None  # no guidance is the same in every mode
-            images[mode, scale] = session.sample_classes(loaded, config, g)[1] if same is None else same
+            same = ("CFG", scale)
+            if scale != 1 or same not in images:  # no guidance is the same in every mode
+                same, sampled = (mode, scale), loaded.fresh()
+                images[same], drawn[same] = session.sample_classes(sampled, config, g)[1], sampled.drawn
+            images[mode, scale], drawn[mode, scale] = images[same], drawn[same]
         results = measure(config, loaded, runs)
+    for entry in results if config.core_cache else []:
+        of = drawn[entry["mode"], entry["cfg_scale"]]
+        entry |= {"gflops_per_step": cost.drawn_flops_per_step(loaded, of) / 1e9, "core_share": of.share}
     # (labels × modes, scales, H, W, 3)
-    grid = np.stack([[images[mode, s][i] for s in scales] for i in range(len(config.class_label)) for mode in MODES])
-    rows = [f"class {label}\n{name}" for label in config.class_label for name in MODES.values()]
+    grid = np.stack([[images[mode, s][i] for s in scales] for i in range(len(config.class_label)) for mode in modes])
+    rows = [f"class {label}\n{name}" for label in config.class_label for name in modes.values()]
     labelled_grid(grid, rows, [f"scale {scale:g}" for scale in scales], folder / "cfg_vs_ccfg_grid.png",
                   inches=min(max(config.resolution / 160, 1.0), 1.6))  # fmt: skip
     bars = {MODES[e["mode"]]: e["gflops_per_guided_step"] for e in results if e["cfg_scale"] == scales[-1]}
@@ -139,7 +151,7 @@ def measure(config: CCFGConfig, loaded: Session, runs: dict[tuple[str, float], G
 
     # What a step costs depends on its passes alone, not on the scale: (mode, passes) → a job to be timed.
     whole = {key: cost.passes_of_run(config, g) for key, g in runs.items()}
-    flops = cost.pass_flops(loaded.model, whole.values())
+    flops = cost.pass_flops(loaded.model, whole.values(), loaded.guide)
     jobs, steps = {}, {}
     for (mode, scale), g in runs.items():
         evaluations = loaded.flow.evaluations()
@@ -147,7 +159,7 @@ def measure(config: CCFGConfig, loaded: Session, runs: dict[tuple[str, float], G
         passes = [tuple(g.passes(*times)) for times in evaluations]
         steps[mode, scale] = [(mode if len(p) > 1 else "", p) for p in passes]
         for times, step in zip(evaluations, steps[mode, scale], strict=True):
-            jobs.setdefault(step, partial(loaded.flow.evaluate, loaded.model, noise, times, y, g))
+            jobs.setdefault(step, partial(loaded.flow.evaluate, loaded.model, noise, times, y, loaded.with_guide(g)))
     with loaded.autocast():
         latency = cost.interleaved_times(jobs, loaded.device)
 
@@ -164,7 +176,7 @@ def measure(config: CCFGConfig, loaded: Session, runs: dict[tuple[str, float], G
                 "unconditional_budget": g.unconditional_inference_budget,
                 "gflops_per_forward": forward / 1e9,
                 "flops_per_forward": round(forward),
-                "gflops_per_guided_step": sum(flops[b] for _, passes in guided for b in passes) / len(guided) / 1e9,
+                "gflops_per_guided_step": sum(flops[p] for _, passes in guided for p in passes) / len(guided) / 1e9,
                 "gflops_per_step": cost.flops_per_step(config, whole[mode, scale], flops) / 1e9,
                 "latency_ms": median,
                 "latency_ms_quartiles": [low, high],

@@ -5,7 +5,8 @@
 - `image_grid.png`: a row for each label, a column for each budget, the same noise in a row;
 - `budget_vs_flops.png`, `budget_vs_latency.png`, `budget_vs_psnr.png`, and `results.json`: an entry for each budget,
   - `gflops_per_forward`, `flops_per_forward`: one image through the model once, without guidance;
-  - `gflops_per_step`: one image, mean over the sampler's steps, guiding passes counted;
+  - `gflops_per_step`: one image, mean over the sampler's steps, guiding passes counted; with --core-cache what ran, and
+    `core_share`: in how many of the passes the core ran;
   - `latency_ms`, `latency_ms_quartiles`: median and quartiles of the wall time of one forward of the model, without guidance,
     on a batch of `batch_size` images (all labels, at most --per-proc-batch-size), after warm-up;
   - `psnr`: dB against the full budget's images, over all their pixels; null for equal images.
@@ -33,6 +34,7 @@ from common.plotting import attention_maps, labelled_grid, line_plot
 from config.options import MultibudgetConfig
 from samplers import BudgetSchedule, Guidance
 from sampling import checks, cost, session
+from sampling.core_cache import Drawn
 from sampling.session import Session
 
 
@@ -72,11 +74,18 @@ def compare(config: MultibudgetConfig, weights: Weights) -> list[dict[str, Any]]
     # The full budget is sampled in any case: it is what the others are compared with.
     images: dict[float | BudgetSchedule, np.ndarray] = {}
     latents: dict[float | BudgetSchedule, Tensor] = {}
+    drawn: dict[float | BudgetSchedule, Drawn] = {}
     with torch.inference_mode():
         for column in tqdm([*columns, 1.0] if 1.0 not in columns else columns, desc="sample", unit="budget"):
             g = requested._replace(inference_budget=column)
-            latents[column], images[column] = session.sample_classes(loaded, config, g)
+            sampled = loaded.fresh()
+            latents[column], images[column] = session.sample_classes(sampled, config, g)
+            drawn[column] = sampled.drawn
         results = measure(config, loaded, requested, columns)
+        if config.core_cache:
+            for entry, column in zip(results, columns, strict=True):
+                entry["gflops_per_step"] = cost.drawn_flops_per_step(loaded, drawn[column]) / 1e9
+                entry["core_share"] = drawn[column].share
         for entry, column in zip(results, columns, strict=True):
             entry["psnr"] = psnr(images[column], images[1.0])
         labels = [f"class {label}" for label in config.class_label]
@@ -101,14 +110,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """FLOPs and latency of each column: the entries of results.json but for `psnr`."""
     runs = [cost.passes_of_run(config, requested._replace(inference_budget=column)) for column in columns]
-    flops = cost.pass_flops(loaded.model, runs)
+    flops = cost.pass_flops(loaded.model, runs, loaded.guide)
 
     count = min(len(config.class_label), config.per_proc_batch_size)
     noise = loaded.starting_noise(config.seed, range(count))
     y = torch.tensor(config.class_label[:count], device=loaded.device)
     with loaded.autocast():
-        budgets = {passes[0] for run in runs for passes in run}
-        jobs = {b: partial(loaded.flow.forward, loaded.model, noise, y, b) for b in budgets}
+        conditional = {passes[0] for run in runs for passes in run}
+        jobs = {p: partial(loaded.flow.forward, loaded.model, noise, y, p.budget) for p in conditional}
         times = cost.interleaved_times(jobs, loaded.device)
 
     results = []
@@ -153,7 +162,7 @@ def plot(
         for entry, column in scheduled:
             run = cost.passes_of_run(config, requested._replace(inference_budget=column))
             if entry[key] is not None:
-                mean = sum(passes[0] or 1.0 for passes in run) / len(run)
+                mean = sum(passes[0].budget or 1.0 for passes in run) / len(run)
                 means[f"schedule {column} (mean)"] = (mean, entry[key])
         return means
 

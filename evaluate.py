@@ -1,6 +1,6 @@
-"""FID, sFID, Inception Score, Precision, Recall and FDD of a set of images, as OpenAI's ADM evaluator computes them.
+"""FID, sFID, Inception Score, Precision and Recall of a set of images, as OpenAI's ADM evaluator computes them; and others.
 
-    python evaluate.py REF SAMPLES [--metrics fid sfid is precision recall fdd] [--output metrics.json]
+    python evaluate.py REF SAMPLES [--metrics fid fdd kid mind density coverage dino_precision cmmd …] [--output metrics.json]
 
 REF, SAMPLES: .npz files in ADM's format, or folders of PNG. Alone or under torchrun: the result is the same.
 """
@@ -17,7 +17,8 @@ from config.parsing import parse
 from config.tool_options import EvaluateConfig
 from metrics.evaluation import METRICS, evaluate
 
-NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "Precision", "recall": "Recall", "fdd": "FDD"}
+NAMES = {name: name.capitalize().replace("Dino_", "DINO ") for name in METRICS}
+NAMES |= {"sfid": "sFID"} | {name: name.upper() for name in ("fid", "is", "fdd", "kid", "mind", "cmmd")}
 
 
 @cli_main
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def table(results: dict) -> str:
     """The computed figures and the number of images, as a Markdown table of one row."""
-    cells = {NAMES[name]: f"{results[name]:.4f}" for name in METRICS if results[name] is not None}
+    known = {name: results[name] for name in METRICS if results.get(name) is not None}
+    cells = {NAMES[name]: f"{value:.4f}" for name, value in known.items()}
     cells |= {"samples": str(results["num_samples"]), "reference": str(results["num_ref"])}
     return markdown_table(list(cells), [list(cells.values())])
 

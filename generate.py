@@ -20,8 +20,7 @@ from common.errors import UserError, cli_main
 from common.files import FolderLock, check_folder, check_name
 from common.logging import warn
 from config.options import GenerateConfig
-from flows import OnStage, flow_of
-from randomness import image_labels
+from flows import flow_of
 from sampling import checks, cost, session
 from sampling.image_folder import (
     ImageWriter,
@@ -33,6 +32,7 @@ from sampling.image_folder import (
     stage_folders,
     write_npz,
 )
+from sampling.images import images
 from sampling.session import Session
 
 if TYPE_CHECKING:
@@ -80,21 +80,6 @@ def check(config: GenerateConfig) -> None:
     images_folder(config)
 
 
-def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
-    """Class ids (B,) of the images `indices`: random by index, balanced, or cycling through a list."""
-    if config.class_labels == ["random"]:
-        return image_labels(config.global_seed, indices, config.num_classes)
-    cycle = range(config.num_classes) if config.class_labels == ["balanced"] else [int(c) for c in config.class_labels]
-    return torch.tensor([cycle[i % len(cycle)] for i in indices])
-
-
-def draw(loaded: Session, config: GenerateConfig, indices: Sequence[int], on_stage: OnStage | None = None) -> Tensor:
-    """Images `indices` as uint8 (B, 3, H, W) by the options `config`. on_stage: see `FlowMatching.sample_state`."""
-    sampled = loaded.with_options(config)
-    labels = labels_of(config, indices)
-    return sampled.decode(sampled.latents(session.guidance(config), config.global_seed, indices, labels, on_stage))
-
-
 def generate(config: GenerateConfig, weights: Weights) -> Path:
     """Draw what is missing of the images 0 … num_fid_samples − 1, then write the .npz. Returns the folder of the images.
 
@@ -112,6 +97,8 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
     lock = lock_folder(config, settings(config, weights, loaded.vae_sha256) if state.is_main_process else {}, state)
     try:
         drawn, seconds = draw_missing(config, loaded, state)
+        for other in gather_object([loaded.drawn])[1:] if config.core_cache else []:
+            loaded.drawn.add(other)
         if state.is_main_process:
             finish(config, loaded, drawn, seconds)
         state.wait_for_everyone()
@@ -149,21 +136,18 @@ def draw_missing(config: GenerateConfig, loaded: Session, state: "PartialState")
     # Each process looks at its share of the files; all then agree on what is missing.
     own = range(state.process_index, config.num_fid_samples, state.num_processes)
     missing = sorted(gather_object(list({i for where, side in folders.values() for i in missing_images(where, own, side)})))
-    todo = missing[state.process_index :: state.num_processes]
     start = time.perf_counter()
     with (
-        torch.inference_mode(),
         ImageWriter() as writer,
         tqdm(total=len(missing), desc="generate", unit="image", disable=not state.is_main_process) as bar,
     ):
-        for first in range(0, len(todo), config.per_proc_batch_size):
-            indices = todo[first : first + config.per_proc_batch_size]
 
-            def preview(stage: int, latents: Tensor, indices: Sequence[int] = indices) -> None:
-                writer.write(folders[stage][0], indices, loaded.decode(latents))
+        def preview(indices: Sequence[int], stage: int, latents: Tensor) -> None:
+            writer.write(folders[stage][0], indices, loaded.decode(latents))
 
-            images = draw(loaded, config, indices, preview if config.preview else None)
-            writer.write(folders[-1][0], indices, images)
+        share = images(loaded, config, missing, state.process_index, state.num_processes, preview if config.preview else None)
+        for indices, drawn in share:
+            writer.write(folders[-1][0], indices, drawn)
             bar.update(min(len(indices) * state.num_processes, len(missing) - bar.n))
     state.wait_for_everyone()
     return len(missing), time.perf_counter() - start
@@ -177,8 +161,15 @@ def finish(config: GenerateConfig, loaded: Session, drawn: int, seconds: float) 
     rate = f", {drawn / seconds:.2f} images/s" if drawn else ""
     kept = config.num_fid_samples - drawn
     print(f"{folder}: {drawn} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
-    flops = cost.mean_flops_per_step(config, session.guidance(config), loaded.model)
-    print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
+    if not config.core_cache:
+        flops = cost.mean_flops_per_step(config, session.guidance(config), loaded.model, loaded.guide)
+        print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")
+    elif drawn:
+        flops, ran = cost.drawn_flops_per_step(loaded, loaded.drawn), loaded.drawn
+        print(
+            f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included: the core ran in {100 * ran.share:.1f}% of the passes "
+            f"and reused what it had added in the others; the cache held {ran.cache_bytes / 2**20:.1f} MiB a process"
+        )
 
 
 if __name__ == "__main__":

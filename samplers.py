@@ -1,15 +1,15 @@
 """ODE, SDE and DFM samplers with guidance: from noise (t = 1) to data (t = 0), state in float64.
 
 Sources: SiT (arXiv 2401.08740, §2.4 and appendix A) for the probability-flow ODE, the SDE and the score; classifier-free
-guidance (2207.12598); guidance interval (2404.07724); autoguidance (2406.02507); ELIT (2603.12245) for cheap guidance; DFM
-(2506.19839) for the stages.
+guidance (2207.12598); guidance interval (2404.07724); autoguidance and guides of other weights (2406.02507); ELIT (2603.12245)
+for cheap guidance; DFM (2506.19839) for the stages.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,26 @@ def parse_budget(text: str | float | None) -> "float | BudgetSchedule | None":
         raise UserError(f"inference budget {text!r}: must be a number, or a schedule like 0.25@1.0-0.5,1.0@0.5-0.0") from None
 
 
+class Pass(NamedTuple):
+    """One forward of a velocity evaluation: its budget; whether the guide runs it; whether it reuses what the core added before."""
+
+    budget: float | None
+    guide: bool = False
+    reused: bool = False
+
+
+def joined(passes: Sequence[Pass]) -> bool:
+    """Whether the passes of an evaluation are one forward of a doubled batch, the conditional half first."""
+    return len(passes) == 2 and passes[0] == passes[1]
+
+
 class Guidance(NamedTuple):
     """How the velocity is guided, and at which budget the model runs.
 
-    v = v_low + cfg_scale·(v_cond − v_low) for t in [guidance_low, guidance_high]. v_low is the null label's velocity at the
-    same budget (CFG), at `unconditional_inference_budget` (cheap CFG), or the same label's at that budget (autoguidance).
+    v = v_low + cfg_scale·(v_cond − v_low) for t in [guidance_low, guidance_high], in the first `cfg_channels` latent channels
+    (None: all), v_cond in the others. v_low is the null label's velocity at the same budget (CFG), at
+    `unconditional_inference_budget` (cheap CFG), or the same label's at that budget (autoguidance); with `guide_label` it is
+    that of another network, `guide`, at `guide_budget`: of the same label, or of that network's null label.
     """
 
     cfg_scale: float = 1.0
@@ -81,6 +96,10 @@ class Guidance(NamedTuple):
     inference_budget: float | BudgetSchedule | None = None
     unconditional_inference_budget: float | None = None
     autoguidance: bool = False
+    cfg_channels: int | None = None
+    guide_label: Literal["same", "none"] | None = None
+    guide_budget: float | None = None
+    guide: nn.Module | None = None
 
     def check(self) -> None:
         """Raise UserError for what cannot be computed."""
@@ -92,6 +111,10 @@ class Guidance(NamedTuple):
             )
         if self.autoguidance and self.unconditional_inference_budget is None:
             raise UserError("autoguidance needs unconditional_inference_budget, the budget of the guiding pass")
+        if self.guide_label and (self.autoguidance or self.unconditional_inference_budget is not None):
+            raise UserError(
+                "guide_ckpt with autoguidance or unconditional_inference_budget: another guide's budget is guide_budget"
+            )
 
     def active(self, t: float) -> bool:
         """Whether velocities at time t are guided."""
@@ -101,21 +124,26 @@ class Guidance(NamedTuple):
         """The conditional pass's budget at time t."""
         return self.inference_budget.at(t) if isinstance(self.inference_budget, BudgetSchedule) else self.inference_budget
 
-    def passes(self, *times: float) -> list[float | None]:
-        """The budgets of the forwards that a velocity at time t costs: the conditional one, then the guiding one, if any.
+    def passes(self, *times: float) -> list[Pass]:
+        """The forwards that a velocity at time t costs: the conditional one, then the guiding one, if any.
 
         `times`: t, or in DFM those of the stages up to the active one, whose time decides on the budget.
         """
-        budget = self.budget(times[-1])
-        low = self.unconditional_inference_budget
-        return [budget] + ([budget if low is None else low] if any(map(self.active, times)) else [])
+        budget, low = self.budget(times[-1]), self.unconditional_inference_budget
+        guiding = Pass(self.guide_budget, guide=True) if self.guide_label else Pass(budget if low is None else low)
+        return [Pass(budget)] + ([guiding] if any(map(self.active, times)) else [])
+
+    def combine(self, v_cond: Tensor, v_low: Tensor) -> Tensor:
+        """The guided velocity (B, C, h, w)."""
+        guided, n = v_low + self.cfg_scale * (v_cond - v_low), self.cfg_channels
+        return guided if n is None else torch.cat([guided[:, :n], v_cond[:, n:]], dim=1)
 
 
 def guided_velocity(model: nn.Module, x: Tensor, t: float, y: Condition, guidance: Guidance) -> Tensor:
     """Velocity (B, C, H, W) in float64 at the state x (float64) and time t; one, two or one doubled forward."""
 
-    def velocity(states: list[Tensor], y: Condition, budget: dict) -> list[Tensor]:
-        return [model(states[0], _times([t], states[0])[:, 0], y, **budget)]
+    def velocity(network: nn.Module, states: list[Tensor], y: Condition, budget: dict) -> list[Tensor]:
+        return [network(states[0], _times([t], states[0])[:, 0], y, **budget)]
 
     return _guided(model, velocity, [x], [t], y, guidance)[0]
 
@@ -135,8 +163,8 @@ def guided_velocities(
     """
     states = [x if s <= active_stage else torch.zeros_like(x) for s, x in enumerate(pyramid)]
 
-    def velocity(states: list[Tensor], y: Condition, budget: dict) -> list[Tensor]:
-        return model(states, _times(times, states[0]), y, active_stage=active_stage, **budget)
+    def velocity(network: nn.Module, states: list[Tensor], y: Condition, budget: dict) -> list[Tensor]:
+        return network(states, _times(times, states[0]), y, active_stage=active_stage, **budget)
 
     return _guided(model, velocity, states, times[: active_stage + 1], y, guidance)
 
@@ -151,25 +179,23 @@ def _guided(
     model: nn.Module, velocity: Callable, states: Sequence[Tensor], times: Sequence[float], y: Condition, g: Guidance
 ) -> list[Tensor]:
     """v_low + s·(v_cond − v_low) for each stage whose time lies in the interval; only v_cond where none does."""
-    dtype = next((p.dtype for p in model.parameters()), states[0].dtype)
-    states = [x.to(dtype) for x in states]
-    budget, *low = g.passes(*times)
+    cond, *low = g.passes(*times)
 
-    def run(states: list[Tensor], y: Condition, budget: float | None) -> list[Tensor]:
-        return [v.double() for v in velocity(states, y, {} if budget is None else {"inference_budget": budget})]
+    def run(network: nn.Module, states: Sequence[Tensor], y: Condition, budget: float | None) -> list[Tensor]:
+        dtype = next((p.dtype for p in network.parameters()), states[0].dtype)
+        options = {} if budget is None else {"inference_budget": budget}
+        return [v.double() for v in velocity(network, [x.to(dtype) for x in states], y, options)]
 
     if not low:
-        return run(states, y, budget)
-    y_low = y if g.autoguidance else null_condition(model, y)
-    if low == [budget]:
-        doubled = run([torch.cat([x, x]) for x in states], map_condition(lambda *pair: torch.cat(pair), y, y_low), budget)
-        pairs = [v.chunk(2) for v in doubled]
+        return run(model, states, y, cond.budget)
+    guide = model if g.guide is None else g.guide
+    y_low = y if g.autoguidance or g.guide_label == "same" else null_condition(guide, y)
+    if joined([cond, *low]):
+        both = map_condition(lambda *pair: torch.cat(pair), y, y_low)
+        pairs = [v.chunk(2) for v in run(model, [torch.cat([x, x]) for x in states], both, cond.budget)]
     else:
-        pairs = zip(run(states, y, budget), run(states, y_low, *low), strict=True)
-    return [
-        v_low + g.cfg_scale * (v_cond - v_low) if g.active(t) else v_cond
-        for (v_cond, v_low), t in zip(pairs, times, strict=True)
-    ]
+        pairs = zip(run(model, states, y, cond.budget), run(guide, states, y_low, low[0].budget), strict=True)
+    return [g.combine(v_cond, v_low) if g.active(t) else v_cond for (v_cond, v_low), t in zip(pairs, times, strict=True)]
 
 
 def sampling_times(num_steps: int, mode: str = "ode", time_shift: float = 1.0) -> list[float]:
@@ -184,9 +210,9 @@ def sampling_times(num_steps: int, mode: str = "ode", time_shift: float = 1.0) -
 
 
 def evaluation_times(num_steps: int, mode: str = "ode", heun: bool = False, time_shift: float = 1.0) -> list[float]:
-    """The times at which a sampler evaluates the velocity."""
-    times = sampling_times(num_steps, mode, time_shift)
-    return times[:-1] + (times[1:-1] if heun else [])
+    """The times at which a sampler evaluates the velocity, in its order."""
+    times = sampling_times(num_steps, mode, time_shift)[:-1]
+    return [t for i, t in enumerate(times) for _ in range(2 if heun and i else 1)]
 
 
 def data_from_velocity(velocity: Tensor, x: Tensor, t: float, path_type: PathType) -> Tensor:
@@ -228,8 +254,7 @@ def euler_sampler(
         heun: second-order steps.
         path_type: see `loss.interpolant`.
         time_shift: see `loss.shift_time`.
-        **guidance: the fields of `Guidance`: cfg_scale, guidance_low, guidance_high, inference_budget,
-            unconditional_inference_budget, autoguidance.
+        **guidance: the fields of `Guidance`.
 
     Returns:
         (B, C, H, W) float64 scaled VAE latents.
@@ -269,7 +294,7 @@ def euler_maruyama_sampler(
         path_type: see `loss.interpolant`.
         time_shift: see `loss.shift_time`.
         noise: `noise(step, shape)` → normal noise of that step; default: the draws of seed 0 for images 0 … B − 1.
-        **guidance: the fields of `Guidance`, as in `euler_sampler`.
+        **guidance: see `Guidance`.
     """
     g = Guidance(**guidance)
     g.check()
@@ -352,7 +377,7 @@ def dfm_sampler(
         stage_sampling_thresholds: see `dfm_schedule`.
         path_type: see `loss.interpolant`.
         on_stage: called as `on_stage(i, stages)` after each phase i but the last, with the estimates of the clean stages 0 … i.
-        **guidance: the fields of `Guidance`, as in `euler_sampler`.
+        **guidance: the fields of `Guidance`.
 
     Returns:
         The stages (float64), for `models.dfm.recompose`.

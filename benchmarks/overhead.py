@@ -2,7 +2,7 @@
 
 The real loop (data from disk, draws, clipping, AdamW, two EMAs, a logged line every step) in turn with forward, backward and
 AdamW alone; then the pause of a checkpoint, a plain copy of its tensors into memory that is already there, and saving it
-while training waits. Each line is the median over the rounds of the ratio of two times of the same round.
+while training waits; then `load_model` with and without its checks (checksum, finite values). Each line is the median over the rounds of the ratio of two times of the same round.
 """
 
 import argparse
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import models
 from benchmarks.kill_resume import make_data
 from benchmarks.train_step import HEADER, Line, durations, quantile
-from checkpoint import training_state
+from checkpoint import reading, training_state
+from checkpoint.weights import build_model
 from common.errors import cli_main
 from config.options import TrainConfig
 from training.trainer import Trainer
 
-STEP_BOUND, PAUSE_BOUND = 1.05, 1.5
+STEP_BOUND, PAUSE_BOUND, CHECKS_BOUND = 1.05, 1.5, 1.02
 SIDE, CLASSES = 32, 1000
 
 
@@ -60,6 +61,28 @@ def show(names: Sequence[str], rounds: list[tuple[float, ...]]) -> None:
     for name, seconds in zip(names, zip(*rounds, strict=True), strict=True):
         print(f"{name:36} {1000 * quantile(list(seconds), 0.5):8.1f} ms")
     print(HEADER)
+
+
+def load_rounds(trainer: Trainer, repeats: int) -> None:
+    """Print what the checks of a checkpoint add to loading it: the first time, and once the file is known."""
+    path = training_state.step_path(trainer.writer.folder, 0)
+    training_state.save(path, trainer.state())
+    time.sleep(4)  # a file written a moment ago is not remembered
+
+    def unchecked() -> None:
+        build_model(reading._read(path, "ema", {}), path)
+
+    timed = functools.partial(durations, torch.device("cpu"), time.process_time)
+    (first,) = timed(lambda: reading.load_model(path))
+    rounds = []
+    load = functools.partial(reading.load_model, path)
+    for r in range(10 * repeats):  # they are short
+        checked, bare = timed(load, unchecked) if r % 2 else reversed(timed(unchecked, load))
+        rounds.append((checked, bare))
+    print(f"checkpoint of {path.stat().st_size / 1e6:.0f} MB, loaded and checked the first time: {1000 * first:.1f} ms of CPU")
+    show(("load_model, a file that is known", "without checks"), rounds)
+    print(Line("load_model / without checks", [a / b for a, b in rounds], 1.0, CHECKS_BOUND), "\n", flush=True)
+    path.unlink()
 
 
 @cli_main
@@ -109,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         show(("step of the loop", "bare step"), rounds)
         print(Line("step of the loop / bare step", [a / b for a, b in rounds], 1.0, STEP_BOUND), "\n", flush=True)
 
+        load_rounds(trainer, args.repeats)
         state = trainer.state()
         pairs = [(torch.empty_like(t, device="cpu", pin_memory=device.type == "cuda"), t) for t in tensors(state)]
         size = sum(t.nbytes for _, t in pairs)

@@ -100,7 +100,7 @@ def throughput(
     ]
     for (name, job), g in zip(jobs.items(), runs.values(), strict=True):
         low, middle, high = (batch_size / quantile(times[name], q) for q in (0.75, 0.5, 0.25))
-        gigaflops = sum(flops[b] for b in g.passes(0.5)) / 1e9
+        gigaflops = sum(flops[p.budget] for p in g.passes(0.5)) / 1e9
         memory = peak_memory(job, device) / 2**20
         lines.append(f"{name:24} {middle:9.3g}  {f'{low:.3g}–{high:.3g}':>13} {gigaflops:12.4g} {memory:20.1f}")
     return lines

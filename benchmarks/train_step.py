@@ -105,7 +105,7 @@ class DFMStep(TrainingStep):
             return dfm_loss(self.model, x, [*self.coarse, noise], times, y, "linear", self.stages - 1).mean()
 
 
-def durations(device: torch.device, clock: Callable[[], float], *actions: Callable[[], None]) -> list[float]:
+def durations(device: torch.device, clock: Callable[[], float], *actions: Callable[[], object]) -> list[float]:
     """Seconds that each action took, one after the other: by `clock`, or on a GPU by events, with one wait at the end."""
     cuda = device.type == "cuda"
     marks = []

@@ -23,6 +23,8 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
 
     Both `config` and what `weights` records then hold all of it.
     """
+    if given.get("model"):
+        given = given | {"model": models.model_spec(given["model"]).name}
     recorded = {k: v for k, v in with_former_defaults(weights.config, weights.record).items() if v is not None}
     for name in ARCHITECTURE:
         value = recorded.get(name, getattr(config, name))

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from checkpoint import reading
 from checkpoint.architecture import resolve_architecture
+from checkpoint.published import is_k_diffusion
 from common import tensor_files
 from common.errors import UserError
 from config.options import Architecture, ConvertCheckpointConfig
+from models.published import PREDICTIONS
 
 
 @dataclass
@@ -43,6 +45,9 @@ def look(path: Path) -> Held:
         others = [k for k, v in state.items() if k not in ("model", "ema", "format") and (isinstance(v, Tensor) or v)]
         version = state["format"] if type(state["format"]) is int and abs(state["format"]) < 10**9 else "unknown"
         return Held(f"this code's, version {version}", sets, list(map(str, others)))
+    if is_k_diffusion(state):
+        sets = {"model": _tensors(state["model"]), "ema": _tensors(state["model_ema"])}
+        return Held("k-diffusion's", sets, [str(k) for k in state if k not in ("model", "model_ema")])
     if isinstance(state.get("args"), argparse.Namespace):
         sets = {k: _tensors(state[k]) for k in ("model", "ema") if isinstance(state.get(k), dict)}
         return Held("the published ELIT code's", sets, [str(k) for k in state if k not in sets])
@@ -58,7 +63,7 @@ def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     lines = [f"{config.source}", f"format      {held.format}"]
     lines.append(f"weights     {', '.join(held.sets) if len(held.sets) > 1 else 'one set'}")
     lines.append(f"beside them {', '.join(held.others) or 'nothing'}")
-    checksum = tensor_files.Checksum(source)
+    checksum = tensor_files.Checksum(source, reread=True)
     try:
         checksum.check()
     except UserError as error:
@@ -70,12 +75,27 @@ def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
         lines.append(f"model       {found.config['model']}")
         lines.append(f"step        {found.step}")
         lines.append(f"vae         {vae.vae}: factor {vae.downsample_factor}, {vae.latent_channels} channels")
-        lines.append("options     " + " ".join(f"{k}={v}" for k, v in found.config.items() if v is not None and k != "model"))
+        options = {k: v for k, v in found.config.items() if v is not None and k not in ("model", "arguments", "predicts")}
+        lines.append("options     " + " ".join(f"{k}={v}" for k, v in options.items()))
+        if "arguments" in found.config:
+            lines.append("arguments   " + " ".join(f"{k}={v}" for k, v in found.config["arguments"].items()))
+        if "predicts" in found.config:
+            lines.append(f"predicts    {PREDICTIONS[found.config['predicts']]}: not to be sampled from")
     except UserError as error:
         lines.append(f"model       not known: {error}")
-    count = sum(v.numel() for k, v in tensors.items() if k != "pos_embed")
+    count = sum(v.numel() for k, v in tensors.items() if not is_table(k, tensors))
     lines.append(f"parameters  {count:,} in {len(tensors)} tensors")
     print("\n  ".join(["\n".join(lines), *summary(tensors)]))
+
+
+_TABLES = ("pos_emb.freqs", "time_emb.weight", "aug_emb.weight", "null_text", "null_pooled")
+
+
+def is_table(name: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether it is no parameter but a fixed table, which training does not change; U-ViT alone learns its `pos_embed`."""
+    if name.endswith("pos_embed"):
+        return "patch_embed.proj.weight" not in tensors
+    return name.endswith(_TABLES)
 
 
 def summary(tensors: dict[str, Tensor]) -> list[str]:

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import models
 from checkpoint.architecture import with_former_defaults
-from checkpoint.published import read_bare, read_published
+from checkpoint.published import is_k_diffusion, k_diffusion_arguments, read_bare, read_published
 from checkpoint.records import (
     check_format,
     check_state_dict,
+    recorded_arguments,
     recorded_config,
     recorded_step,
     recorded_vae,
 )
 from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
+from checkpoint.zoo import local_file
 from common.errors import UserError
-from common.hub import local_file
+from common.file_facts import known
 from common.tensor_files import Checksum, load, load_safetensors
 
 
@@ -35,9 +38,10 @@ def read_weights(
 ) -> Weights:
     """One set of weights (`ema`, `ema:DECAY` or `model`) of a checkpoint file; REPA's `projectors` are left aside unless asked for.
 
-    Formats: ours, its safetensors form, the published ELIT code's, a folder of `save_pretrained`, and bare state dicts (REPA's
-    `last.pt`, original SiT's, a model's own); a path `hf://owner/repo/file` is fetched from the hub. `given`: options by hand,
-    for what a bare state dict does not record. `checksum`: the file's, where it was read before.
+    Formats: ours, its safetensors form, the published ELIT code's and REPA's, k-diffusion's, a folder of `save_pretrained`, and bare
+    state dicts (REPA's `last.pt`, original SiT's, U-ViT's, SD3's, a model's own); a path `hf://owner/repo/file` and a name of
+    `zoo.ZOO` are fetched from the hub. `given`: options by hand, for what a bare state dict does not record. `checksum`: the
+    file's, where it was read before.
     """
     path = local_file(path)
     if checksum is None and path.is_file() and os.environ.get("RANK", "0") == "0":
@@ -46,7 +50,7 @@ def read_weights(
         found = _read(path, weights, given or {})
         if not projectors:
             found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
-        _check_finite(path, found.state_dict)
+        known(path, f"finite {weights} {projectors}", lambda: _check_finite(path, found.state_dict))
         _check_sizes(path, found)
     except UserError:
         if checksum is not None:
@@ -64,6 +68,11 @@ def _read(path: Path, weights: str, given: dict[str, Any]) -> Weights:
         return _ours(path, state, weights)
     if isinstance(state.get("args"), argparse.Namespace):
         return read_published(path, state, weights)
+    if is_k_diffusion(state):
+        if weights not in ("ema", "model"):
+            raise UserError(f"--weights {weights}: not in {path}; it holds model, ema")
+        kept = state["model_ema" if weights == "ema" else "model"]
+        return read_bare(path, kept, given, k_diffusion_arguments(state.get("config"), path))
     _check_single(path, weights)
     return read_bare(path, state, given)
 
@@ -74,15 +83,21 @@ def load_model(
     """The model of a checkpoint file, in eval mode on `device`, and its recorded configuration.
 
     Args:
-        path: a file of any format that `read_weights` takes, a folder of `save_pretrained`, or `hf://owner/repo/file`.
+        path: a file of any format that `read_weights` takes, a folder of `save_pretrained`, `hf://owner/repo/file`, or a name of `zoo.ZOO`.
         weights: `ema` (the first decay), `ema:0.999` (a named one) or `model` (the raw weights).
         device: where the model goes.
-        overrides: constructor arguments, e.g. `elit_tail="skip"`.
+        overrides: constructor arguments, e.g. `elit_tail="skip"`; and `model`, `resolution`, `num_classes` and `vae`, for what a
+            bare state dict does not tell.
 
     Raises:
         UserError: the file is damaged, carries code, or does not hold such a model.
     """
     found = read_weights(path, weights, overrides)
+    options = {k: overrides.pop(k) for k in ("model", "resolution", "num_classes", "vae") if k in overrides}
+    for name in options.keys() - {"vae"}:
+        value = models.model_spec(options[name]).name if name == "model" else options[name]
+        if found.config.setdefault(name, value) != value:
+            raise UserError(f"{name} {value} contradicts {path}, which records {found.config[name]}")
     return build_model(found, path, device, **overrides), found.config
 
 
@@ -93,6 +108,11 @@ def _check_sizes(path: Path, found: Weights) -> None:
         most = math.isqrt(largest) if name == "elit_group_size" else len(found.state_dict)
         if (found.config.get(name) or 0) > most:
             raise UserError(f"{path}: {name}: {found.config[name]} is recorded, but there are no weights for so many")
+    for name in ("depth", "depths", "mapping_depth"):
+        value = (found.config.get("arguments") or {}).get(name, 0)
+        for depth in value if isinstance(value, list) else [value]:
+            if type(depth) is not int or depth > len(found.state_dict):
+                raise UserError(f"{path}: {name}: {value} is recorded, but there are no weights for so many")
 
 
 def _check_finite(path: Path, state_dict: dict[str, Tensor]) -> None:
@@ -132,13 +152,20 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
         try:
             # The mixin leaves out defaults of a constructor's base classes; of these only the tail's is not told by the weights.
             recorded = {"elit_tail": "drop"} | json.loads(beside.read_text()) if beside.is_file() else {}
-            recorded = {k: v for k, v in recorded.items() if k in MODEL_OPTIONS}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{beside}: must hold a JSON object") from None
-        return read_bare(path, state_dict, given | recorded_config(recorded, beside))
+        # Of the norm the weights tell the kind, which the option of this name does not.
+        options = {k: v for k, v in recorded.items() if k in MODEL_OPTIONS and k != "qk_norm"}
+        arguments = recorded_arguments(recorded, None, beside) | recorded_config(options, beside)
+        return read_bare(path, state_dict, given, arguments)
     try:
-        config, record = json.loads(metadata["config"]), json.loads(metadata["vae"])
-    except (ValueError, KeyError, RecursionError):
+        config = json.loads(metadata["config"])
+        if isinstance(config, dict) and isinstance(config.get("model"), dict):
+            return read_bare(path, state_dict, given, k_diffusion_arguments(config, path))
+        record = json.loads(metadata["vae"])
+    except (ValueError, KeyError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: its metadata config and vae must hold JSON") from None
     state_dict, step = check_state_dict(state_dict, str(path)), recorded_step(metadata.get("step", 0), path)
     record = recorded_vae(record, path)

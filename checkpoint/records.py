@@ -12,6 +12,7 @@ import models
 from common.errors import UserError
 from config.options import TrainConfig
 from config.values import coerce
+from models.published import PREDICTIONS
 from models.vae import VAERecord
 
 FORMAT = 1
@@ -52,7 +53,30 @@ def recorded_config(values: Any, where: str | Path) -> dict[str, Any]:
             models.model_spec(config["model"])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+    if values.get("predicts") is not None:
+        if not isinstance(values["predicts"], str) or values["predicts"] not in PREDICTIONS:
+            raise UserError(f"{where}: predicts: must be one of {', '.join(PREDICTIONS)}")
+        config["predicts"] = values["predicts"]
+    if values.get("arguments") is not None and config.get("model"):
+        config["arguments"] = recorded_arguments(values["arguments"], models.model_spec(config["model"]), where)
     return config
+
+
+def recorded_arguments(values: Any, spec: models.ModelSpec | None, where: str | Path) -> dict[str, Any]:
+    """Arguments of a model's constructor that a file records; without a spec, what any constructor might take.
+
+    Raises:
+        UserError: names `where` and the argument that the model has not, or whose value is none.
+    """
+    if not isinstance(values, dict) or len(values) > 100 or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{where}: its arguments are not values by name")
+    for name, value in values.items():
+        if spec is not None and not spec.takes(name):
+            raise UserError(f"{where}: {spec.name} has no argument {name[:80]!r}")
+        parts = value if isinstance(value, list) and len(value) <= 1000 else [value]
+        if not all(_is_plain(part) for part in parts):
+            raise UserError(f"{where}: {name[:80]}: what it records is no argument's value")
+    return dict(values)
 
 
 def _is_plain(value: Any) -> bool:

@@ -12,6 +12,7 @@ from common.errors import UserError, first_line
 from common.tensor_files import Checksum
 from config.options import Architecture
 from config.rules import names
+from models.published import PREDICTIONS
 from models.vae import SD_VAE, VAERecord
 
 # The architecture options that the state dict's shapes depend on, or that change what a forward computes.
@@ -23,21 +24,51 @@ class Weights:
     """What a checkpoint says of its model."""
 
     state_dict: dict[str, Tensor]
-    config: dict[str, Any]  # the recorded options; empty where the file records none
+    # The recorded options; empty where the file records none. Of others' models also `arguments`, those of the constructor that
+    # no option has, and `predicts`, a key of `models.published.PREDICTIONS` where that is no velocity.
+    config: dict[str, Any]
     record: VAERecord = SD_VAE
     step: int = 0
     checksum: Checksum | None = None  # of the file that they are from; rank 0 alone has it
+    guide: "Weights | None" = None  # of the checkpoint that guides this one in sampling
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the file, on rank 0."""
+        return None if self.checksum is None else self.checksum.value()
 
     def check(self) -> None:
         """Raises UserError where the file does not match its sidecar: to be called before the weights are used."""
         if self.checksum is not None:
             self.checksum.check()
 
+    def check_velocity(self, where: str) -> None:
+        """Raises UserError where the model does not predict the velocity of its class labels, so that it cannot be sampled from."""
+        model = self.config.get("model")
+        if "predicts" in self.config:
+            raise UserError(
+                f"{where}: holds a published {model}, which predicts {PREDICTIONS[self.config['predicts']]}, not the "
+                "velocity that the samplers follow; a run may start from it (train.py --init-from)"
+            )
+        if "text" in (self.config.get("arguments") or {}):
+            raise UserError(f"{where}: holds a {model} that is conditioned on text; only class labels can be given")
+
 
 def build_model(found: Weights, where: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> nn.Module:
     """The model that `found` records, in eval mode with its weights loaded and checked; `overrides` are constructor arguments."""
-    config = found.config
-    for name in ("model", "resolution", "num_classes"):
+    model = meta_model(found, where, **overrides)  # no time spent on initial weights: all of them are replaced
+    load_state_dict(model, found.state_dict, where, assign=True)
+    found.check()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def meta_model(found: Weights, where: str | Path, **overrides: Any) -> models.Backbone:
+    """The model that `found` records, of meta tensors; `overrides` are constructor arguments."""
+    config, arguments = found.config, found.config.get("arguments") or {}
+    is_labelled = config.get("model") and not (
+        models.model_spec(config["model"]).text or {"text", "num_classes"} & arguments.keys()
+    )
+    for name in ("model", "resolution", *(["num_classes"] if is_labelled else [])):
         if not config.get(name):
             raise UserError(f"{where}: the checkpoint records no {name}; give --{name.replace('_', '-')}")
     if config["resolution"] % found.record.downsample_factor:
@@ -45,25 +76,26 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
             f"{where}: resolution {config['resolution']} is not divisible by the VAE's factor {found.record.downsample_factor}"
         )
     try:
-        with torch.device("meta"):  # no time spent on initial weights: all of them are replaced
-            model = models.create_model(
+        with torch.device("meta"):
+            return models.create_model(
                 config["model"],
                 input_size=config["resolution"] // found.record.downsample_factor,
                 in_channels=found.record.latent_channels,
-                num_classes=config["num_classes"],
+                num_classes=config.get("num_classes") or 1,
+                arguments=arguments,
                 **(model_options(config) | {"fused_attn": config.get("fused_attn", True)} | overrides),
             )
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ArithmeticError, ValueError, LookupError) as error:  # sizes beyond all bounds, or none
         raise UserError(f"{where}: no such model can be made: {first_line(error)}") from None
-    load_state_dict(model, found.state_dict, where, assign=True)
-    found.check()
-    return model.to(device).eval().requires_grad_(False)
 
 
 def model_options(config: dict[str, Any]) -> dict[str, Any]:
     """The constructor arguments among recorded options that this model family knows."""
-    spec = models.model_spec(config["model"])
-    return {k: config[k] for k in MODEL_OPTIONS if k in config and (k == "qk_norm" or spec.takes(k))}
+    spec, own = models.model_spec(config["model"]), config.get("arguments") or {}
+    options = {k: config[k] for k in MODEL_OPTIONS if k in config and (k == "qk_norm" or spec.takes(k))}
+    return {k: v for k, v in options.items() if k not in own}
 
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:

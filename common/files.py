@@ -30,6 +30,11 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where this project keeps what it can make or fetch again: `$XDG_CACHE_HOME/elastic-dit`, `~/.cache/elastic-dit`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elastic-dit"
+
+
 MAX_PART, MAX_PATH = 255, 4095  # bytes of a file name and of a path, on Linux
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, first_line
+from common.file_facts import known_sha256, recall
 from common.files import file_sha256, written_aside
 
 
@@ -72,7 +73,7 @@ def load(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint" + (f": a folder without {PRETRAINED}" if path.is_dir() else ""))
         if verify:
-            Checksum(path).check()
+            Checksum(path, reread=True).check()
         state = _unpickle(path)
     except (OSError, MemoryError) as error:
         raise Unreadable(path, error) from None
@@ -102,28 +103,35 @@ def _unpickle(path: Path) -> Any:
 
 
 class Checksum:
-    """A checkpoint's SHA-256. Where it has a sidecar, a thread computes it while the file is read and its model is built."""
+    """A checkpoint's SHA-256. Where it has a sidecar, a thread computes it while the file is read and its model is built.
 
-    def __init__(self, path: Path):
-        self.path, self._sha256, self._error = path, "", None
+    With `reread`, the file is read even if it is known not to have been written to since its SHA-256 was last computed.
+    """
+
+    def __init__(self, path: Path, *, reread: bool = False):
+        self.path, self._error = path, None
+        self._hash = file_sha256 if reread else known_sha256
+        self._sha256 = None if reread else recall(path, "sha256")
         self._thread = threading.Thread(target=self._compute, name="checksum", daemon=True)
         self._recorded = sidecar(path).is_file()
-        if self._recorded:
+        if self._recorded and self._sha256 is None:
             self._thread.start()
 
     def _compute(self) -> None:
         try:
-            self._sha256 = file_sha256(self.path)
+            self._sha256 = self._hash(self.path)
         except Exception as error:
             self._error = error
 
     def value(self) -> str:
-        """In hexadecimal, of the bytes themselves; computed once. Raises Unreadable."""
-        if self._thread.ident is None:
-            self._thread.start()
-        self._thread.join()
+        """In hexadecimal; computed once. Raises Unreadable."""
+        if self._sha256 is None:
+            if self._thread.ident is None:
+                self._thread.start()
+            self._thread.join()
         if self._error is not None:
             raise Unreadable(self.path, self._error)
+        assert self._sha256 is not None
         return self._sha256
 
     def check(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from config.rules import option
+from config.sampling_options import CoreCacheOptions, GuideOptions
 
 
 @dataclasses.dataclass
@@ -116,7 +117,7 @@ class TrainConfig(Architecture):
     init_from: str | None = option(
         "run",
         None,
-        "checkpoint whose averaged weights a new run starts from: ours, a published one, safetensors, or hf://owner/repo/file",
+        "checkpoint whose averaged weights a new run starts from: ours, a published one, safetensors, hf://owner/repo/file, or a released name",
         resume="free",
     )
     data_dir: str = option(
@@ -237,13 +238,13 @@ class TrainConfig(Architecture):
 
 
 @dataclasses.dataclass
-class Sampling:
+class Sampling(GuideOptions, CoreCacheOptions):
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
     ckpt: str = option(
         "checkpoint",
         ...,
-        "checkpoint: ours, a published one, safetensors, a save_pretrained folder, or hf://owner/repo/file",
+        "checkpoint: ours, a published one, safetensors, a save_pretrained folder, hf://owner/repo/file, or a released name",
         images=False,
     )
     config: list[str] | None = option(
@@ -364,6 +365,9 @@ class ConvertCheckpointConfig(Architecture):
     )
     safetensors: bool = option("files", False, "write a safetensors file with the configuration in its metadata")
     show: bool = option("files", False, "print what is in IN")
+    list: bool = option(
+        "files", False, "print the released weights: names that --ckpt takes, files, budgets, published figures"
+    )
     weights: str | None = option(
         "files",
         None,

@@ -73,9 +73,6 @@ class DemoConfig:
     """Options of dataset_tools.py demo: the digit canvases of the quick start."""
 
     dest: str = option("files", ..., "new folder, for train/ and val/ with a folder per digit")
-    canvas: Literal["four", "mirrored"] = option(
-        "images", "four", "four handwritings of a digit, or one handwriting and its mirror images"
-    )
 
 
 @dataclasses.dataclass
@@ -88,20 +85,33 @@ class FeatureNetworks:
 
 
 @dataclasses.dataclass
-class EvaluateConfig(FeatureNetworks):
-    """Options of evaluate.py: FID, sFID, Inception Score, Precision, Recall and FDD, as ADM's evaluator has them."""
+class MetricOptions(FeatureNetworks):
+    """Which figures are computed, against what, and how."""
 
     ref: str = option("files", ..., "reference: .npz in ADM's format or a folder of PNG", positional="REF")
-    samples: str = option("files", ..., ".npz or a folder of PNG", positional="SAMPLES")
     metrics: list[str] = option(
-        "metrics", [], "of fid sfid is precision recall fdd (default: all that the network gives; fdd on demand)", distinct=True
+        "metrics",
+        [],
+        "of fid sfid is precision recall (default: those that the network gives) and, on demand, fdd kid mind density coverage "
+        "dino_precision dino_recall dino_density dino_coverage cmmd",
+        distinct=True,
     )
-    output: str = option("files", "metrics.json", "JSON file with the figures and what they belong to")
+    clip_weights: str | None = option(
+        "metrics", None, "CLIP ViT-L/14 at 336 px for cmmd: transformers' folder, or timm's file (required for cmmd)"
+    )
     features: str | None = option("metrics", None, "another network than Inception, as module:factory")
     pr_dtype: Literal["float16", "float32"] = option(
         "metrics", "float16", "distances of precision and recall; float16 as in ADM's evaluator"
     )
     split_size: int = option("metrics", 5000, "images per split of the Inception Score", ge=1, le=10**9)
+
+
+@dataclasses.dataclass
+class EvaluateConfig(MetricOptions):
+    """Options of evaluate.py: the figures of ADM's evaluator, and others."""
+
+    samples: str = option("files", ..., ".npz or a folder of PNG", positional="SAMPLES")
+    output: str = option("files", "metrics.json", "JSON file with the figures and what they belong to")
 
 
 @dataclasses.dataclass

@@ -14,11 +14,17 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
-from common.files import encode_name, file_sha256, join_inside, lock, remove_leftovers, write_atomically, written_aside
+from common.files import (
+    cache_folder,
+    encode_name,
+    file_sha256,
+    join_inside,
+    lock,
+    remove_leftovers,
+    write_atomically,
+    written_aside,
+)
 from data.packed import INDEX_FILE, checksums, parse_index
-
-DEFAULT_CACHE = "~/.cache/elastic-dit"
-
 
 DOWNLOADS = 4  # files at once
 
@@ -38,7 +44,7 @@ def local_copy(url: str, cache_dir: str | None = None, option: str = "--data-dir
     index = source.read(INDEX_FILE)
     files = list(checksums(parse_index(index, f"{option} {source.url}/{INDEX_FILE}")).items())  # before anything is written
     name = f"{url.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(encode_name(url) + index).hexdigest()[:16]}"
-    cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
+    cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
     folder = join_inside(cache, name, f"{option} {url}", plain=True)  # other content at the same URL is another folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

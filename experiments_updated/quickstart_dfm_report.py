@@ -18,6 +18,7 @@ from config.options import GenerateConfig
 from config.rules import option
 from experiments_updated import digit_classifier
 from sampling import image_folder, session
+from sampling.images import labels_of
 
 
 @dataclasses.dataclass
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     out = Path(config.output_dir)
     images = torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2)
-    labels = generate.labels_of(config, range(len(images))).repeat_interleave(4)
+    labels = labels_of(config, range(len(images))).repeat_interleave(4)
     classifier = digit_classifier.load_or_train(out / "classifier.pt")
     share = digit_classifier.accuracy(classifier, digit_classifier.quarters(images), labels)
     print(f"{share:.3f} of {len(labels)} digits in the asked class")

@@ -1,6 +1,6 @@
 r"""Guidance and budgets over time on the quick start's model: a table of quality against compute.
 
-    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0001800.pt \
+    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0000900.pt \
         --config experiments_updated/generation/quickstart.yaml --cfg-scale 3 --num-fid-samples 60 \
         --sample-dir quickstart/samples --output-dir quickstart
 
@@ -30,6 +30,7 @@ from config.rules import option
 from experiments_updated import digit_classifier
 from metrics import frechet_distance
 from sampling import cost, session
+from sampling.images import draw, labels_of
 
 TIMED_IMAGES = 6
 SCHEDULES = ("0.0625@1.0-0.5,1.0@0.5-0.0", "1.0@1.0-0.5,0.0625@0.5-0.0", "0.0625@1.0-0.75,0.25@0.75-0.25,1.0@0.25-0.0")
@@ -58,14 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     reference = digit_classifier.statistics(classifier, digit_classifier.digit_images(held_out=True)[0])
     folders = [generate.generate(run, weights) for run in runs.values()]
     loaded = session.load(config, weights, session.device())
-    jobs = {name: partial(generate.draw, loaded, run, range(TIMED_IMAGES)) for name, run in runs.items()}
+    jobs = {name: partial(draw, loaded, run, range(TIMED_IMAGES)) for name, run in runs.items()}
     with torch.inference_mode():
         times = cost.interleaved_times(jobs, session.device())
     rows = []
     for (name, run), folder in zip(runs.items(), folders, strict=True):
         images = torch.from_numpy(np.load(folder.with_name(folder.name + ".npz"))["arr_0"]).permute(0, 3, 1, 2)
-        digits = digit_classifier.quarters(images, mirrored=True)
-        labels = generate.labels_of(run, range(len(images))).repeat_interleave(4)
+        digits = digit_classifier.quarters(images)
+        labels = labels_of(run, range(len(images))).repeat_interleave(4)
         flops = run.num_steps * cost.mean_flops_per_step(run, session.guidance(run), loaded.model)
         rows.append(
             {

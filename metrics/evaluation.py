@@ -4,69 +4,51 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError, did_you_mean, first_line
-from common.files import DataError
-from config.tool_options import EvaluateConfig, FeatureNetworks
+from config.tool_options import EvaluateConfig, FeatureNetworks, MetricOptions
 from metrics import feature_extractors
+from metrics.distances import cmmd, kid, mind
 from metrics.feature_extractors import Network
+from metrics.features import IN_FILE, Features, gather, read_batches
 from metrics.images import ImageSet, open_images
-from metrics.precision_recall import precision_recall
-from metrics.statistics import RunningStatistics, covariance_problem, frechet_distance, inception_score, score_of_logits
+from metrics.precision_recall import density_coverage, precision_recall
+from metrics.statistics import covariance_problem, frechet_distance, inception_score, score_of_logits
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "fdd")
-FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}  # metric → the features that it compares
-IN_FILE = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2")}
+# Metric → the features that it looks at: of ADM's evaluator, and those on demand.
+ADM = {"fid": "pool", "sfid": "spatial", "is": "logits", "precision": "pool", "recall": "pool"}
+ON_DEMAND = {"fdd": "dinov2", "kid": "pool", "mind": "pool", "density": "pool", "coverage": "pool"}
+ON_DEMAND |= dict.fromkeys(("dino_precision", "dino_recall", "dino_density", "dino_coverage"), "dinov2") | {"cmmd": "clip"}
+NEEDS = ADM | ON_DEMAND
+METRICS = tuple(NEEDS)
+FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}
 NEIGHBOURS = 3  # k of precision and recall
+PRDC_NEIGHBOURS = 5  # k of density and coverage, and of all four of DINOv2's features
 
 Warn = Callable[[str], None]
-Gaussian = tuple[np.ndarray, np.ndarray]  # mean (d,), covariance (d, d)
 
 
-class Features:
-    """What is known of one set: statistics by kind of feature, given by the file or gathered, and the rows that are kept."""
+class Plan(NamedTuple):
+    """What is to be computed of two sets, and by which networks."""
 
-    def __init__(self, images: ImageSet, gather: set[str], keep: set[str]):
-        self.images, self.gather, self.keep = images, gather, keep
-        self.gathered: dict[str, RunningStatistics] = {}
-        self.rows: dict[str, np.ndarray] = {}  # (N, d) float32
-        self._taken = 0
-
-    @property
-    def wanted(self) -> set[str]:
-        """The kinds of features that the networks must give."""
-        return self.gather | self.keep
-
-    def take(self, batch: dict[str, np.ndarray]) -> None:
-        """Add the features of the next images."""
-        for kind, values in batch.items():
-            if kind in self.gather:
-                self.gathered.setdefault(kind, RunningStatistics(values.shape[1])).update(values)
-            if kind in self.keep:
-                if kind not in self.rows:
-                    self.rows[kind] = np.empty((self.images.count, values.shape[1]), np.float32)
-                self.rows[kind][self._taken : self._taken + len(values)] = values
-        self._taken += len(next(iter(batch.values())))
-
-    def gaussian(self, kind: str) -> Gaussian:
-        """Mean and covariance of one kind of features."""
-        if kind in self.gather:
-            return self.gathered[kind].mean, self.gathered[kind].covariance
-        mean, covariance = IN_FILE[kind]
-        return self.images.statistics[mean], self.images.statistics[covariance]
+    metrics: list[str]
+    ref: Features
+    samples: Features
+    networks: list[Network]
 
 
-def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[str, Any] | None:
-    """Every figure that `config` asks for, and what it belongs to: the content of the JSON file. None off the main process."""
+def prepare(config: MetricOptions, sets: Sequence[ImageSet], state: PartialState, warn: Warn) -> Plan:
+    """Check (reference, samples) `sets` against what `config` asks for, and load the networks; no features are computed.
+
+    Raises:
+        UserError: a metric that the sets or networks do not allow, sets of different sizes or of too few images, weights.
+    """
     check_names(config.metrics)
-    sets = [open_images(path) for path in (config.ref, config.samples)]
     used: list[Network] = []
     if config.features:
         used.append(feature_extractors.by_name(config.features, device_of(state)))
@@ -79,20 +61,28 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
         for images in sets:
             images.check()
     state.wait_for_everyone()
-    used += load_networks(config, ref.wanted | samples.wanted, sets, bool(used), state, warn)
+    wanted = (ref.wanted | samples.wanted).difference(*(network.dims for network in used))
+    used += load_networks(config, wanted, sets, state, warn)
     check_dimensions(ref, samples, metrics, used, warn)
+    return Plan(metrics, ref, samples, used)
 
+
+def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[str, Any] | None:
+    """Every figure that `config` asks for, and what it belongs to: the content of the JSON file. None off the main process."""
+    check_names(config.metrics)
+    sets = [open_images(path) for path in (config.ref, config.samples)]
+    metrics, ref, samples, used = prepare(config, sets, state, warn)
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(lambda: [images.sha256() for images in sets]) if state.is_main_process else None
         for features, name in ((ref, "reference"), (samples, "samples")):
-            gather(features, used, config.batch_size, state, name)
+            gather(features, used, read_batches(features, config.batch_size, state), config.batch_size, state, name)
         if not state.is_main_process:
             return None
         assert hashes is not None
         ref_sha256, samples_sha256 = hashes.result()  # which finds damage
         figures = compute(config, metrics, ref, samples, used, device_of(state))
     return (
-        {name: figures.get(name) for name in METRICS}
+        {name: figures.get(name) for name in METRICS if name in (*ADM, "fdd", *metrics)}
         | {"num_ref": ref.images.count or None, "num_samples": samples.images.count or None}
         | {"ref": config.ref, "samples": config.samples, "ref_sha256": ref_sha256, "samples_sha256": samples_sha256}
         | {"statistics_from_file": {"ref": _from_file(ref, metrics), "samples": _from_file(samples, metrics)}}
@@ -123,19 +113,23 @@ def check_names(metrics: Sequence[str]) -> None:
             raise UserError(f"--metrics {name}: not a metric{did_you_mean(name, METRICS)}; choose from {' '.join(METRICS)}")
 
 
-def choose_metrics(config: EvaluateConfig, used: Sequence[Network], sets: Sequence[ImageSet], warn: Warn) -> list[str]:
+def choose_metrics(config: MetricOptions, used: Sequence[Network], sets: Sequence[ImageSet], warn: Warn) -> list[str]:
     """The metrics asked for, else all that the network's outputs and the (reference, samples) `sets` allow.
 
-    What the sets do not allow is named in a warning. fdd, which takes another network, is computed on demand only.
+    What the sets do not allow is named in a warning. Metrics beyond ADM's are computed on demand only.
     """
     kinds = used[0].dims if used else ("pool", "spatial", "logits")
-    needs = {"fid": "pool", "sfid": "spatial", "is": "logits", "precision": "pool", "recall": "pool"}
     for name in config.metrics:
-        if name != "fdd" and needs[name] not in kinds:
-            raise UserError(f"--metrics {name}: needs {needs[name]}, which --features {config.features} does not give")
+        kind = NEEDS[name]
+        if kind == "clip" and kind not in kinds and not config.clip_weights:
+            raise UserError(
+                f"--metrics {name}: needs --clip-weights, e.g. a copy of the hub's openai/clip-vit-large-patch14-336"
+            )
+        if kind not in ("dinov2", "clip", *kinds):
+            raise UserError(f"--metrics {name}: needs {kind}, which --features {config.features} does not give")
     if config.metrics:
         return list(config.metrics)
-    possible = [name for name, kind in needs.items() if kind in kinds]
+    possible = [name for name, kind in ADM.items() if kind in kinds]
     metrics = [name for name in possible if not lacks(name, sets)]
     if not metrics or not sets[1].count:  # `plan` says what is missing
         return possible
@@ -158,7 +152,7 @@ def plan(images: ImageSet, metrics: Sequence[str], score_on: str | None) -> Feat
     needed_by: dict[str, list[str]] = {}
     gather, keep = set(), set()
     for metric in metrics:
-        kind = FRECHET.get(metric, "pool")
+        kind = NEEDS[metric]
         if metric in FRECHET and all(name in images.statistics for name in IN_FILE[kind]):
             continue
         if metric == "is":
@@ -181,22 +175,34 @@ def check_sets(ref: Features, samples: Features, metrics: Sequence[str]) -> None
         raise UserError(f"{samples.images.path}: has images of {w2}x{h2} pixels, but {ref.images.path} of {w1}x{h1}")
     for features in (ref, samples):
         images = features.images
-        if {"precision", "recall"} & set(metrics) and images.count < NEIGHBOURS + 1:
-            raise UserError(f"{images.path}: {images.count} images; precision and recall need at least {NEIGHBOURS + 1}")
+        for metric in metrics:
+            least = 2 if metric == "kid" else neighbours(metric) + 1 if neighbours(metric) else 0
+            if images.count < least:
+                raise UserError(f"{images.path}: {images.count} images; {metric} needs at least {least}")
         if features.gather and images.count < 2:
             raise UserError(f"{images.path}: one image has no covariance; wanted: at least 2")
 
 
+def neighbours(metric: str) -> int:
+    """The k of a figure of nearest neighbours; 0 for another one."""
+    if metric in ("precision", "recall"):
+        return NEIGHBOURS
+    return PRDC_NEIGHBOURS if metric.removeprefix("dino_") in ("precision", "recall", "density", "coverage") else 0
+
+
 def load_networks(
-    config: FeatureNetworks, wanted: set[str], sets: Sequence[ImageSet], by_hand: bool, state: PartialState, warn: Warn
+    config: FeatureNetworks, wanted: set[str], sets: Sequence[ImageSet], state: PartialState, warn: Warn
 ) -> list[Network]:
-    """Inception and DINOv2 where their features are wanted. One process of each machine downloads, the others find the file."""
+    """Those that give the `wanted` features. One process of each machine downloads, the others find the file."""
     used = []
     with state.local_main_process_first():
-        if wanted & {"pool", "spatial"} and not by_hand:
+        if wanted & {"pool", "spatial"}:
             used.append(feature_extractors.inception(config.inception_weights, device_of(state), warn))
         if "dinov2" in wanted:
             used.append(feature_extractors.dinov2(config.dino_weights, device_of(state)))
+        if "clip" in wanted:
+            assert isinstance(config, MetricOptions) and config.clip_weights  # see `choose_metrics`
+            used.append(feature_extractors.clip(config.clip_weights, device_of(state)))
     for network in used:
         probe(network, sets)
     return used
@@ -214,7 +220,7 @@ def probe(network: Network, sets: Sequence[ImageSet]) -> None:
             given = network.extract(batch)
     except Exception as error:  # whatever a function that is no feature network raises
         raise UserError(f"--features {network.name}: {type(error).__name__}: {first_line(error)}; {wanted}") from None
-    kinds = {"pool", "spatial", "logits", "dinov2"}
+    kinds = {"pool", "spatial", "logits", "dinov2", "clip"}
     if not isinstance(given, dict) or not given or not given.keys() <= kinds or not all(map(_is_one_row, given.values())):
         raise UserError(f"--features {network.name}: {wanted}")
     network.dims = {kind: values.numel() for kind, values in given.items()}
@@ -255,7 +261,7 @@ def _from_file(features: Features, metrics: Sequence[str]) -> list[str]:
 
 
 def compute(
-    config: EvaluateConfig,
+    config: MetricOptions,
     metrics: Sequence[str],
     ref: Features,
     samples: Features,
@@ -270,65 +276,27 @@ def compute(
         weight = used[0].class_weight
         assert weight is not None  # Inception has one
         figures["is"] = inception_score(samples.rows["pool"], weight, config.split_size)
-    if {"precision", "recall"} & set(metrics):
-        rows = ref.rows["pool"], samples.rows["pool"]
-        both = precision_recall(*rows, NEIGHBOURS, config.pr_dtype, device=device, progress=True)
-        figures |= {m: value for m, value in zip(("precision", "recall"), both, strict=True) if m in metrics}
-    return figures
+    for name, distance in {"mind": mind, "cmmd": cmmd}.items():
+        if name in metrics:
+            figures[name] = distance(ref.rows[NEEDS[name]], samples.rows[NEEDS[name]], device=device)
+    if "kid" in metrics:
+        figures["kid"] = kid(ref.rows["pool"], samples.rows["pool"])
+    return figures | _of_neighbours(config, metrics, ref, samples, device)
 
 
-# ------------------------------------------------------------------------------------------------------------- features
-
-
-def gather(features: Features, used: Sequence[Network], batch_size: int, state: PartialState, name: str) -> None:
-    """Run the networks over one set, where anything is wanted of it; `features` is filled on the main process.
-
-    Batches are fixed by index and shared out in turns, and their features are taken in order: the result is that of one process.
-    """
-    if not features.wanted:
-        return
-    count = features.images.count
-    spans = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    mine = spans[state.process_index :: state.num_processes]
-    needed = [n for n in used if features.wanted & n.dims.keys()]
-    with (
-        ThreadPoolExecutor(1) as reader,
-        tqdm(total=count, desc=name, unit="image", disable=not state.is_main_process) as bar,
-    ):
-        ahead = reader.submit(features.images.read, mine[0]) if mine else None
-        for turn in range(0, len(spans), state.num_processes):
-            found = None
-            place = turn // state.num_processes
-            if place < len(mine) and ahead is not None:
-                images = ahead.result()
-                if place + 1 < len(mine):  # read while the networks work
-                    ahead = reader.submit(features.images.read, mine[place + 1])
-                found = features_of(needed, images, features.wanted, f"{features.images.path}: image {mine[place].start} ff.")
-            for batch in _gathered(found, state):
-                if batch is not None:
-                    features.take(batch)
-            bar.update(sum(map(len, spans[turn : turn + state.num_processes])))
-
-
-def features_of(used: Sequence[Network], images: np.ndarray, wanted: set[str], where: str) -> dict[str, np.ndarray]:
-    """Images uint8 (B, H, W, 3) → the wanted features, each (B, d) float32. `DataError` for values that are not finite."""
-    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    found: dict[str, Tensor] = {}
-    with torch.inference_mode():
-        for network in used:
-            given = network.extract(batch)
-            found |= {kind: given[kind] for kind in network.dims if kind in wanted}
-    arrays = {kind: values.flatten(1).float().cpu().numpy() for kind, values in found.items()}
-    for kind, values in arrays.items():
-        if not np.isfinite(values).all():
-            raise DataError(f"{where}: its {kind} features hold values that are not finite; are the weights whole?")
-    return arrays
-
-
-def _gathered(found: dict[str, np.ndarray] | None, state: PartialState) -> list[dict[str, np.ndarray] | None]:
-    """What each process found, in order, on the main process; nothing elsewhere."""
-    if state.num_processes == 1:
-        return [found]
-    received: list[Any] | None = [None] * state.num_processes if state.is_main_process else None
-    torch.distributed.gather_object(found, received, dst=0)
-    return received or []
+def _of_neighbours(
+    config: MetricOptions, metrics: Sequence[str], ref: Features, samples: Features, device: torch.device
+) -> dict[str, float]:
+    figures = {}
+    for prefix, kind in (("", "pool"), ("dino_", "dinov2")):
+        pair = f"{prefix}precision", f"{prefix}recall"
+        if set(pair) & set(metrics):
+            dtype = "float32" if prefix else config.pr_dtype
+            k = neighbours(pair[0])
+            both = precision_recall(ref.rows[kind], samples.rows[kind], k, dtype, device=device, progress=True)
+            figures |= dict(zip(pair, both, strict=True))
+        pair = f"{prefix}density", f"{prefix}coverage"
+        if set(pair) & set(metrics):
+            both = density_coverage(ref.rows[kind], samples.rows[kind], PRDC_NEIGHBOURS, device=device, progress=True)
+            figures |= dict(zip(pair, both, strict=True))
+    return {metric: value for metric, value in figures.items() if metric in metrics}

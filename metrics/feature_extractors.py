@@ -1,7 +1,7 @@
 """Feature networks: uint8 images (B, 3, H, W) on the CPU → a dict of features (B, d).
 
 `pool`, `spatial` and the class weights are those of ADM's evaluator, by torch-fidelity's Inception; `dinov2` is the class token of
-DINOv2 ViT-L/14, by timm; any other network is named as module:factory.
+DINOv2 ViT-L/14 and `clip` the image embedding of CLIP ViT-L/14, by timm; any other network is named as module:factory.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common import hub, tensor_files
 from common.errors import UserError, first_line
-from common.files import file_sha256
+from common.file_facts import known_sha256
 from common.torchvision_shim import import_torchvision
 
 SPATIAL_CHANNELS = 7  # of the 192 of the branch that sFID looks at
@@ -35,6 +35,24 @@ DINO_SIDE, DINO_GRID = 224, 16  # pixels, and patches of 14 pixels, along a side
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_SIDE = 336
+
+
+# Names of transformers → timm's, of what CLIP's image tower holds.
+CLIP_NAMES = {
+    "vision_model.embeddings.class_embedding": "cls_token",
+    "vision_model.embeddings.position_embedding.weight": "pos_embed",
+    "vision_model.embeddings.patch_embedding.": "patch_embed.proj.",
+    "vision_model.pre_layrnorm.": "norm_pre.",
+    "vision_model.post_layernorm.": "norm.",
+    "vision_model.encoder.layers.": "blocks.",
+    "visual_projection.": "head.",
+    ".layer_norm": ".norm",
+    ".self_attn.out_proj.": ".attn.proj.",
+}
 
 
 @dataclass
@@ -58,7 +76,7 @@ def inception(path: str | None, device: torch.device, warn: Callable[[str], None
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     weights, state = _read_weights("--inception-weights", path or _download_inception(URL_INCEPTION_V3))
-    sha256 = file_sha256(weights)
+    sha256 = known_sha256(weights)
     if not sha256.startswith(_hash_in_name(URL_INCEPTION_V3)):
         warn(f"--inception-weights {weights}: not the published weights (sha256 {sha256[:16]}…); figures cannot be compared")
     # The package unpickles its file without restriction: it is given what was loaded with restriction, never the file itself.
@@ -112,7 +130,55 @@ def dinov2(path: str | None, device: torch.device) -> Network:
         pixels = torch.from_numpy(small).to(device).permute(0, 3, 1, 2).float() / 255
         return {"dinov2": model.forward_features((pixels - mean) / std)[:, 0]}
 
-    return Network("dinov2-vit-l-14", extract, weights, file_sha256(weights))
+    return Network("dinov2-vit-l-14", extract, weights, known_sha256(weights))
+
+
+def clip(path: str, device: torch.device) -> Network:
+    """CLIP ViT-L/14 at 336 px: `clip` (B, 768), the image embedding, of images resized in floating point, bicubic, as CMMD does.
+
+    path: a folder of transformers' CLIPModel or CLIPVisionModelWithProjection (the hub's openai/clip-vit-large-patch14-336), its
+    file of weights, or that of timm's `vit_large_patch14_clip_336.openai`.
+    """
+    import_torchvision()
+    import timm
+
+    pickled = Path(path) / "pytorch_model.bin"
+    weights, state = _read_weights("--clip-weights", pickled if pickled.is_file() else path)
+    with torch.device("meta"):
+        model: Any = timm.create_model("vit_large_patch14_clip_quickgelu_336", num_classes=768)
+    try:
+        if "visual_projection.weight" in state:
+            state = _clip_from_transformers(state)
+        state.setdefault("head.bias", torch.zeros(768))
+        model.load_state_dict(state, assign=True)
+        model.float()
+    except Exception as error:
+        raise UserError(f"--clip-weights {weights}: {_other_network(error, 'CLIP ViT-L/14 at 336 px')}") from None
+    model.to(device).eval().requires_grad_(False)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        pixels = F.interpolate(images.to(device).float() / 255, (CLIP_SIDE, CLIP_SIDE), mode="bicubic")
+        return {"clip": model((pixels - mean) / std)}
+
+    return Network("clip-vit-l-14-336", extract, weights, known_sha256(weights))
+
+
+def _clip_from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The image tower of transformers' CLIP under timm's names; text tower and position ids are left out."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not name.startswith(("vision_model.", "visual_projection.")) or name.endswith("position_ids"):
+            continue
+        for theirs, ours in CLIP_NAMES.items():
+            name = name.replace(theirs, ours)
+        found[name] = value
+    found["cls_token"], found["pos_embed"] = found["cls_token"].view(1, 1, -1), found["pos_embed"][None]
+    for kind in ("weight", "bias"):
+        for name in [n for n in found if n.endswith(f".self_attn.q_proj.{kind}")]:
+            qkv = [found.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            found[name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(qkv)
+    return found
 
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) in the arithmetic of ADM's evaluator."""
+"""Figures of nearest neighbours: precision and recall in the arithmetic of ADM's evaluator, density and coverage."""
 
 from collections.abc import Callable
 from typing import Literal, TypeVar
@@ -28,7 +28,7 @@ def precision_recall(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[float, float]:
-    """(precision, recall) of features (N, d) and (M, d).
+    """Improved (precision, recall) (Kynkäänniemi et al. 2019, arXiv 1904.06991) of features (N, d) and (M, d).
 
     The radius of a point is the squared distance to its k-th neighbour in its own set. Precision: the share of samples within the
     radius of at least one reference point; recall: the other way round. dtype "float16": distances are rounded as in ADM's
@@ -36,15 +36,7 @@ def precision_recall(
     """
     if dtype not in ("float16", "float32"):
         raise UserError(f"dtype {dtype!r}: must be float16 or float32")
-    ref, samples = (torch.as_tensor(f).to(device, torch.float32) for f in (ref_features, sample_features))
-    for name, features in (("reference", ref), ("sample", samples)):
-        if features.dim() != 2 or features.shape[1] != ref.shape[1]:
-            raise UserError(f"{name} features of shape {tuple(features.shape)}; wanted (n, {ref.shape[-1]})")
-        if len(features) < k + 1:
-            raise UserError(f"{len(features)} {name} images: precision and recall need at least k + 1 = {k + 1}")
-        if not features.isfinite().all():
-            raise UserError(f"{name} features hold values that are not finite")
-    ref, samples = (_Points(f, dtype) for f in (ref, samples))
+    ref, samples = _points(ref_features, sample_features, k, dtype, device)
     blocks = sum(len(a.blocks) * len(b.blocks) for a, b in ((ref, ref), (samples, samples), (ref, samples)))
     with tqdm(total=blocks, desc="precision, recall", unit="block", disable=not progress) as bar:
         ref_radii, sample_radii = _radii(ref, k, bar), _radii(samples, k, bar)
@@ -63,6 +55,53 @@ def precision_recall(
                 samples_inside[columns] |= torch.stack(near_ref).any(dim=0)
                 bar.update()
     return samples_inside.double().mean().item(), ref_inside.double().mean().item()
+
+
+def density_coverage(
+    ref_features: ArrayLike | Tensor,
+    sample_features: ArrayLike | Tensor,
+    k: int = 5,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[float, float]:
+    """(density, coverage) of features (N, d) and (M, d) (Naeem et al. 2020, arXiv 2002.09797), by distances in float32.
+
+    Each reference point has a ball up to its k-th neighbour in the reference. Density: in how many balls a sample lies on average,
+    divided by k (it may exceed 1). Coverage: the share of balls in which a sample lies. `UserError` as of `precision_recall`.
+    """
+    ref, samples = _points(ref_features, sample_features, k, "float32", device)
+    blocks = len(ref.blocks) * (len(ref.blocks) + len(samples.blocks))
+    with tqdm(total=blocks, desc="density, coverage", unit="block", disable=not progress) as bar:
+        radii = _radii(ref, k, bar)
+        inside, covered = 0, torch.zeros(len(ref), dtype=torch.bool, device=device)
+        for rows in ref.blocks:
+            for columns in samples.blocks:
+
+                def count(distances: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+                    near = distances < radii[tile, None]
+                    return near.sum(), near.any(dim=1)
+
+                counts, near_sample = zip(*_reduced(ref, rows, samples, columns, count), strict=True)
+                inside += int(torch.stack(counts).sum())
+                covered[rows] |= torch.cat(near_sample)
+                bar.update()
+    return inside / (k * len(samples)), covered.double().mean().item()
+
+
+def _points(
+    ref_features: ArrayLike | Tensor, sample_features: ArrayLike | Tensor, k: int, dtype: str, device: torch.device | str
+) -> tuple["_Points", "_Points"]:
+    """Both sets, ready for distances. `UserError` for fewer than k + 1 points and values that are not finite."""
+    ref, samples = (torch.as_tensor(f).to(device, torch.float32) for f in (ref_features, sample_features))
+    for name, features in (("reference", ref), ("sample", samples)):
+        if features.dim() != 2 or features.shape[1] != ref.shape[1]:
+            raise UserError(f"{name} features of shape {tuple(features.shape)}; wanted (n, {ref.shape[-1]})")
+        if len(features) < k + 1:
+            raise UserError(f"{len(features)} {name} images: figures of neighbours need at least k + 1 = {k + 1}")
+        if not features.isfinite().all():
+            raise UserError(f"{name} features hold values that are not finite")
+    return _Points(ref, dtype), _Points(samples, dtype)
 
 
 class _Points:

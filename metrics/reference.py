@@ -9,7 +9,8 @@ import randomness
 from common.errors import UserError
 from common.files import check_folder, make_folder
 from config.tool_options import ReferenceConfig
-from metrics.evaluation import IN_FILE, Features, gather, load_networks
+from metrics.evaluation import load_networks
+from metrics.features import IN_FILE, Features, gather, read_batches
 from metrics.images import open_images, write_npz
 
 
@@ -28,8 +29,8 @@ def make_reference(config: ReferenceConfig, state: PartialState, warn: Callable[
         images.check()
     state.wait_for_everyone()
     features = Features(images, {"pool", "spatial"} | ({"dinov2"} if config.dino else set()), set())
-    used = load_networks(config, features.wanted, [images], False, state, warn)
-    gather(features, used, config.batch_size, state, "reference")
+    used = load_networks(config, features.wanted, [images], state, warn)
+    gather(features, used, read_batches(features, config.batch_size, state), config.batch_size, state, "reference")
     if not state.is_main_process:
         return
     order = randomness.generator("reference", config.seed, 0).permutation(images.count)

@@ -7,11 +7,12 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from common.errors import UserError, did_you_mean
 from models.backbone import Backbone, checkpoint_blocks, compile_model
-from models.costs import count_flops
+from models.costs import count_flops, count_reused_flops
 from models.dfm import DFMELITSiT, DFMSiT
 from models.elit import Elastic, ELITHDiT, ELITMMDiT, ELITSiT, ELITUViT
 from models.hdit import HDiT
@@ -23,10 +24,12 @@ from models.uvit import UViT
 
 __all__ = [
     "MODELS",
+    "Backbone",
     "ModelSpec",
     "checkpoint_blocks",
     "compile_model",
     "count_flops",
+    "count_reused_flops",
     "create_model",
     "import_state_dict",
     "model_spec",
@@ -61,6 +64,13 @@ class ModelSpec:
     def staged(self) -> bool:
         """Whether it works on a pyramid."""
         return issubclass(self.constructor, DFMSiT)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The constructor's arguments that have a default, with it."""
+        functions = [cls.__init__ for cls in reversed(self.constructor.__mro__) if issubclass(cls, Backbone)]
+        found = [p for f in functions for p in inspect.signature(f).parameters.values()]
+        return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
     def takes(self, name: str) -> bool:
         """Whether the constructor has an argument of this name."""
@@ -220,6 +230,7 @@ def create_model(
     in_channels: int = 4,
     num_classes: int = 1000,
     z_dims: Iterable[int] = (),
+    arguments: Mapping[str, Any] = MappingProxyType({}),
     **overrides: Any,
 ) -> Backbone:
     """A freshly initialised model.
@@ -230,6 +241,7 @@ def create_model(
         in_channels: of the VAE latents.
         num_classes: of class-conditional models; text models take none.
         z_dims: feature widths of the REPA target encoders; empty without REPA.
+        arguments: constructor arguments as they are, `None` too; they go before all others but the overrides.
         overrides: any other constructor argument, e.g. `head_depth=8`, `elit_tail="skip"`; `None` keeps the default. `qk_norm` is
             a switch: `True` turns on the norm that the family has, `False` leaves what the registered size has.
 
@@ -244,10 +256,10 @@ def create_model(
     for key in overrides:
         if key not in known:
             raise UserError(f"{spec.name} has no option {key!r}{did_you_mean(key, known)}")
-    if "num_classes" in known:
-        overrides["num_classes"] = num_classes
-    arguments = {"input_size": input_size, "in_channels": in_channels, "z_dims": tuple(z_dims)}
-    return spec.constructor(**arguments, **spec.arguments(input_size, **overrides))
+    classes = {"num_classes": num_classes} if "num_classes" in known else {}
+    overrides = {**classes, **arguments, **overrides}
+    inputs = {"input_size": input_size, "in_channels": in_channels, "z_dims": tuple(z_dims)}
+    return spec.constructor(**inputs, **spec.arguments(input_size, **overrides))
 
 
 def _argument_names(constructor: type[Backbone]) -> set[str]:

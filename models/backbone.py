@@ -71,6 +71,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
 
     flow: str = "flow matching"  # what it is trained and sampled with: a name of `flows.FLOWS`
     blocks: nn.ModuleList  # in forward order
+    mirrored: bool = False  # whether blocks at the end need what blocks at the start leave, or their grid
     merged_latents: int = 1  # latents of a group that become one in the innermost blocks: budgets below it cost no less
 
     def __init__(
@@ -124,6 +125,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
     def check_split(self, head_depth: int, tail_depth: int) -> None:
         """Raise UserError where Read after `head_depth` blocks and Write before the last `tail_depth` do not fit the backbone."""
 
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """What the model knows of the times t (B,), a row each: (B, …). Raises UserError where the backbone does not define it."""
+        raise UserError(f"a {type(self).__name__} model defines no time_embedding, by which --cache-rule time decides")
+
     def null(self, y: Any) -> Any:
         """The condition that says nothing, of the shape of y: for labels (B,) the null label; y where it says nothing anyway."""
         return y if self.num_classes is None else torch.full_like(y, self.num_classes)
@@ -173,14 +178,40 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
             if s.features is not None and i + 1 == self.repa_depth and hasattr(self, "projectors"):
                 s.features = [p(s.image) for p in self.projectors]
 
-    def transform(self, s: Stream, inference_budget: float | None = None) -> Stream:
-        """All blocks."""
+    def core_blocks(self, after: int | None = None) -> range:
+        """The blocks whose work a core cache may reuse: all after the first `after`, but as many at the end where blocks mirror each other.
+
+        Raises UserError where such a core does not fit the backbone.
+        """
+        depth, after = len(self.blocks), self.default_head if after is None else after
+        tail = after if self.mirrored else 0
+        if after + tail >= depth:
+            raise UserError(
+                f"--cache-after {after}: leaves nothing to reuse of {depth} blocks{', which mirror each other' * self.mirrored}"
+            )
+        try:
+            self.check_split(after, tail)
+        except UserError as error:
+            raise UserError(f"--cache-after {after}: {error}") from None
+        return range(after, depth - tail)
+
+    @property
+    def default_head(self) -> int:
+        """Blocks before the core where nobody says how many."""
+        return 1
+
+    def core(self, s: Stream, blocks: range, inference_budget: float | None = None) -> Stream:
+        """The stream s after `blocks`, the core; whatever they leave for each other is used up within them."""
         if inference_budget is not None:
             raise UserError(
                 f"inference budget {inference_budget}: a {type(self).__name__} model has no budget; only ELIT models do"
             )
-        self.run(s, 0, len(self.blocks))
+        self.run(s, blocks.start, blocks.stop)
         return s
+
+    def transform(self, s: Stream, inference_budget: float | None = None) -> Stream:
+        """All blocks."""
+        return self.core(s, range(len(self.blocks)), inference_budget)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Any, inference_budget: float | None = None, return_features: bool = False
@@ -194,6 +225,14 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         s = self.transform(s, inference_budget)
         velocity = self.output(s)
         return velocity if s.features is None else (velocity, s.features)
+
+    def forward_around(self, core: Callable[[Stream], Stream], blocks: range, x: Tensor, t: Tensor, y: Any) -> Tensor:
+        """As `forward`, with `core` in place of `blocks`; see `core_blocks`."""
+        s = self.embed(x, t, y)
+        self.run(s, 0, blocks.start)
+        s = core(s)
+        self.run(s, blocks.stop, len(self.blocks))
+        return self.output(s)
 
 
 def compile_model(model: nn.Module, backend: str | Callable = "inductor") -> nn.Module:

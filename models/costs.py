@@ -23,6 +23,14 @@ def count_flops(model: nn.Module, inference_budget: float | None = None, batch_s
     return _forward_flops(shadow, batch_size, **options) - shadow.uncounted_flops(batch_size)
 
 
+def count_reused_flops(model: nn.Module, cache_after: int | None = None) -> int:
+    """FLOPs of one image's forward in which the core is reused; see `Backbone.core_blocks`."""
+    shadow = _on_meta(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow.forward_around(lambda s: s, shadow.core_blocks(cache_after), *shadow.example_inputs())
+    return counter.get_total_flops() - shadow.uncounted_flops(1)
+
+
 def projector_flops(model: nn.Module) -> int:
     """FLOPs of one image's REPA projections; 0 where there are none."""
     shadow = _on_meta(model)

@@ -87,15 +87,27 @@ class Elastic(Backbone):
 
     def transform(self, s: Stream, inference_budget: float | None = None) -> Stream:
         """All blocks, at `inference_budget` in [1/J, 1], the share of latents that the core works on (`None`: all)."""
-        core_end = len(self.blocks) - self.tail_depth
-        self.run(s, 0, self.head_depth)  # head
+        blocks = self.core_blocks()
+        self.run(s, 0, blocks.start)  # head
+        s = self.core(s, blocks, inference_budget)
+        self.run(s, blocks.stop, len(self.blocks))  # tail
+        return s
+
+    def core(self, s: Stream, blocks: range, inference_budget: float | None = None) -> Stream:
+        """Read, the core blocks on the latents that the budget keeps, and Write."""
         tokens, kept, tail = self.interface.read(s.image, s.c, inference_budget)  # read: (B, G, J, D), (B, G·k, D)
         core = self._latent_stream(s, kept)
-        self.run(core, self.head_depth, core_end)  # core
+        self.run(core, blocks.start, blocks.stop)  # core
         image = self.interface.write(tokens, core.image, tail)  # write: (B, N, D)
-        s = core.with_image(image, grid=s.grid, pos=s.pos, groups=0)
-        self.run(s, core_end, len(self.blocks))  # tail
-        return s
+        return core.with_image(image, grid=s.grid, pos=s.pos, groups=0)
+
+    def core_blocks(self, after: int | None = None) -> range:
+        """The blocks between Read and Write."""
+        if after not in (None, self.head_depth):
+            raise UserError(
+                f"--cache-after {after}: this ELIT model's core begins after its head of {self.head_depth}; leave the option out"
+            )
+        return range(self.head_depth, len(self.blocks) - self.tail_depth)
 
     def _latent_stream(self, s: Stream, latents: Tensor) -> Stream:
         """The core's stream: latents (B, G·k, D) in place of the image tokens; latent j of a group lies where its token j does."""

@@ -252,6 +252,8 @@ class HDiT(Backbone):
         UserError: sizes that do not fit each other.
     """
 
+    mirrored = True
+
     def __init__(
         self,
         *,
@@ -329,10 +331,19 @@ class HDiT(Backbone):
     def embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> Stream:
         """Tokens (B, N, W) of the finest level with their positions, and the condition (B, M)."""
         tokens = self.patch_in(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
-        c = self.time_in_proj(self.time_emb(t).to(self.time_in_proj.weight.dtype)) + self.cond_bias
+        c = self.time_embedding(t) + self.cond_bias
         if self.class_emb is not None:
             c = c + self.class_emb(check_labels(y, "HDiT"))
         return Stream(tokens, self.mapping(c), pos=positions(self.grid_size, x), grid=self.grid_size)
+
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """(B,) → (B, M)."""
+        return self.time_in_proj(self.time_emb(t).to(self.time_in_proj.weight.dtype))
+
+    @property
+    def default_head(self) -> int:
+        """The layers of the outer levels."""
+        return max(1, self.outer_depth)
 
     def step(self, i: int, s: Stream) -> None:
         """Layer i, after the split that begins a level on the way out, before the merge that ends one on the way in."""

@@ -188,11 +188,15 @@ class MMDiT(NullText, Backbone):
     def embed(self, x: Tensor, t: Tensor, y: Condition) -> Stream:
         """Image tokens (B, N, D), text tokens (B, L, D) and the condition (B, D)."""
         y = check_text(y, "MMDiT", width=self.text_width, length=self.text_length, pooled_width=self.pooled_width)
-        c = self.t_embedder(t * self.time_scale)
+        c = self.time_embedding(t)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y.pooled)
         text = self.context_embedder(y.features).clone()  # as what blocks return, no view: one graph of torch.compile less
         return Stream(self.x_embedder(x) + self.positions(), c, text=text)
+
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """(B,) → (B, D)."""
+        return self.t_embedder(t * self.time_scale)
 
     def step(self, i: int, s: Stream) -> None:
         """Block i: image tokens, or latents, and text attend to both."""

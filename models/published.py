@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 
 def from_uvit(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,6 +65,12 @@ _PUBLISHED = {
     "mid_level.0.self_attn.scale": ("HDiT", from_hdit),
     "joint_blocks.0.x_block.attn.qkv.weight": ("MMDiT", from_mmdit),
 }
+# What published weights predict where it is no velocity: by family the word that is recorded, and by the word what it means.
+PREDICTS = {"U-ViT": "noise", "HDiT": "denoised"}
+PREDICTIONS = {
+    "noise": "noise, on the path of Stable Diffusion's betas",
+    "denoised": "denoised images under k-diffusion's preconditioning, from the noise level σ",
+}
 _OURS = {
     "patch_embed.proj.weight": "U-ViT",
     "patch_in.proj.weight": "HDiT",
@@ -72,7 +79,21 @@ _OURS = {
     "x_embedder.embedders.0.proj.weight": "DFM-SiT",
     "x_embedder.proj.weight": "SiT",
 }
+SIGNATURES = _OURS.keys()
 _PREFIXES = ("", "inner_model.", "model.diffusion_model.")
+_WHOLE_PIPELINE = "model.diffusion_model."  # the network's names in a file that also holds a VAE or text encoders
+
+
+def network_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a whole pipeline's state dict (SD3) the diffusion network's entries; of any other all."""
+    part = {key: value for key, value in state_dict.items() if key.startswith(_WHOLE_PIPELINE)}
+    return part or dict(state_dict)
+
+
+def published_family(state_dict: Mapping[str, Any]) -> str | None:
+    """The family of a state dict under published names of U-ViT, HDiT or MM-DiT, by its keys; `None` of any other."""
+    found = (family for key, (family, _) in _PUBLISHED.items() if any(prefix + key in state_dict for prefix in _PREFIXES))
+    return next(found, None)
 
 
 def import_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -82,11 +103,16 @@ def import_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, 
     interface's published names are `checkpoint.published`'s to translate.)
 
     Raises:
-        UserError: it is of no backbone known.
+        UserError: it is of no backbone known, or lacks what its kind has.
     """
-    for key, (family, translate) in _PUBLISHED.items():
-        if any(prefix + key in state_dict for prefix in _PREFIXES):
+    state_dict = network_part(state_dict)
+    if family := published_family(state_dict):
+        translate = next(translate for of, translate in _PUBLISHED.values() if of == family)
+        try:
             return family, translate(state_dict)
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+            what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else first_line(error)
+            raise UserError(f"not the weights of a published {family}: {what}") from None
     family = next((family for key, family in _OURS.items() if key in state_dict), None)
     if family is None:
         raise UserError(f"not the weights of a known backbone (they hold {', '.join(list(state_dict)[:3])})")
@@ -94,4 +120,4 @@ def import_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, 
         family = "SiT-UViT"
     if any(key.startswith(("interface.", "input_token_editor.")) for key in state_dict):
         family = family.replace("DFM-", "DFM-ELIT-") if family.startswith("DFM-") else f"ELIT-{family}"
-    return family, dict(state_dict)
+    return family, state_dict

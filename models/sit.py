@@ -195,7 +195,7 @@ class SiT(Backbone):
         if rotary and hidden_size // num_heads % 4:
             raise UserError(f"rotary: the head width {hidden_size // num_heads} must be divisible by 4")
         self.hidden_size, self.num_heads, self.fused_attn = hidden_size, num_heads, fused_attn
-        self.rotary, self.layout = rotary, layout
+        self.rotary, self.layout, self.mirrored = rotary, layout, layout is not None
         outer = 2 * depth // 7 if layout == "hourglass" else depth
         self.inner = range(outer, depth - outer)  # the blocks on merged tokens
 
@@ -255,11 +255,15 @@ class SiT(Backbone):
 
     def embed(self, x: Any, t: Tensor, y: Condition) -> Stream:
         """Tokens (B, N, D) with their positions, and the condition (B, D)."""
-        tokens, c = self.x_embedder(x), self.t_embedder(t) + self.y_embedder(check_labels(y, "SiT"))
+        tokens, c = self.x_embedder(x), self.time_embedding(t) + self.y_embedder(check_labels(y, "SiT"))
         if not self.rotary:
             return SiTStream(tokens + self.pos_embed, c, grid=self.grid_size)
         # As wide as the input, where autocast makes convolutions narrower.
         return SiTStream(tokens.to(x.dtype), c, pos=positions(self.grid_size, x), grid=self.grid_size)
+
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """(B,) → (B, D)."""
+        return self.t_embedder(t)
 
     def step(self, i: int, s: Stream) -> None:
         """Block i, with the merge before and the split after the hourglass's inner blocks, and the skips of the unet."""

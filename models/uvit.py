@@ -50,6 +50,8 @@ class UViT(NullText, Backbone):
         UserError: an odd depth, or sizes that do not divide.
     """
 
+    mirrored = True
+
     def __init__(
         self,
         *,
@@ -143,8 +145,7 @@ class UViT(NullText, Backbone):
     def embed(self, x: Tensor, t: Tensor, y: Condition | None) -> Stream:
         """Tokens (B, prefix + N, D): [label, time, patches], [time, patches] or [time, text, patches], and the condition (B, D)."""
         patches = self.patch_embed(x)
-        # Published weights count time in steps up to 1000.
-        time = self.time_embed(timestep_features(1000 * t.float(), self.hidden_size).to(self.pos_embed.dtype))
+        time = self.time_embedding(t)
         condition, prefix = time, [time[:, None]]
         if self.text:
             length, width = self.text
@@ -155,6 +156,10 @@ class UViT(NullText, Backbone):
             condition, prefix = time + label, [label[:, None], *prefix]
         tokens = torch.cat([*prefix, patches], dim=1) + self.pos_embed
         return Stream(tokens, condition, grid=self.grid_size, prefix=self.prefix)
+
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """(B,) → (B, D); published weights count time in steps up to 1000."""
+        return self.time_embed(timestep_features(1000 * t.float(), self.hidden_size).to(self.pos_embed.dtype))
 
     def step(self, i: int, s: Stream) -> None:
         """Block i; an out block takes what the in block that it mirrors left."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError, first_line
-from common.files import file_sha256
+from common.file_facts import known_sha256
 from common.torchvision_shim import import_torchvision
 from models.dfm import recompose
 
@@ -141,7 +141,7 @@ def load_vae(
         raise UserError(f"--vae {name}: {folder} does not load as an AutoencoderKL: {first_line(error)}") from None
     record = VAERecord(
         vae=SHORT_NAMES.get(name, name),
-        sha256=file_sha256(weights),
+        sha256=known_sha256(weights),
         downsample_factor=2 ** (len(vae.config.block_out_channels) - 1),
         latent_channels=vae.config.latent_channels,
         scaling_factor=float(vae.config.scaling_factor),

@@ -10,17 +10,19 @@ from common.errors import UserError
 from flows import check_sampler, flow_of
 from models.elit import budget_to_k
 from samplers import BudgetSchedule, parse_budget
+from sampling import guides
 from sampling.session import Options, guidance
 
 BUDGETS = ("inference_budget", "unconditional_inference_budget")
 
 
 def check_options(config: Options, cfg_scales: Sequence[float] | None = None) -> None:
-    """Refuse what no model can be sampled with; `cfg_scales`: of a tool that has several."""
+    """Refuse what no model can be sampled with; `cfg_scales`: of a tool that compares several, and kinds of guidance."""
     for name in BUDGETS:
         _parsed(_flag(name), getattr(config, name))
     check_sampler(config.mode, config.heun)
-    for changes in [{}] if cfg_scales is None else [{"cfg_scale": scale} for scale in cfg_scales]:
+    guides.check_options(config)
+    for changes in [{}] if cfg_scales is None else [{"cfg_scale": scale, "guide_label": None} for scale in cfg_scales]:
         guidance(config, **changes).check()
 
 

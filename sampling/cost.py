@@ -10,34 +10,52 @@ from torch import nn
 
 import models
 from flows import flow_of
-from samplers import Guidance
-from sampling.session import Options
+from samplers import Guidance, Pass
+from sampling.core_cache import Drawn
+from sampling.session import Options, Session
 
-Run = list[tuple[float | None, ...]]  # the budgets of the passes of each velocity evaluation
+Run = list[tuple[Pass, ...]]  # the passes of each velocity evaluation
 
 
 Job = TypeVar("Job", bound=Hashable)
 
 
 def passes_of_run(config: Options, g: Guidance) -> Run:
-    """The budgets of the forward passes of each velocity evaluation of a run, the conditional pass first."""
+    """The forward passes of each velocity evaluation of a run, the conditional one first; of a core cache nothing is known here."""
     return [tuple(g.passes(*times)) for times in flow_of(config).evaluations()]
 
 
-def pass_flops(model: nn.Module, runs: Iterable[Run]) -> dict[float | None, int]:
-    """Budget → FLOPs of one forward of one image, for every budget in the runs."""
-    return {b: models.count_flops(model, b) for b in {b for run in runs for passes in run for b in passes}}
+def pass_flops(model: nn.Module, runs: Iterable[Run], guide: nn.Module | None = None) -> dict[Pass, int]:
+    """Pass → FLOPs of one forward of one image, for every pass in the runs; `guide`: the network of the guide's passes."""
+    passes = {p for run in runs for passes in run for p in passes}
+    return {p: models.count_flops(_network(p, model, guide), p.budget) for p in passes}
 
 
-def flops_per_step(config: Options, run: Run, flops: Mapping[float | None, int]) -> float:
+def flops_per_step(config: Options, run: Run, flops: Mapping[Pass, int]) -> float:
     """FLOPs of one image's velocity evaluations, per step of the sampler: guiding passes, schedule and Heun's counted in."""
-    return sum(flops[b] for passes in run for b in passes) / flow_of(config).total_steps
+    return sum(flops[p] for passes in run for p in passes) / flow_of(config).total_steps
 
 
-def mean_flops_per_step(config: Options, g: Guidance, model: nn.Module) -> float:
-    """`flops_per_step` of the run with guidance g."""
+def mean_flops_per_step(config: Options, g: Guidance, model: nn.Module, guide: nn.Module | None = None) -> float:
+    """`flops_per_step` of the run with guidance g; `guide`: the network of the guide's passes. What a core cache saves is not known here."""
     run = passes_of_run(config, g)
-    return flops_per_step(config, run, pass_flops(model, [run]))
+    return flops_per_step(config, run, pass_flops(model, [run], guide))
+
+
+def drawn_flops_per_step(loaded: Session, drawn: Drawn) -> float:
+    """FLOPs per image and step of what was drawn with a core cache: what ran."""
+    flops = {}
+    for p in drawn.passes:
+        network = _network(p, loaded.model, loaded.guide)
+        after = None if p.guide else loaded.config.cache_after
+        flops[p] = models.count_reused_flops(network, after) if p.reused else models.count_flops(network, p.budget)
+    return sum(flops[p] * n for p, n in drawn.passes.items()) / (drawn.images * loaded.flow.total_steps)
+
+
+def _network(p: Pass, model: nn.Module, guide: nn.Module | None) -> nn.Module:
+    if p.guide and guide is None:
+        raise ValueError("the FLOPs of a guide's passes are those of its network, which is not given")
+    return guide if p.guide and guide is not None else model
 
 
 WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 25, 30

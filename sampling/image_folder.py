@@ -68,6 +68,7 @@ def folder_name(config: GenerateConfig) -> str:
         "weights": config.weights.replace(":", "_"),
         "inference_budget": parse_budget(config.inference_budget),
         "class_labels": labels,
+        "guide_ckpt": config.guide_ckpt and Path(config.guide_ckpt).stem,
     }
     for option, label in folder_labels(GenerateConfig).items():
         value = getattr(config, option)
@@ -89,8 +90,8 @@ def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -
     options = {k: v for k, v in dataclasses.asdict(config).items() if k in recorded}
     if config.inference_budget is not None:
         options["inference_budget"] = str(parse_budget(config.inference_budget))  # one spelling
-    checksum = None if weights.checksum is None else weights.checksum.value()
-    return {"ckpt_sha256": checksum, "ckpt_step": weights.step, "vae_sha256": vae_sha256, **options}
+    guide = {} if weights.guide is None else {"guide_sha256": weights.guide.sha256}
+    return {"ckpt_sha256": weights.sha256, "ckpt_step": weights.step, "vae_sha256": vae_sha256, **guide, **options}
 
 
 def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any]) -> None:

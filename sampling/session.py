@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
 from models.vae import decode, load_vae
 from samplers import Guidance, parse_budget
+from sampling import core_cache, guides
+from sampling.core_cache import CoreCaches, Drawn
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -50,12 +52,18 @@ def from_command_line(
     check_options(config)
     weights = reading.read_weights(config.ckpt, config.weights, given)
     resolve_architecture(config, given, weights, config.ckpt)
+    weights.check_velocity(f"--ckpt {config.ckpt}")
+    weights.guide = guides.read(config, weights)
+    core_cache.check(config, weights)
     return config, given, weights
 
 
 def guidance(config: Options, **changes: Any) -> Guidance:
     """The guidance that the options ask for; `changes` are fields of `Guidance` that go before them."""
-    requested: dict[str, Any] = {name: getattr(config, name) for name in Guidance._fields if name not in changes} | changes
+    names = set(Guidance._fields) - {"guide"} - changes.keys()
+    requested: dict[str, Any] = {name: getattr(config, name) for name in names} | changes
+    if config.guide_ckpt is None:
+        requested["guide_label"] = None
     requested["inference_budget"] = parse_budget(requested["inference_budget"])
     return Guidance(**requested)
 
@@ -96,6 +104,9 @@ class Session:
         model: in eval mode, on the device where all is computed.
         vae_sha256: of the VAE's weights.
         shape: (C, h, w) of the VAE latents.
+        guide: the network that guides the model, in eval mode, if another does.
+        caches: of its sampler's runs, where the options ask for a core cache.
+        drawn: what it has drawn with a core cache, and with which passes; sessions of other options have it in common.
     """
 
     config: Options
@@ -103,10 +114,17 @@ class Session:
     vae: "AutoencoderKL"
     vae_sha256: str | None
     shape: tuple[int, int, int]
+    guide: nn.Module | None = None
+    caches: CoreCaches | None = None
+    drawn: Drawn = field(default_factory=Drawn)
 
     def with_options(self, config: Options) -> "Session":
         """The same checkpoint, sampled by other options."""
         return dataclasses.replace(self, config=config)
+
+    def fresh(self) -> "Session":
+        """The same session, which has drawn nothing yet."""
+        return dataclasses.replace(self, drawn=Drawn())
 
     @property
     def device(self) -> torch.device:
@@ -139,8 +157,11 @@ class Session:
         Raises:
             UserError: some are not finite; it names the first such image.
         """
+        model, guidance = self.networks(guidance)
+        if model is not self.model:
+            self.drawn.images += len(indices)
         with self.autocast():
-            latents = self.flow.sample(self.model, self.shape, seed, indices, y, guidance, on_stage)
+            latents = self.flow.sample(model, self.shape, seed, indices, y, guidance, on_stage)
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         if not all(finite):
             raise UserError(
@@ -150,6 +171,17 @@ class Session:
                 local=True,
             )
         return latents
+
+    def with_guide(self, guidance: Guidance) -> Guidance:
+        """The guidance, with the guide's network where another network guides."""
+        return guidance._replace(guide=self.guide) if guidance.guide_label else guidance
+
+    def networks(self, guidance: Guidance) -> tuple[nn.Module, Guidance]:
+        """The model for one run of the sampler, and the guidance with the guide's network; with caches where the options ask for them."""
+        guidance = self.with_guide(guidance)
+        if not self.config.core_cache or self.caches is None:
+            return self.model, guidance
+        return self.caches.cached(self.config, guidance, self.flow.evaluations(), self.drawn)
 
     def starting_noise(self, seed: int, indices: Sequence[int]) -> Any:
         """The noise that the images `indices` start from, on the model's device: a state of the flow."""
@@ -165,10 +197,13 @@ def load(config: Options, weights: Weights, device: torch.device) -> Session:
     # While the VAE loads, the checkpoint is hashed.
     vae, record = load_vae(config.vae or weights.record.vae, device, expected=weights.record)
     model = build_model(weights, config.ckpt, device)
-    if config.compile:
-        models.compile_model(model)
+    guide = None if weights.guide is None else build_model(weights.guide, config.guide_ckpt or "", device)
+    for network in (model, guide):
+        if network is not None and config.compile:
+            models.compile_model(network)
     side = config.resolution // weights.record.downsample_factor
-    return Session(config, model, vae, record.sha256, (weights.record.latent_channels, side, side))
+    shape = (weights.record.latent_channels, side, side)
+    return Session(config, model, vae, record.sha256, shape, guide, CoreCaches(model, guide))
 
 
 # ------------------------------------------------------------------------------------------------ the inference tools

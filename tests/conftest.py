@@ -15,6 +15,14 @@ from runs import reset_accelerate, tiny_vae
 torch.set_num_threads(1)  # for models this small, more threads only wait for each other
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """The tests, and the processes that they start, have a cache folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory):
     """golden_checkpoint(tag) → path of the published checkpoint that belongs to golden.npz, made once."""

@@ -51,9 +51,9 @@ class GaussianModel(nn.Module):
 
     num_classes = 3
 
-    def __init__(self, path_type="linear", dtype=torch.float64):
+    def __init__(self, path_type="linear", dtype=torch.float64, means=MEANS):
         super().__init__()
-        self.means = nn.Parameter(torch.tensor(MEANS, dtype=dtype))
+        self.means = nn.Parameter(torch.tensor(means, dtype=dtype))
         self.path_type, self.calls = path_type, []
 
     def forward(self, x, t, y, inference_budget=None):
@@ -262,6 +262,33 @@ def test_guided_velocity_starts_from_the_low_one(options, low):
     np.testing.assert_allclose(found, v_low + 3.0 * (conditional - v_low), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("label", ["same", "none"])
+@pytest.mark.parametrize("channels", [None, 1])
+def test_another_network_guides_and_only_the_first_channels(label, channels):
+    """Its own means, at its own budget; one class fewer, so that its null label is another."""
+    means = (1.0, 0.2, -0.3, 0.6)
+    guide = GaussianModel(means=means if label == "same" else means[:3], dtype=torch.float32)
+    guide.num_classes = len(guide.means) - 1
+    guidance = Guidance(
+        3.0, inference_budget=0.75, guide_label=label, guide_budget=0.5, guide=guide, cfg_channels=channels, guidance_high=0.5
+    )
+    guidance.check()
+    model, y = GaussianModel(), torch.from_numpy(LABELS)
+    found = guided_velocity(model, torch.from_numpy(NOISE), 0.4, y, guidance).detach()
+    of = np.array(means)[LABELS if label == "same" else [2] * 4][:, None, None, None]
+    conditional, v_low = (
+        gaussian_velocity(NOISE, 0.4, means_of(LABELS), scale=0.75),
+        gaussian_velocity(NOISE, 0.4, of, scale=0.5),
+    )
+    wanted = v_low + 3.0 * (conditional - v_low)
+    if channels is not None:
+        wanted[:, channels:] = conditional[:, channels:]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)  # the guide's precision
+    assert [(c.y, c.budget) for c in (*model.calls, *guide.calls)] == [(Y, 0.75), (Y if label == "same" else [2] * 4, 0.5)]
+    guided_velocity(model, torch.from_numpy(NOISE), 0.6, y, guidance)  # outside of the interval
+    assert (len(model.calls), len(guide.calls)) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0.2, 0.3), (0.3, 0.3), (0.0, 0.2), (0.7, 1.0), (0.15, 0.85), (0.4, 0.6), (0.1, 0.9)]
 )
@@ -290,6 +317,7 @@ def test_guidance_interval_of_the_sde_includes_its_last_point():
         ({"cfg_scale": 0.99}, "cfg_scale"),
         ({"cfg_scale": math.nan}, "cfg_scale"),
         ({"cfg_scale": 2.0, "autoguidance": True}, "unconditional_inference_budget"),
+        ({"cfg_scale": 2.0, "guide_label": "same", "unconditional_inference_budget": 0.5}, "guide_budget"),
         ({"cfg_scale": 2.0, "guidance_low": 0.6, "guidance_high": 0.5}, "guidance_low"),
         ({"cfg_scale": 2.0, "guidance_high": 1.5}, "guidance_high"),
         ({"num_steps": 0}, "num_steps"),

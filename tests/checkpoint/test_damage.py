@@ -27,7 +27,7 @@ from checkpoint import reading, records, training_state
 from checkpoint.architecture import resolve_architecture
 from checkpoint.init_from import init_from
 from checkpoint.weights import build_model
-from common import files, tensor_files
+from common import file_facts, files, tensor_files
 from common.errors import UserError
 from config.options import GenerateConfig, TrainConfig
 from training import trainer
@@ -372,33 +372,37 @@ def test_show_warns(whole, tmp_path, capsys):
         tensor_files.sidecar(path).write_bytes(tensor_files.sidecar(whole).read_bytes())
 
 
+@pytest.fixture
+def hashed(tmp_path, monkeypatch):
+    """The files that are hashed, of which none is known."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths, original = [], files.file_sha256
+    for module in (tensor_files, file_facts):
+        monkeypatch.setattr(module, "file_sha256", lambda path: paths.append(Path(path)) or original(path))
+    return paths
+
+
 @pytest.mark.parametrize("has_sidecar", [True, False])
-def test_generate_hashes_the_file_once_and_records_its_own_digest(whole, tmp_path, monkeypatch, has_sidecar):
+def test_generate_hashes_the_file_once_and_records_its_own_digest(whole, tmp_path, hashed, has_sidecar):
     path = tmp_path / "0000007.pt"
     path.write_bytes(whole.read_bytes())
     if has_sidecar:
         tensor_files.sidecar(path).write_bytes(tensor_files.sidecar(whole).read_bytes())
-    hashed = []
-    for module in (tensor_files, files):
-        original = files.file_sha256
-        monkeypatch.setattr(module, "file_sha256", lambda p, original=original: hashed.append(Path(p)) or original(p))
     generate.main([str(a) for a in doors("", path, tmp_path / "out")["generate"][1]])
     assert hashed.count(path) == 1
     (record,) = (tmp_path / "out").rglob("ckpt-*.json")
     assert json.loads(record.read_text())["ckpt_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_converting_several_sets_hashes_once(whole, tmp_path, monkeypatch):
-    hashed, original = [], tensor_files.file_sha256
-    monkeypatch.setattr(tensor_files, "file_sha256", lambda path: hashed.append(path) or original(path))
+def test_converting_several_sets_hashes_once(whole, tmp_path, hashed):
     convert_checkpoint.main([str(whole), str(tmp_path / "out.pt")])
     assert hashed == [whole]
 
 
-def test_only_the_first_process_reads_all_of_the_file(whole, monkeypatch):
+def test_only_the_first_process_reads_all_of_the_file(whole, monkeypatch, hashed):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(tensor_files, "file_sha256", lambda path: pytest.fail(f"hashed {path}"))
     assert reading.load_model(whole)
+    assert not hashed
 
 
 # ------------------------------------------------------------------------------------------------------- not finite

@@ -178,6 +178,17 @@ def colour_features(device):
     return extract
 
 
+def all_features(device):
+    """`colour_features`, whose pool stands for the features of DINOv2 and CLIP, too."""
+    colours = colour_features(device)
+
+    def extract(images):
+        found = colours(images)
+        return found | {"dinov2": found["pool"] / 2, "clip": found["pool"]}
+
+    return extract
+
+
 def pool_features(device):
     """Only pool."""
     return lambda images: {"pool": images.float().mean(dim=(2, 3))}

@@ -15,13 +15,14 @@ import pytest
 import runs
 import torch
 from accelerate.state import PartialState
-from adm import adm_frechet, gaussian, half_distances, inception_score, neighbour_shares
+from adm import adm_frechet, exact_distances, gaussian, half_distances, inception_score, neighbour_shares
 from numerics import randomize
 from PIL import Image
 from runs import ROOT, make_checkpoint, make_vae
 
 import dataset_tools
 import evaluate
+import metrics
 from checkpoint import training_state
 from common import tensor_files
 from common.torchvision_shim import import_torchvision
@@ -97,6 +98,26 @@ def test_every_figure_is_that_of_the_definition(pair, found):
     for name, path in zip(("ref_sha256", "samples_sha256"), pair, strict=True):
         assert found[name] == subprocess.check_output(["sha256sum", path], text=True).split()[0]
     assert found["versions"]["torch"] == torch.__version__
+
+
+def test_figures_on_demand_are_those_of_their_functions(pair, found, tmp_path, capsys):
+    names = ["kid", "mind", "density", "coverage", "dino_precision", "dino_recall", "dino_density", "dino_coverage", "cmmd"]
+    with_all = ("--features", "runs:all_features")
+    again = evaluated(*pair, *with_all, "--metrics", *names, "precision", output=tmp_path / "m.json")
+    assert "| Precision | KID | MIND | Density | Coverage | DINO precision |" in capsys.readouterr().out
+    ref, samples = (colour_features(np.load(path)["arr_0"])[0] for path in pair)
+    expected = {name: getattr(metrics, name)(ref, samples) for name in ("kid", "mind")}
+    expected |= zip(("density", "coverage"), metrics.density_coverage(ref, samples, 5), strict=True)
+    expected |= zip(
+        ("dino_precision", "dino_recall"), neighbour_shares(ref / 2, samples / 2, exact_distances, k=5), strict=True
+    )
+    expected |= {f"dino_{name}": expected[name] for name in ("density", "coverage")}  # which know no scale
+    expected["cmmd"] = metrics.cmmd(ref, samples)
+    for name in names:
+        assert again[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    assert again["precision"] == found["precision"] and again["fid"] is None and not set(names) & set(found)
+    line = refused(capsys, [*pair, *FEATURES, "--metrics", "cmmd"])
+    assert "--metrics cmmd: needs --clip-weights" in line
 
 
 @pytest.mark.parametrize("form", ["stored", "folder", "zip"])
@@ -336,6 +357,46 @@ def test_dino_features_and_fdd(tmp_path, monkeypatch):
         tmp_path / "ref.npz", tmp_path / "samples.npz", "--metrics", "fdd", "--dino-weights", path, output=tmp_path / "m.json"
     )
     assert out["fdd"] == pytest.approx(1024 * 0.01, rel=1e-3)
+
+
+def test_clip_embeddings_are_openais(tmp_path, monkeypatch):
+    """One narrow block, from transformers' folder, against torch-fidelity's copy of OpenAI's code."""
+    import_torchvision()
+    import timm
+    from torch_fidelity.feature_extractor_clip import VisionTransformer
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **o: create(name, depth=1, embed_dim=64, num_heads=1, **o))
+    model = randomize(VisionTransformer(336, 14, 64, 1, 1, 768)).eval()
+    names = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    names |= {f"layer_norm{i}": f"ln_{i}" for i in (1, 2)}
+    block = model.transformer.resblocks[0]
+    state = {
+        f"vision_model.encoder.layers.0.{ours}.{kind}": block.state_dict()[f"{theirs}.{kind}"]
+        for ours, theirs in names.items()
+        for kind in ("weight", "bias")
+    }
+    for kind in ("weight", "bias"):
+        for part, value in zip("qkv", block.attn.state_dict()[f"in_proj_{kind}"].chunk(3), strict=True):
+            state[f"vision_model.encoder.layers.0.self_attn.{part}_proj.{kind}"] = value.contiguous()
+        state[f"vision_model.pre_layrnorm.{kind}"] = model.ln_pre.state_dict()[kind]
+        state[f"vision_model.post_layernorm.{kind}"] = model.ln_post.state_dict()[kind]
+    state["vision_model.embeddings.class_embedding"] = model.class_embedding.detach()
+    state["vision_model.embeddings.position_embedding.weight"] = model.positional_embedding.detach()
+    state["vision_model.embeddings.patch_embedding.weight"] = model.conv1.weight.detach()
+    state["visual_projection.weight"] = model.proj.detach().T.contiguous()
+    others = {"logit_scale": torch.ones(()), "text_projection.weight": torch.zeros(2, 2)}
+    (tmp_path / "clip").mkdir()
+    torch.save(state | others, tmp_path / "clip" / "pytorch_model.bin")
+    images = torch.from_numpy(pictures(3, 6)).permute(0, 3, 1, 2)
+    network = feature_extractors.clip(str(tmp_path / "clip"), torch.device("cpu"))
+    with torch.inference_mode():
+        found = network.extract(images)["clip"]
+        pixels = torch.nn.functional.interpolate(images.float() / 255, (336, 336), mode="bicubic")
+        mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).view(2, 3, 1, 1)
+        expected = model((pixels - mean) / std)
+    assert found.shape == (3, 768) and found.std(dim=0).mean() > 3e-3
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ reference

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from adm import adm_frechet, exact_distances, gaussian, half_distances, neighbour_shares
 
 import metrics
@@ -198,3 +199,59 @@ def test_a_doubled_product_that_overflows_is_a_distance_of_nothing():
 def test_precision_and_recall_refuse(ref, samples, words):
     with pytest.raises(UserError, match=words):
         metrics.precision_recall(ref, samples)
+
+
+# ---------------------------------------------------------------------------- density, coverage, and distances of kernels
+
+
+def test_density_and_coverage_are_those_of_the_definition(monkeypatch):
+    module = sys.modules["metrics.precision_recall"]
+    monkeypatch.setattr(module, "BLOCK", 200)
+    monkeypatch.setattr(module, "TILE", 60)
+    ref, samples = features(500, dim=8), features(450, dim=8, seed=1, shift=0.4)
+    between = np.linalg.norm(ref[:, None].astype(float) - samples[None], axis=2)
+    radii = np.sort(np.linalg.norm(ref[:, None].astype(float) - ref[None], axis=2), axis=1)[:, 5]
+    inside = between < radii[:, None]
+    expected = inside.sum(axis=0).mean() / 5, inside.any(axis=1).mean()
+    assert 0.1 < expected[0] != 1 and 0.1 < expected[1] < 0.95
+    assert metrics.density_coverage(ref, samples) == pytest.approx(expected, abs=2e-3)
+    assert metrics.density_coverage(ref, samples, k=1) != pytest.approx(expected, abs=0.05)
+    with pytest.raises(UserError, match=r"5 reference images.*6"):
+        metrics.density_coverage(ref[:5], samples)
+
+
+def test_kid_is_the_unbiased_distance_of_its_subsets():
+    ref, samples = features(40, dim=6), features(60, dim=6, seed=1, shift=0.3)
+    draws, found = np.random.RandomState(2020), []
+    for _ in range(100):
+        x, y = (rows[draws.choice(len(rows), 40, replace=False)].astype(float) for rows in (samples, ref))
+        xx, yy, xy = ((a @ b.T / 6 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        off = ~np.eye(40, dtype=bool)
+        found.append(xx[off].mean() + yy[off].mean() - 2 * xy.mean())
+    assert np.std(found) > 1e-3 and metrics.kid(ref, samples) == pytest.approx(np.mean(found), rel=1e-4)
+    with pytest.raises(UserError, match="not finite"):
+        metrics.kid(ref, np.full((9, 6), np.inf))
+
+
+def test_mind_is_the_sliced_distance_of_as_many_rows():
+    ref, samples = features(50, dim=5), features(70, dim=5, seed=1, shift=0.3)
+    generator = torch.Generator().manual_seed(2020)
+    chosen = samples[torch.randperm(70, generator=generator).numpy()[:50]].astype(float)
+    u = torch.randn(1000, 5, generator=generator).numpy().astype(float)
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    slices = [np.mean((np.sort(ref @ direction) - np.sort(chosen @ direction)) ** 2) for direction in u]
+    assert metrics.mind(ref, samples) == pytest.approx(3 * 5 * np.mean(slices), rel=1e-4)
+    # A shift s in d dimensions: 3d · E(u·s)² = 3|s|².
+    assert metrics.mind(ref, ref + 2) == pytest.approx(3 * 5 * 4, rel=0.1) and metrics.mind(ref, ref) == 0
+
+
+def test_cmmd_is_the_kernel_distance_of_unit_vectors(monkeypatch):
+    monkeypatch.setattr("metrics.distances.BLOCK", 16)
+    ref, samples = features(50, dim=7), features(70, dim=7, seed=1, shift=0.5)
+    x, y = (rows / np.linalg.norm(rows.astype(float), axis=1, keepdims=True) for rows in (ref, samples))
+    xx, yy, xy = (np.exp(-((a[:, None] - b[None]) ** 2).sum(axis=2) / 200).mean() for a, b in ((x, x), (y, y), (x, y)))
+    expected = 1000 * (xx + yy - 2 * xy)
+    assert expected > 0.05 and metrics.cmmd(ref, samples) == pytest.approx(expected, rel=1e-4)
+    assert metrics.cmmd(ref, samples) == pytest.approx(metrics.cmmd(3 * ref, samples), rel=1e-4)
+    with pytest.raises(UserError, match="sample features of shape"):
+        metrics.cmmd(ref, samples[:, :3])

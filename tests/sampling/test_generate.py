@@ -25,6 +25,7 @@ from flows import FLOWS, FlowMatching
 from models.dfm import recompose
 from models.vae import load_vae
 from sampling import image_folder
+from sampling.images import labels_of
 
 pytestmark = pytest.mark.slow
 
@@ -177,9 +178,9 @@ def test_sde_noise_belongs_to_the_image(ckpt, tmp_path):
 
 
 def test_class_labels_balanced_or_listed():
-    assert generate.labels_of(GenerateConfig(class_labels=["balanced"], num_classes=3), range(2, 7)).tolist() == [2, 0, 1, 2, 0]
-    assert generate.labels_of(GenerateConfig(class_labels=["4", "1"], num_classes=5), [0, 1, 2, 5]).tolist() == [4, 1, 4, 1]
-    drawn = generate.labels_of(GenerateConfig(class_labels=["random"], num_classes=5), range(500))
+    assert labels_of(GenerateConfig(class_labels=["balanced"], num_classes=3), range(2, 7)).tolist() == [2, 0, 1, 2, 0]
+    assert labels_of(GenerateConfig(class_labels=["4", "1"], num_classes=5), [0, 1, 2, 5]).tolist() == [4, 1, 4, 1]
+    drawn = labels_of(GenerateConfig(class_labels=["random"], num_classes=5), range(500))
     assert set(drawn.tolist()) == set(range(5))
 
 
