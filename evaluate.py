@@ -15,10 +15,7 @@ from common.precision import set_tf32
 from common.tables import markdown_table
 from config.parsing import parse
 from config.tool_options import EvaluateConfig
-from metrics.evaluation import METRICS, evaluate
-
-NAMES = {name: name.capitalize().replace("Dino_", "DINO ") for name in METRICS}
-NAMES |= {"sfid": "sFID"} | {name: name.upper() for name in ("fid", "is", "fdd", "kid", "mind", "cmmd")}
+from metrics.evaluation import METRICS, NAMES, evaluate
 
 
 @cli_main

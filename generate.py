@@ -49,16 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     for option, reason in flow_of(config).ignored_options.items():
         if option in given:
             warn(f"--{option.replace('_', '-')} has no effect: {reason}")
+    checks.warn_of_budgets(config)
     generate(config, weights)
 
 
 def check_options(config: GenerateConfig) -> None:
     """Refuse what no checkpoint can be sampled with; nothing is read or downloaded before."""
-    checks.check_options(config)
-    if config.class_labels not in (["random"], ["balanced"]):
-        for label in config.class_labels:
-            if not (label.isascii() and label.isdecimal() and len(label) < 19):
-                raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
+    checks.check_generation(config)
     check_folder("--sample-dir", config.sample_dir)
 
 
@@ -72,11 +69,9 @@ def name_run(config: GenerateConfig, weights: Weights) -> None:
 def check(config: GenerateConfig) -> None:
     """Refuse what the model cannot be sampled with, before anything is loaded or written."""
     check_options(config)
-    checks.check_model(config)
+    checks.check_generation_model(config)
     if config.preview and not flow_of(config).preview_sides(config.resolution):
         raise UserError(f"--preview: {config.model} has no coarser stages; only DFM models do")
-    if config.class_labels not in (["random"], ["balanced"]):
-        checks.check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
     images_folder(config)
 
 

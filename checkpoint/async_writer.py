@@ -22,6 +22,8 @@ class Writer:
     def __init__(self, folder: str | Path, keep_last: int, keep_every: int, tell: Callable[[str], None]):
         self.folder, self.keep_last, self.keep_every, self.tell = Path(folder), keep_last, keep_every, tell
         self.error: Exception | None = None
+        self._best: int | None = None
+        self._newest: tuple[int, int | None] | None = None  # the step of the last write, and `good` with it
         self._memory: dict[tuple, Tensor] = {}  # by the tensor's place in the state
         self._thread: threading.Thread | None = None
 
@@ -36,6 +38,13 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def keep_best(self, step: int | None) -> None:
+        """Never delete the checkpoint of `step`, and no longer keep the one that was the best before; after `wait`."""
+        if step != self._best:
+            self._best = step
+            if self._newest is not None:
+                self._prune(*self._newest)
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         """`state` in the kept memory, made the first time."""
@@ -65,7 +74,11 @@ class Writer:
             self.error = error
             self.tell(f"{step_path(self.folder, step)}: could not be written: {error}; the checkpoints before it are whole")
             return
+        self._newest = step, good
+        self._prune(step, good)
+
+    def _prune(self, step: int, good: int | None) -> None:
         try:
-            prune(self.folder, step, self.keep_last, self.keep_every, good)
+            prune(self.folder, step, self.keep_last, self.keep_every, good, self._best)
         except (OSError, UserError) as error:
             self.tell(f"{self.folder}: old checkpoints could not be deleted: {error}")

@@ -15,7 +15,7 @@ from checkpoint.weights import MODEL_OPTIONS, Weights
 from common.errors import UserError
 from config.options import ARCHITECTURE_KEYS
 from models.layers import sincos_position_embedding
-from models.published import PREDICTS, SIGNATURES, import_state_dict, network_part, published_family
+from models.published import PREDICTIONS, PREDICTS, SIGNATURES, import_state_dict, network_part, published_family
 from models.vae import SD_VAE, VAERecord, load_vae
 
 _PUBLISHED_NAMES = {
@@ -219,7 +219,7 @@ def _architecture(
     else:
         told, grid = _sit(shapes)
     config: dict[str, Any] = {"path_type": given.get("path_type") or "linear", "qk_norm": bool(qk_norm(shapes))}
-    config["model"] = _model_name(shapes, told | {"patch_size": patch_size}, given)
+    config["model"] = _model_name(shapes, told | {"patch_size": patch_size}, given, foreign)
     if told.get("num_classes") is not None:
         config["num_classes"] = told["num_classes"]
     if grid is None and side is None:
@@ -259,7 +259,7 @@ def _sit(shapes: Shapes) -> tuple[dict[str, Any], int | None]:
     return told, math.isqrt(state_dict["pos_embed"].shape[1]) if "pos_embed" in shapes else None
 
 
-def _model_name(shapes: Shapes, told: dict[str, Any], given: dict[str, Any]) -> str:
+def _model_name(shapes: Shapes, told: dict[str, Any], given: dict[str, Any], foreign: bool) -> str:
     """The registered name of the family with these sizes; where there is none, the one that is given."""
     if "depths" in told:
         depth, width = told["depths"][-1], told["widths"][-1]
@@ -275,9 +275,10 @@ def _model_name(shapes: Shapes, told: dict[str, Any], given: dict[str, Any]) -> 
             raise UserError(f"--model {given['model']}: {shapes.path} holds a {fits[0] if fits else shapes.family}")
         return spec.name
     if not fits:
-        raise UserError(
-            f"{shapes.path}: a {shapes.family} of depth {depth} and width {width} is no registered size; give --model"
-        )
+        what = f"{shapes.family} of depth {depth} and width {width}"
+        if foreign and shapes.family in PREDICTS:
+            what = f"published {what}, which predicts {PREDICTIONS[PREDICTS[shapes.family]]},"
+        raise UserError(f"{shapes.path}: a {what} is no registered size; give --model")
     return fits[0]
 
 

@@ -109,15 +109,17 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
     return aside
 
 
-def prune(folder: str | Path, newest: int, keep_last: int, keep_every: int, good: int | None = None) -> None:
+def prune(
+    folder: str | Path, newest: int, keep_last: int, keep_every: int, good: int | None = None, best: int | None = None
+) -> None:
     """Delete the checkpoints before the last `keep_last` (0: none) up to step `newest`, but for the multiples of `keep_every`.
 
-    The newest one up to step `good` is kept too: after that step the run has not been sound.
+    The newest one up to step `good` is kept too: after that step the run has not been sound. So is that of step `best`.
     """
     steps = [step for step in saved_steps(folder) if step <= newest]
     last_good = max((step for step in steps if good is not None and step <= good), default=None)
     for step in steps[:-keep_last] if keep_last else []:
-        if step != last_good and (not keep_every or step % keep_every):
+        if step not in (last_good, best) and (not keep_every or step % keep_every):
             delete_checkpoint(step_path(folder, step))
 
 

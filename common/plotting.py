@@ -1,8 +1,8 @@
 """Figures and grids of images, with labels where they help."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -91,13 +91,79 @@ def line_plot(
     save_figure(figure, path)
 
 
+class Curve(NamedTuple):
+    """Points of a plot of several lines, in order of x; `spread`: half the height of each error bar."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    spread: Sequence[float | None]
+    is_reference: bool = False  # grey and dashed: what the others are compared with
+
+
+def curves_plot(
+    path: str | Path,
+    curves: Sequence[Curve],
+    *,
+    labels: tuple[str, str, str],
+    front: Sequence[tuple[float, float]] = (),
+    stars: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> None:
+    """PNG of several lines; the x axis is logarithmic where its values lie far apart.
+
+    `labels`: of the axes x and y, and the title. `front`: points of the Pareto front, ringed and joined. `stars`: single points, by label.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(7, 4.5), dpi=160, layout="constrained")
+    axis = _plain_axis(figure.subplots(), *labels)
+    colours = iter([BLUE, ORANGE, GREEN, "#8a5fb0", "#b5443a", "#3aa0a8", "#a8932f", "#c76f9e"])
+    if front:
+        axis.plot(*zip(*front, strict=True), color="black", linewidth=0.9, zorder=1, label="Pareto front")
+        ring: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 11,
+            "markerfacecolor": "none",
+            "markeredgewidth": 0.9,
+            "linestyle": "none",
+        }
+        axis.plot(*zip(*front, strict=True), color="black", zorder=3, **ring)
+    for curve in curves:
+        style: dict[str, Any] = {"color": GREY, "linestyle": "--"} if curve.is_reference else {"color": next(colours, GREY)}
+        axis.plot(curve.x, curve.y, marker="o", markersize=4, linewidth=1.6, label=curve.label, zorder=2, **style)
+        bars = [(x, y, s) for x, y, s in zip(curve.x, curve.y, curve.spread, strict=True) if s is not None]
+        if bars:
+            x, y, spread = zip(*bars, strict=True)
+            axis.errorbar(x, y, spread, color=style["color"], linestyle="none", capsize=3, linewidth=1, zorder=2)
+    for (label, points), colour in zip((stars or {}).items(), ("#b5443a", GREEN), strict=False):
+        axis.plot(*zip(*points, strict=True), color=colour, marker="*", markersize=12, linestyle="none", label=label, zorder=4)
+    values = [x for curve in curves for x in curve.x]
+    if min(values) > 0 and max(values) > 5 * min(values):
+        axis.set_xscale("log")
+        axis.set_xticks(_spaced(sorted({*values})))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def _spaced(values: Sequence[float]) -> list[float]:
+    """Those of ascending values whose labels do not overlap on a logarithmic axis."""
+    kept = [values[0]]
+    for value in values[1:]:
+        if value > 1.25 * kept[-1]:
+            kept.append(value)
+    return [float(f"{value:.3g}") for value in kept]
+
+
 def bar_plot(path: str | Path, bars: dict[str, float], *, ylabel: str, title: str = "") -> None:
     """PNG of one bar for each name, with its value and, from the second on, its difference from the first in percent."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4), dpi=160, layout="constrained")
     axis = _plain_axis(figure.subplots(), "", ylabel, title)
-    drawn = axis.bar(list(bars), list(bars.values()), color=[BLUE, ORANGE, GREEN][: len(bars)], width=0.6)
+    drawn = axis.bar(list(bars), list(bars.values()), color=[BLUE, ORANGE, GREEN, GREY][: len(bars)], width=0.6)
     first, *others = bars.values()
     labels = [f"{first:.4g}"] + [f"{v:.4g}\n({100 * (v / first - 1):+.0f}%)" for v in others]
     axis.bar_label(drawn, labels, padding=2, fontsize=9)

@@ -4,6 +4,7 @@ Option names may be spelled with hyphens or underscores; YAML keys are the names
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -158,6 +159,10 @@ def _value(written: str, known: _Flag, value: str | None, rest: list[str], has_p
     if value is not None or known.alone is False:
         return known.alone if value is None else value
     following = next((i for i, argument in enumerate(rest) if _is_flag(argument)), len(rest))
+    if known.alone and known.kind.is_list:
+        values = list(itertools.takewhile(is_boolean, rest))
+        del rest[: len(values)]
+        return values or [True]
     if known.alone:
         # Before positional arguments only a boolean is taken as the value: `convert_checkpoint.py --show IN`.
         return rest.pop(0) if following and (is_boolean(rest[0]) or not has_places) else True

@@ -26,6 +26,9 @@ ON_DEMAND = {"fdd": "dinov2", "kid": "pool", "mind": "pool", "density": "pool", 
 ON_DEMAND |= dict.fromkeys(("dino_precision", "dino_recall", "dino_density", "dino_coverage"), "dinov2") | {"cmmd": "clip"}
 NEEDS = ADM | ON_DEMAND
 METRICS = tuple(NEEDS)
+NAMES = {name: name.capitalize().replace("Dino_", "DINO ") for name in METRICS}  # for people
+NAMES |= {"sfid": "sFID"} | {name: name.upper() for name in ("fid", "is", "fdd", "kid", "mind", "cmmd")}
+HIGHER_IS_BETTER = {name for name in METRICS if name.endswith(("is", "precision", "recall", "density", "coverage"))}
 FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}
 NEIGHBOURS = 3  # k of precision and recall
 PRDC_NEIGHBOURS = 5  # k of density and coverage, and of all four of DINOv2's features
@@ -267,8 +270,9 @@ def compute(
     samples: Features,
     used: Sequence[Network],
     device: torch.device,
+    progress: bool = True,
 ) -> dict[str, float]:
-    """The figures, of features that are gathered."""
+    """The figures, of features that are gathered. progress: bars for what takes long."""
     figures = {m: frechet_distance(*ref.gaussian(FRECHET[m]), *samples.gaussian(FRECHET[m])) for m in metrics if m in FRECHET}
     if "is" in metrics and "logits" in samples.rows:
         figures["is"] = score_of_logits(samples.rows["logits"], config.split_size)
@@ -281,11 +285,11 @@ def compute(
             figures[name] = distance(ref.rows[NEEDS[name]], samples.rows[NEEDS[name]], device=device)
     if "kid" in metrics:
         figures["kid"] = kid(ref.rows["pool"], samples.rows["pool"])
-    return figures | _of_neighbours(config, metrics, ref, samples, device)
+    return figures | _of_neighbours(config, metrics, ref, samples, device, progress)
 
 
 def _of_neighbours(
-    config: MetricOptions, metrics: Sequence[str], ref: Features, samples: Features, device: torch.device
+    config: MetricOptions, metrics: Sequence[str], ref: Features, samples: Features, device: torch.device, progress: bool
 ) -> dict[str, float]:
     figures = {}
     for prefix, kind in (("", "pool"), ("dino_", "dinov2")):
@@ -293,10 +297,10 @@ def _of_neighbours(
         if set(pair) & set(metrics):
             dtype = "float32" if prefix else config.pr_dtype
             k = neighbours(pair[0])
-            both = precision_recall(ref.rows[kind], samples.rows[kind], k, dtype, device=device, progress=True)
+            both = precision_recall(ref.rows[kind], samples.rows[kind], k, dtype, device=device, progress=progress)
             figures |= dict(zip(pair, both, strict=True))
         pair = f"{prefix}density", f"{prefix}coverage"
         if set(pair) & set(metrics):
-            both = density_coverage(ref.rows[kind], samples.rows[kind], PRDC_NEIGHBOURS, device=device, progress=True)
+            both = density_coverage(ref.rows[kind], samples.rows[kind], PRDC_NEIGHBOURS, device=device, progress=progress)
             figures |= dict(zip(pair, both, strict=True))
     return {metric: value for metric, value in figures.items() if metric in metrics}

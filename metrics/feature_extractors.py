@@ -23,6 +23,7 @@ from torch import Tensor
 from common import hub, tensor_files
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
+from common.files import file_sha256
 from common.torchvision_shim import import_torchvision
 
 SPATIAL_CHANNELS = 7  # of the 192 of the branch that sFID looks at
@@ -63,8 +64,14 @@ class Network:
     extract: Callable[[Tensor], dict[str, Tensor]]
     weights: Path | None = None
     sha256: str | None = None
+    source_sha256: str | None = None  # of the module of a network named by hand
     dims: dict[str, int] = field(default_factory=dict)  # kind of features → d, found by a first image
     class_weight: np.ndarray | None = None  # (classes, d): logits of `pool` without a bias, where it gives none itself
+
+    @property
+    def identity(self) -> str:
+        """What tells its features from another network's, as far as that is known."""
+        return f"{self.name} {self.sha256} {self.source_sha256}"
 
 
 def inception(path: str | None, device: torch.device, warn: Callable[[str], None]) -> Network:
@@ -215,7 +222,14 @@ def by_name(name: str, device: torch.device) -> Network:
     if not callable(extract):
         raise UserError(f"--features {name}: gives a {type(extract).__name__}; {wanted}")
     network: Any = extract  # `callable` would narrow it to what returns an object
-    return Network(name, lambda images: network(images.to(device)))
+    sha256 = getattr(extract, "sha256", None)
+    source = getattr(sys.modules[module], "__file__", None)
+    return Network(
+        name,
+        lambda images: network(images.to(device)),
+        sha256=sha256 if isinstance(sha256, str) else None,
+        source_sha256=file_sha256(source) if source else None,
+    )
 
 
 def _download_inception(url: str) -> Path:

@@ -28,6 +28,7 @@ class Features:
     def __init__(self, images: ImageSet, gather: set[str], keep: set[str]):
         self.images, self.gather, self.keep = images, gather, keep
         self.gathered: dict[str, RunningStatistics] = {}
+        self.gaussians: dict[str, Gaussian] = {}  # of kinds that were gathered before
         self.rows: dict[str, np.ndarray] = {}  # (N, d) float32
         self._taken = 0
 
@@ -56,6 +57,8 @@ class Features:
 
     def gaussian(self, kind: str) -> Gaussian:
         """Mean and covariance of one kind of features."""
+        if kind in self.gaussians:
+            return self.gaussians[kind]
         if kind in self.gather:
             return self.gathered[kind].mean, self.gathered[kind].covariance
         mean, covariance = IN_FILE[kind]
@@ -71,15 +74,18 @@ def read_batches(features: Features, batch_size: int, state: PartialState) -> It
     firsts = range(batch_size * state.process_index, -(-images.count // step) * step, step)
     spans = [range(images.count)[i : i + batch_size] for i in firsts]
 
-    def read(span: range) -> np.ndarray:
-        return images.read(span) if span else np.empty((0, *images.size, 3), np.uint8)
-
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read, spans[0])
+        ahead = reader.submit(read_batch, images, spans[0])
         for span, following in zip(spans, [*spans[1:], range(0)], strict=True):
-            pixels = ahead.result()
-            ahead = reader.submit(read, following)  # while the networks work
-            yield span, torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+            batch = ahead.result()
+            ahead = reader.submit(read_batch, images, following)  # while the networks work
+            yield span, batch
+
+
+def read_batch(images: ImageSet, span: range) -> Tensor:
+    """Images `span` of a set, which may be empty: uint8 (B, 3, H, W)."""
+    pixels = images.read(span) if span else np.empty((0, *images.size, 3), np.uint8)
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
 def gather(

@@ -1,12 +1,19 @@
 """Figures of images that are in memory: what `evaluate.py` gives for their .npz file, without the file."""
 
+import dataclasses
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
+from common.errors import UserError
+from common.precision import tf32
 from config.tool_options import MetricOptions
+from metrics import reference_cache
 from metrics.evaluation import Warn, compute, device_of, prepare
 from metrics.features import Batch, Features, gather, read_batches
 from metrics.images import ImageSet, open_images
@@ -32,11 +39,11 @@ class Scorer:
     Attributes:
         metrics: those that are computed.
         networks: by which.
-        ref: the reference and its features (on the main process).
+        ref: the reference and its features (on the main process, once a set has been scored).
     """
 
     def __init__(self, options: MetricOptions, count: int, size: tuple[int, int], state: PartialState, warn: Warn):
-        """Check, load the networks, and look at the reference.
+        """Check, and load the networks. The reference is looked at when the first set is scored, or by `look_at_reference`.
 
         Args:
             options: `ref`, `metrics` (none: all that reference and network allow), networks, `batch_size` of the networks.
@@ -48,13 +55,32 @@ class Scorer:
         Raises:
             UserError: as of `evaluate.py`: reference, metrics, networks.
         """
-        self._options, self._state, self._size = options, state, size
-        self.metrics, self.ref, samples, self.networks = prepare(
-            options, [open_images(options.ref), DrawnImages(count, size)], state, warn
-        )
+        self._options, self._state, self._size, self._warn = options, state, size, warn
+        ref = open_images(options.ref)
+        if ref.count and ref.size != size:
+            (h1, w1), (h2, w2) = ref.size, size
+            raise UserError(f"{options.ref}: has images of {w1}x{h1} pixels, but those to be scored have {w2}x{h2}")
+        with tf32(False):
+            self.metrics, self.ref, samples, self.networks = prepare(options, [ref, DrawnImages(count, size)], state, warn)
         self._gather, self._keep = samples.gather, samples.keep
-        reference = read_batches(self.ref, options.batch_size, state)
-        gather(self.ref, self.networks, reference, options.batch_size, state, "reference")
+        self._is_ready = False
+
+    @cached_property
+    def ref_sha256(self) -> str:
+        """Of the reference; reading all of it finds damage."""
+        return self.ref.images.sha256()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the figures beside the images: reference, networks, metrics and their options."""
+        fields = dataclasses.fields(MetricOptions)
+        options = {f.name: getattr(self._options, f.name) for f in fields if f.metadata["group"] == "metrics"}
+        weights = {name for name in options if name.endswith("_weights")}  # told by their hash
+        return {name: value for name, value in options.items() if name not in weights} | {
+            "ref_sha256": self.ref_sha256,
+            "metrics": sorted(self.metrics),
+            "networks": sorted(network.identity for network in self.networks),
+        }
 
     def score(self, batches: Iterable[Batch], count: int, name: str = "images") -> dict[str, float] | None:
         """The figures of a set, by metric; None off the main process.
@@ -66,8 +92,30 @@ class Scorer:
             count: images of all processes.
             name: what they are, for the progress bar.
         """
+        self.look_at_reference()
         samples = Features(DrawnImages(count, self._size), self._gather, self._keep)
-        gather(samples, self.networks, batches, self._options.batch_size, self._state, name)
-        if not self._state.is_main_process:
-            return None
-        return compute(self._options, self.metrics, self.ref, samples, self.networks, device_of(self._state))
+        with tf32(False):
+            gather(samples, self.networks, batches, self._options.batch_size, self._state, name)
+            if not self._state.is_main_process:
+                return None
+            return compute(
+                self._options, self.metrics, self.ref, samples, self.networks, device_of(self._state), progress=False
+            )
+
+    def look_at_reference(self) -> None:
+        """Fill in the features of the reference, from the file beside it where there is one."""
+        if self._is_ready or not self.ref.wanted:
+            return
+        is_main, path = self._state.is_main_process, None
+        with tf32(False):
+            if is_main:
+                path = reference_cache.path_of(self.ref, self.networks, self.ref_sha256)
+            (is_kept,) = broadcast_object_list(
+                [path is not None and reference_cache.read(path, self.ref, self.networks, self._warn)]
+            )
+            if not is_kept:
+                batches = read_batches(self.ref, self._options.batch_size, self._state)
+                gather(self.ref, self.networks, batches, self._options.batch_size, self._state, "reference")
+                if path is not None:
+                    reference_cache.write(path, self.ref, self.networks, self._warn)
+        self._is_ready = True

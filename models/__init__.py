@@ -11,11 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 from common.errors import UserError, did_you_mean
-from models.backbone import Backbone, checkpoint_blocks, compile_model
+from models.backbone import Backbone, checkpoint_blocks
+from models.compilation import compile_model
 from models.costs import count_flops, count_reused_flops
 from models.dfm import DFMELITSiT, DFMSiT
 from models.elit import Elastic, ELITHDiT, ELITMMDiT, ELITSiT, ELITUViT
 from models.hdit import HDiT
+from models.latent_interface import budget_to_k
 from models.layers import QKNorm
 from models.mmdit import MMDiT
 from models.published import import_state_dict
@@ -86,6 +88,16 @@ class ModelSpec:
         """Latents of a group that become one in the innermost blocks: budgets of fewer cost no less there."""
         return 4 if self.sizes.get("layout") == "hourglass" else 1
 
+    def wasted_saving(self, group_size: int, budgets: Iterable[float | None]) -> str | None:
+        """What to warn of where some of the budgets cost no less than others, since blocks merge latents."""
+        J = group_size**2
+        if not self.elastic or all(budget_to_k(b, J) >= self.merged_latents for b in budgets):
+            return None
+        return (
+            f"budgets below {self.merged_latents}/{J} cost {self.name} no less in its inner blocks, which merge "
+            f"{self.merged_latents} latents"
+        )
+
     @property
     def backbone(self) -> str:
         """The family without ELIT and DFM: models of one backbone have the same blocks."""
@@ -115,7 +127,9 @@ _SIT = _table(  # splits by the ELIT paper's study of B/2 and XL/2; of Ti by doc
     ("XL", 28, 1152, 16, 4),
 )
 # The splits until they were recorded in checkpoints; SiT's two layouts still have them.
-_FORMER_SPLITS = {size: dict.fromkeys(_ENDS, ends) for size, ends in {"Ti": 1, "S": 2, "B": 2, "L": 4, "XL": 4}.items()}
+_FORMER_SPLITS: dict[str, dict[str, int]] = {
+    size: dict.fromkeys(_ENDS, ends) for size, ends in {"Ti": 1, "S": 2, "B": 2, "L": 4, "XL": 4}.items()
+}
 _SIT_LAYOUTS: Table = {size: (arguments, _FORMER_SPLITS[size]) for size, (arguments, _) in _SIT.items()}
 _UVIT = _table(  # depth: blocks but the middle one
     ("depth", "hidden_size", "num_heads", "final_conv"),

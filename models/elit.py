@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from models.backbone import Backbone, Stream
@@ -84,6 +84,10 @@ class Elastic(Backbone):
     def repa_depth(self) -> int:
         """The block after which REPA reads the tokens (1-based): one of the head."""
         return min(self.encoder_depth, self.head_depth)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The backbone's, Read and Write: the budget is a number of latents when it arrives there."""
+        return [*super().compiled_parts(), self.interface.reader, self.interface.writer]
 
     def transform(self, s: Stream, inference_budget: float | None = None) -> Stream:
         """All blocks, at `inference_budget` in [1/J, 1], the share of latents that the core works on (`None`: all)."""

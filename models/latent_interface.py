@@ -5,6 +5,7 @@ result back. Shapes: B batch, N tokens, D width, J tokens and latents per group 
 latents kept per group.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.layers import Mlp, attend, modulate, modulation
+from models.layers import Mlp, attend, gated, modulate, modulation
 
 EPS = 1e-6  # how far a decimal may be from a multiple of 1/J
 
@@ -99,7 +100,7 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """Queries (B or 1, G or 1, Q, D) and context (B, G, K, D) → (B, G, Q, D)."""
         q, k, v = self.heads(queries, context)
-        x = attend(q, k, v, self.fused)  # (B·G, heads, Q, D/heads)
+        x = attend(q, k, v, self.fused, portable=True)  # (B·G, heads, Q, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, context.shape[:2])
 
     def heads(self, queries: Tensor, context: Tensor) -> list[Tensor]:
@@ -107,6 +108,7 @@ class CrossAttention(nn.Module):
         B, G = context.shape[:2]
         q = self.q_norm(self.q_proj(queries)).expand(B, G, -1, -1)  # queries that all groups share are projected once
         k, v = self.kv_proj(context).chunk(2, dim=-1)
+        q = q.contiguous()  # not all kernels take one row for all groups
         return [a.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in (q, self.k_norm(k), v)]
 
     def weights(self, queries: Tensor, context: Tensor) -> Tensor:
@@ -132,8 +134,8 @@ class Read(nn.Module):
         shift_p, scale_p, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None, None].chunk(6, dim=-1)
         x = modulate(F.layer_norm(x, D, eps=1e-6), shift_p, scale_p)
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            z = torch.addcmul(z, gate_a, attn(z, x))
-            z = torch.addcmul(z, gate_m, mlp(modulate(F.layer_norm(z, D, eps=1e-6), shift_m, scale_m)))
+            z = gated(z, gate_a, attn(z, x))
+            z = gated(z, gate_m, mlp(modulate(F.layer_norm(z, D, eps=1e-6), shift_m, scale_m)))
         return z
 
 
@@ -226,6 +228,19 @@ class LatentInterface(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         self.reader = Read(dim, num_heads, cond_dim or dim, read_depth, hidden_dim, fused_attn)
         self.writer = Write(dim, num_heads, write_depth, hidden_dim, write == "paper", fused_attn)
+
+    def on_grid(self, grid_size: Sequence[int]) -> "LatentInterface":
+        """This interface on another token grid, its parameters shared; it must be one without positions of latents.
+
+        Raises:
+            UserError: the grid cannot be cut into groups.
+        """
+        assert self.latent_pos is None, "positions of latents belong to one grid"
+        other = copy.copy(self)
+        other.grid_size = tuple(grid_size)
+        _check_groups(other.grid_size, self.group_shape, self.group_size)
+        other.num_groups = math.prod(grid_size) // self.latents_per_group
+        return other
 
     def group(self, x: Tensor) -> Tensor:
         """Row-major tokens (B, N, D) → (B, G, J, D): windows in row-major order, and row-major inside each."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import models
 from common.errors import UserError
+from common.logging import warn
+from config.options import GenerateConfig
 from flows import check_sampler, flow_of
 from models.elit import budget_to_k
 from samplers import BudgetSchedule, parse_budget
@@ -37,6 +39,21 @@ def check_model(config: Options) -> None:
         check_budget(config, _flag(name), getattr(config, name))
 
 
+def check_generation(config: GenerateConfig) -> None:
+    """Refuse what no set of images can be drawn with."""
+    check_options(config)
+    for label in [] if config.class_labels in (["random"], ["balanced"]) else config.class_labels:
+        if not (label.isascii() and label.isdecimal() and len(label) < 19):
+            raise UserError(f"--class-labels {label}: not random, balanced or class ids from 0 on")
+
+
+def check_generation_model(config: GenerateConfig) -> None:
+    """Refuse what the checkpoint's model cannot draw a set of images with."""
+    check_model(config)
+    if config.class_labels not in (["random"], ["balanced"]):
+        check_labels(config, "--class-labels", [int(label) for label in config.class_labels])
+
+
 def check_elit(config: Options) -> None:
     """Refuse a model without budgets."""
     if not models.model_spec(config.model).elastic:
@@ -63,6 +80,16 @@ def check_budget(config: Options, option: str, value: str | float | None) -> Non
             budget_to_k(piece, J)
         except UserError as error:
             raise UserError(f"{option}: {error}; valid values: {', '.join(f'{b:g}' for b in all_budgets(J))}") from None
+
+
+def warn_of_budgets(config: Options, budgets: Sequence[float] = ()) -> None:
+    """Warn where some of the budgets asked for, or of `budgets`, cost no less than others."""
+    asked = list(budgets)
+    for value in (getattr(config, name) for name in BUDGETS):
+        budget = parse_budget(value)
+        asked += [b for b, *_ in budget.pieces] if isinstance(budget, BudgetSchedule) else [] if budget is None else [budget]
+    if message := models.model_spec(config.model).wasted_saving(config.elit_group_size, asked):
+        warn(message)
 
 
 def all_budgets(J: int) -> list[float]:

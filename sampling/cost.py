@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,7 +12,7 @@ import models
 from flows import flow_of
 from samplers import Guidance, Pass
 from sampling.core_cache import Drawn
-from sampling.session import Options, Session
+from sampling.session import Options, Session, guidance
 
 Run = list[tuple[Pass, ...]]  # the passes of each velocity evaluation
 
@@ -58,6 +58,13 @@ def _network(p: Pass, model: nn.Module, guide: nn.Module | None) -> nn.Module:
     return guide if p.guide and guide is not None else model
 
 
+def flops_per_image(configs: Sequence[Options], model: nn.Module, guide: nn.Module | None = None) -> list[float]:
+    """FLOPs of one image's velocity evaluations by each of the options, without a core cache; networks may be on the meta device."""
+    runs = [passes_of_run(config, guidance(config)) for config in configs]
+    flops = pass_flops(model, runs, guide)
+    return [flops_per_step(config, run, flops) * flow_of(config).total_steps for config, run in zip(configs, runs, strict=True)]
+
+
 WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 25, 30
 
 
@@ -74,16 +81,17 @@ def interleaved_times(jobs: Mapping[Job, Callable[[], object]], device: torch.de
         if turn >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
             break
         for name, job in jobs.items():
-            _synchronize(device)
+            synchronize(device)
             begin = time.perf_counter()
             job()
-            _synchronize(device)
+            synchronize(device)
             if turn >= 0:
                 times[name].append(1000 * (time.perf_counter() - begin))
     quartiles = {name: statistics.quantiles(t, n=4, method="inclusive") for name, t in times.items()}
     return {name: (low, median, high) for name, (low, median, high) in quartiles.items()}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from common import precision
 from config.options import GenerateConfig
 from flows import OnStage
 from randomness import image_labels
@@ -66,6 +67,7 @@ def images(
             assert on_stage is not None
             on_stage(batch, stage, latents)
 
-        with torch.inference_mode():
+        # Not in inference mode: a training run may use what is cached here, such as masks, where gradients flow.
+        with torch.no_grad(), precision.tf32(config.tf32):
             drawn = draw(loaded, config, batch, report if on_stage else None)
         yield batch, drawn

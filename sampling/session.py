@@ -21,7 +21,8 @@ from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
-from models.vae import decode, load_vae
+from models.layers import narrow_linears
+from models.vae import VAERecord, decode, load_vae
 from samplers import Guidance, parse_budget
 from sampling import core_cache, guides
 from sampling.core_cache import CoreCaches, Drawn
@@ -50,12 +51,17 @@ def from_command_line(
     config, given = parse(cls, argv, prog=prog)
     require_options(config, "ckpt")
     check_options(config)
+    return config, given, read_checkpoint(config, given)
+
+
+def read_checkpoint(config: Options, given: dict[str, Any]) -> Weights:
+    """The weights that the options name; the architecture that they record is filled in (`given`: the options by hand)."""
     weights = reading.read_weights(config.ckpt, config.weights, given)
     resolve_architecture(config, given, weights, config.ckpt)
     weights.check_velocity(f"--ckpt {config.ckpt}")
     weights.guide = guides.read(config, weights)
     core_cache.check(config, weights)
-    return config, given, weights
+    return weights
 
 
 def guidance(config: Options, **changes: Any) -> Guidance:
@@ -86,10 +92,11 @@ def device_name(device: torch.device) -> str:
 
 
 def set_precision(config: Options, device: torch.device) -> None:
-    """Apply `tf32`; on a CPU, which has no fp16, change `mixed_precision` to no with a warning."""
+    """Apply `tf32` and `cudnn_attn`; on a CPU, which has no fp16, change `mixed_precision` to no with a warning."""
     if precision.supported_precision(config.mixed_precision, device.type == "cpu") == "no":
         config.mixed_precision = "no"
     precision.set_tf32(config.tf32)
+    precision.set_attention(config.cudnn_attn)
 
 
 # ------------------------------------------------------------------------------------------------------ the session
@@ -192,15 +199,26 @@ class Session:
         return decode(self.vae, latents)
 
 
-def load(config: Options, weights: Weights, device: torch.device) -> Session:
-    """Model (compiled where that is asked for) and VAE on `device`."""
-    # While the VAE loads, the checkpoint is hashed.
-    vae, record = load_vae(config.vae or weights.record.vae, device, expected=weights.record)
-    model = build_model(weights, config.ckpt, device)
-    guide = None if weights.guide is None else build_model(weights.guide, config.guide_ckpt or "", device)
-    for network in (model, guide):
-        if network is not None and config.compile:
-            models.compile_model(network)
+def vae_of(config: Options, weights: Weights, device: torch.device, vaes: dict) -> tuple[Any, VAERecord]:
+    """The VAE of a checkpoint, and its record; from `vaes` where it is among those, else added to them."""
+    name = config.vae or weights.record.vae
+    if (name, weights.record) not in vaes:
+        vaes[name, weights.record] = load_vae(name, device, expected=weights.record)
+    return vaes[name, weights.record]
+
+
+def load(config: Options, weights: Weights, device: torch.device, vaes: dict | None = None) -> Session:
+    """Model (compiled where that is asked for) and VAE on `device`. `vaes`: those that are loaded already; a new one is added."""
+    vae, record = vae_of(config, weights, device, {} if vaes is None else vaes)  # meanwhile the checkpoint is hashed
+    networks = []
+    for loaded, path in ((weights, config.ckpt), (weights.guide, config.guide_ckpt)):
+        network = None
+        if loaded is not None:
+            network = narrow_linears(build_model(loaded, path or "", device), precision.AMP_TYPES[config.mixed_precision])
+            if config.compile:
+                models.compile_model(network)
+        networks.append(network)
+    model, guide = networks
     side = config.resolution // weights.record.downsample_factor
     shape = (weights.record.latent_channels, side, side)
     return Session(config, model, vae, record.sha256, shape, guide, CoreCaches(model, guide))

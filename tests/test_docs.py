@@ -18,7 +18,9 @@ import dataset_tools
 import elit_ccfg_inference
 import elit_multibudget_inference
 import evaluate
+import finetune_diffusers
 import generate
+import sweep
 import train
 from common.errors import UserError
 from config.parsing import parse_command_line
@@ -32,9 +34,11 @@ SCRIPTS = {
     "train.sbatch": train.TrainConfig,
     "generate.py": generate.GenerateConfig,
     "evaluate.py": evaluate.EvaluateConfig,
+    "sweep.py": sweep.SweepConfig,
     "elit_multibudget_inference.py": elit_multibudget_inference.MultibudgetConfig,
     "elit_ccfg_inference.py": elit_ccfg_inference.CCFGConfig,
     "convert_checkpoint.py": convert_checkpoint.ConvertCheckpointConfig,
+    "finetune_diffusers.py": finetune_diffusers.FinetuneDiffusersConfig,
     "quickstart_guidance.py": quickstart_guidance.GuidanceConfig,
 }
 OTHERS = {"--clean", "--no-deps", "--target"}  # of eval.sh and pip

@@ -193,14 +193,16 @@ class Plan:
         self.say("outputs", text)
 
     def checkpoints_kept(self, total_steps: int) -> int:
-        """The most that lie in the folder at one time: by --keep-last and --keep-every, and the one being written."""
+        """The most that lie in the folder at one time: by --keep-last, --keep-every and --keep-best, and the one being written."""
         config = self.config
-        count = -(-total_steps // config.checkpointing_steps)  # one every so many steps, and one at the end
+        every = [n for n in (config.checkpointing_steps, config.eval_steps) if n]
+        at = sum(total_steps // n for n in every) - (total_steps // math.lcm(*every) if len(every) > 1 else 0)
+        count = at + all(total_steps % n for n in every)  # one every so many steps, and one at the end
         if not config.keep_last:
             return count
         newest_old = max(count - config.keep_last, 0) * config.checkpointing_steps
         kept = newest_old // math.lcm(config.checkpointing_steps, config.keep_every) if config.keep_every else 0
-        return min(count, config.keep_last + 1 + kept)
+        return min(count, config.keep_last + 1 + kept + config.keep_best)
 
     def describe_parts(self) -> None:
         """What a run uses beside the data: the VAE of its pictures, REPA's encoders, the checkpoint that it starts from."""
@@ -215,6 +217,10 @@ class Plan:
                     self.errors.append(str(error))
                 else:
                     self.say("pictures", f"none: {error}")
+        if config.eval_steps:
+            budgets = f" at {len(config.eval_budgets)} budgets" if config.eval_budgets else ""
+            images = f"{config.eval_samples:,} images{budgets} against {config.eval_ref}"
+            self.say("scores", f"{' '.join(config.eval_metrics)} every {config.eval_steps:,} steps and at the end, {images}")
         if self.encoders:
             with self.checked():
                 names = [e.name for e in self.encoders]

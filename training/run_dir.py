@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, metrics.jsonl, status.json, log.txt, samples/, checkpoints/, and the lock of whoever writes there."""
+"""The folder of a run: config.yaml, metrics.jsonl, status.json, best.json, log.txt, samples/, checkpoints/, and the lock of whoever writes there."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from training.preemption import Preemption
 LOCK = "run.lock"  # in the run folder while a run writes there
 
 
-FILES = {"config.yaml", "metrics.jsonl", "status.json"}  # written aside, then renamed
+FILES = {"config.yaml", "metrics.jsonl", "status.json", "best.json"}  # written aside, then renamed
 
 
 class RunDir:
@@ -155,6 +155,12 @@ class RunDir:
             append_line(self.path / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         log.info(f"step {step}: " + ", ".join(f"{k} {v:.6g}" for k, v in known.items()))
         return known
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if math.isfinite(step_of_line(line))]
 
     def newest_checkpoint(self, up_to: int | None = None) -> str:
         """The newest one of the run (up to a step), as messages name it."""

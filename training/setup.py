@@ -19,13 +19,14 @@ from checkpoint.weights import model_options
 from common.distributed import check_world_size
 from common.errors import UserError, did_you_mean
 from common.files import check_name
-from common.precision import set_tf32, supported_precision
+from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
 from models.elit import Elastic, mask_levels, mask_to_budget
 from models.encoders import encoder_names
 from models.vae import VAERecord
+from training import scores
 from training.optim import EMA
 from training.profiler import parse_steps
 from training.resume import ALLOWED
@@ -93,6 +94,7 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     given: the options that the user gave, by name.
     """
     check_model(config)
+    scores.check(config)
     check_name(config.exp_name, "--exp-name", plain=True)
     if config.profile_steps:
         parse_steps(config.profile_steps)
@@ -110,12 +112,8 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
             f"{spec.sizes['head_depth']} blocks (the published code would take {config.encoder_depth}: "
             f"--head-depth {config.encoder_depth})"
         )
-    J = config.elit_group_size**2
-    if spec.elastic and round(J * (trained_budgets(config)[-1] or 1)) < spec.merged_latents:
-        warnings.append(
-            f"budgets below {spec.merged_latents}/{J} cost {config.model} no less in its inner blocks, which merge "
-            f"{spec.merged_latents} latents"
-        )
+    if message := spec.wasted_saving(config.elit_group_size, trained_budgets(config)):
+        warnings.append(message)
     return warnings
 
 
@@ -187,8 +185,10 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     # Accelerate takes no subclass as an argument.
     accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # pyright: ignore[reportAttributeAccessIssue]
     check_accelerator(accelerator, config)
-    if config.allow_tf32:
-        set_tf32(True)
+    set_tf32(config.allow_tf32)
+    if config.deterministic:
+        set_deterministic()
+    set_attention(config.cudnn_attn)
     return accelerator
 
 

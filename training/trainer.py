@@ -15,12 +15,14 @@ from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
 from common.errors import UserError
 from common.logging import log, warn
+from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
 from models.encoders import describe_encoders, encoder_names, load_encoders
+from models.layers import narrow_linears
 from models.vae import sample_latents
-from training import resume, setup, trackers
+from training import resume, scores, setup, trackers
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
@@ -79,7 +81,7 @@ class Trainer:
                 raise
             self.accelerator.wait_for_everyone()  # who leaves early is taken for failed, and its launcher ends the others
             preemption.end()
-            is_preempted = self.step < self.total_steps or self.validation_due
+            is_preempted = self.step < self.total_steps or self.validation_due or self.scores_due
             self.run_dir.write_status("preempted" if is_preempted else "finished", self.step)
             trackers.log_tracker_errors(self.accelerator.end_training)
         if is_preempted:
@@ -102,6 +104,7 @@ class Trainer:
             )
         self.schedule = create_schedule(self.optimizer.optimizer, config, self.step, self.total_steps)
         self.validation = self._open_validation()
+        self.scores = self._open_scores()
         accelerator.wait_for_everyone()  # all have read before anything is written
         self.run_dir.begin(self.step, summary)
         accelerator.wait_for_everyone()
@@ -111,16 +114,17 @@ class Trainer:
         """Put everything on the device, as a new run starts."""
         config, device, data = self.config, self.accelerator.device, self.data
         grid = setup.token_grid(config, data.record)
-        self.encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
+        encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
+        self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
         self.model.to(device)
         self.ema = EMA(self.model, config.ema_decay)
         if config.gradient_checkpointing:
             models.checkpoint_blocks(self.model)
-        if config.compile:
+        if device.type == "cuda" if config.compile is None else config.compile:
             models.compile_model(self.model)
         self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
         self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn)
-        self.validation_due = False
+        self.validation_due = self.scores_due = False
         self._go_to(Progress(0, 0, len(data.dataset), config.batch_size))
 
     def _go_to(self, progress: Progress) -> None:
@@ -153,6 +157,21 @@ class Trainer:
             return None
         return Validation(self.config, self.accelerator, self.data.val_data, self.data.record, self.budgets)
 
+    def _is_scored_at(self, step: int) -> bool:
+        every = self.config.eval_steps
+        return bool(every and step) and (step % every == 0 or step == self.total_steps)
+
+    def _open_scores(self) -> scores.Scores | None:
+        """Networks and reference of --eval-steps. What the checkpoint's step lacks, since the run was killed, is due."""
+        self.scores_due = self._is_scored_at(self.step) and not scores.is_recorded(self.config, self.run_dir, self.step)
+        if not self.config.eval_steps or (self.step >= self.total_steps and not self.scores_due):
+            return None
+        vae = self.validation.vae if self.validation is not None else None
+        opened = scores.Scores(self.config, self.accelerator, self.run_dir, self.data, vae)
+        opened.find_best(self.step)
+        self.writer.keep_best(opened.best_step)
+        return opened
+
     def _start_logging(self) -> None:
         config, accelerator = self.config, self.accelerator
         trackers.start_trackers(accelerator, config, self.run_dir, self.step)
@@ -180,12 +199,15 @@ class Trainer:
             if self.validation_due:
                 self.validate(preemption)
                 self.saved_step = -1  # its checkpoint says that it is due
+            if self.scores_due:
+                self.score(preemption)
             first = self.step + 1
             self.speed.start()
             while not preemption.reached(self.step) and self.step < self.total_steps:
                 self.step += 1
                 profiler.begin_step(self.step)
-                self.train_step(batches)
+                with self.speed.host():
+                    self.train_step(batches)
                 bar.update()
                 # Waiting for the device is allowed from here on.
                 if self.step % config.log_every == 0 or self.step in (1, self.total_steps):
@@ -193,11 +215,15 @@ class Trainer:
                 if config.sampling_steps and (self.step % config.sampling_steps == 0 or self.step == 1):
                     with self.speed.untimed():
                         self.validate(preemption)
-                if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps:
+                is_scored = self._is_scored_at(self.step)
+                if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or is_scored:
                     with self.speed.untimed():
                         self.save()
                 elif self.step == first and is_main:
                     self.writer.copy(self.state())  # makes the memory, so that no checkpoint waits for it
+                if is_scored:
+                    with self.speed.untimed():
+                        self.score(preemption)
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; the host waits for the device nowhere."""
@@ -268,9 +294,10 @@ class Trainer:
         self.validation_due = False
         if self.validation is None:
             return
+        model = self.validation.narrowed(self.ema.first)
         try:
-            losses = self.validation.validate(self.ema.first, lambda: preemption.signal > 0)
-            grids = self.validation.sample_images(self.ema.first, self.data.shape, lambda: preemption.signal > 0)
+            losses = self.validation.validate(model, lambda: preemption.signal > 0)
+            grids = self.validation.sample_images(model, self.data.shape, lambda: preemption.signal > 0)
         except Interrupted:
             self.validation_due = True
             return
@@ -281,6 +308,21 @@ class Trainer:
             with warn_if_unwritable(path):
                 save_samples(grids, path)
             trackers.log_images(self.accelerator, grids[self.flow.num_views - 1], self.step)
+
+    def score(self, preemption: Preemption) -> None:
+        """Score the averaged weights. A run that is ended meanwhile does that first when it resumes, from this step's checkpoint."""
+        if self.scores is None:
+            return
+        self.scores_due = True
+        self.writer.wait()
+        try:
+            values = self.scores.score(self.ema.first, self.step, lambda: preemption.signal > 0)
+        except Interrupted:
+            return
+        self.scores_due = False
+        self.report(values)
+        self.scores.record_best(self.step, values)
+        self.writer.keep_best(self.scores.best_step)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""

@@ -1,10 +1,11 @@
 """Validation loss and sample images of the averaged weights while a run trains, over all its processes."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from common.errors import UserError
 from common.image_files import save_png
 from common.logging import warn
 from common.plotting import image_grid
+from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from data.dataset import LatentDataset
 from flows import LossCondition, flow_of
+from models.layers import narrow_linears
 from models.vae import VAERecord, load_vae
 from randomness import image_labels
 from samplers import Guidance
@@ -70,6 +73,11 @@ class Validation:
             return None
         return vae
 
+    def narrowed(self, model: nn.Module) -> nn.Module:
+        """The model with its Linears' weights in the type that mixed precision computes in, for many forwards; it stays as it is."""
+        shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+        return narrow_linears(copy.deepcopy(model, shared), AMP_TYPES[self.config.mixed_precision])
+
     @torch.no_grad()
     def validate(self, model: nn.Module, should_stop: Callable[[], bool]) -> dict[str, float]:
         """Mean validation loss at each trained budget that is a power of two (and stage), by metric name.
@@ -83,7 +91,7 @@ class Validation:
         conditions = self.flow.conditions(budgets)
         count = min(len(self.data), VAL_SAMPLES)
         sums = torch.zeros(len(conditions), device=accelerator.device)
-        with self._together(model, should_stop):
+        with together(accelerator, self._networks(model), should_stop):
             for indices in self._batches(count):
                 sums += self._losses(model, indices, conditions).sum(dim=1)
         means = (sum_over_processes(accelerator, sums) / count).tolist()
@@ -96,6 +104,9 @@ class Validation:
         size = self.config.batch_size // world
         for start in range(first, last, size):
             yield range(start, min(start + size, last))
+
+    def _networks(self, model: nn.Module) -> list[nn.Module]:
+        return [model] if self.vae is None else [model, self.vae]
 
     def _losses(self, model: nn.Module, indices: range, conditions: list[LossCondition]) -> Tensor:
         assert self.data is not None
@@ -117,7 +128,7 @@ class Validation:
         grids: list[np.ndarray] = []
         for budget in sorted({self.budgets[0], self.budgets[-1]}, key=lambda b: -(b or 1)):
             images = torch.zeros((self.flow.num_views, SAMPLE_IMAGES, 3, side, side), dtype=torch.uint8)
-            with self._together(model, should_stop):
+            with together(accelerator, self._networks(model), should_stop):
                 if len(indices):
                     images[:, list(indices)] = self._sample(model, shape, indices, budget).cpu()
             images = sum_over_processes(
@@ -136,30 +147,30 @@ class Validation:
             assert self.vae is not None
             return self.flow.views(self.vae, state)
 
-    @contextlib.contextmanager
-    def _together(self, model: nn.Module, should_stop: Callable[[], bool]) -> Iterator[None]:
-        """Inside, each process computes alone and stops at the next layer once `should_stop()`; at the end all agree.
 
-        Raises Interrupted in every process where one of them stopped.
-        """
+@contextlib.contextmanager
+def together(accelerator: Accelerator, networks: Sequence[nn.Module], should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Inside, each process computes alone and stops at the `networks`' next layer once `should_stop()`; at the end all agree.
 
-        def check(*_: object) -> None:
-            if should_stop():
-                raise Interrupted
+    Raises Interrupted in every process where one of them stopped.
+    """
 
-        modules = [*model.modules(), *(self.vae.modules() if self.vae is not None else ())]
-        hooks = [module.register_forward_pre_hook(check) for module in modules]
-        stopped = False
-        try:
-            yield
-        except Interrupted:
-            stopped = True
-        finally:
-            for hook in hooks:
-                hook.remove()
-        flag = torch.tensor(float(stopped), device=self.accelerator.device)
-        if sum_over_processes(self.accelerator, flag) > 0:
+    def check(*_: object) -> None:
+        if should_stop():
             raise Interrupted
+
+    hooks = [module.register_forward_pre_hook(check) for network in networks for module in network.modules()]
+    stopped = False
+    try:
+        yield
+    except Interrupted:
+        stopped = True
+    finally:
+        for hook in hooks:
+            hook.remove()
+    flag = torch.tensor(float(stopped), device=accelerator.device)
+    if sum_over_processes(accelerator, flag) > 0:
+        raise Interrupted
 
 
 def save_samples(grids: list[np.ndarray], path: Path) -> None:

@@ -153,6 +153,17 @@ def test_benchmark_prints_every_line(capsys):
     assert "same velocity" in printed
 
 
+def test_benchmark_of_other_backbones(capsys):
+    options = ["--model-size", "Ti", "--tokens", "64", "--batch-size", "1", "--repeats", "1", "--warmup", "0"]
+    train_step.main(["--families", "HDiT", "MMDiT", *options])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(("ok", "MISSED"))]
+    assert [line.split(" at ")[0] for line in lines] == [
+        f"ELIT-{family} {part}" for family in ("HDiT", "MMDiT") for part in ("step", "forward") for _ in range(2)
+    ]
+    predicted = [float(line.split()[-4]) for line in lines]
+    assert all(1 < full < 1.3 and low < 1 for full, low in zip(predicted[::2], predicted[1::2], strict=True))
+
+
 def test_sampling_benchmark_prints_every_line(capsys):
     sampling.main(["--model-size", "Ti", "--tokens", "16", "--batch-size", "2", "--repeats", "1", "--width", "64"])
     printed = capsys.readouterr().out.splitlines()

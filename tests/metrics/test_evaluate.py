@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,11 @@ from accelerate.state import PartialState
 from adm import adm_frechet, exact_distances, gaussian, half_distances, inception_score, neighbour_shares
 from numerics import randomize
 from PIL import Image
-from runs import ROOT, make_checkpoint, make_vae
+from runs import ROOT
 
 import dataset_tools
 import evaluate
 import metrics
-from checkpoint import training_state
-from common import tensor_files
 from common.torchvision_shim import import_torchvision
 from metrics import feature_extractors
 from metrics.images import open_images
@@ -452,45 +449,6 @@ def test_wrappers_find_their_configs(wrapper, tmp_path):
         ["bash", EVALUATION / wrapper], env=os.environ | {"CKPT": str(tmp_path / "none.pt")}, capture_output=True, text=True
     )
     assert done.returncode == 2 and "none.pt: no such checkpoint" in done.stderr, done.stderr
-
-
-def test_the_runner_generates_evaluates_and_sums_up(tmp_path):
-    vae = make_vae(tmp_path / "vae")
-    ckpt = make_checkpoint(tmp_path / "0000007.pt", vae)
-    train, generation = tmp_path / "train.yaml", tmp_path / "small.yaml"
-    train.write_text("exp_name: made\nmodel: ELIT-SiT-Ti/2\nresolution: 32\nnum_classes: 5\nelit_group_size: 2\n")
-    generation.write_text("num_fid_samples: 6\nnum_steps: 2\ncfg_scale: 1.0\n")
-    ref = as_folder(pictures(9, 2), tmp_path / "ref")
-    environment = runs.environment() | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
-        "EVALUATE": "--features runs:colour_features",
-        "NPROC": "1",
-    }
-    command = ["bash", EVALUATION / "eval.sh", "--clean", train, generation, ckpt, ref, "0.5"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    csv = (tmp_path / "results" / "summary.csv").read_text().splitlines()
-    (path,) = (tmp_path / "results/evaluation/train").glob("small-0000007-budget-0.5-*.json")
-    metrics = json.loads(path.read_text())
-    row = dict(zip(csv[0].split(","), csv[1].split(","), strict=True))
-    assert (row["run"], row["step"], row["budget"], row["guidance"], row["samples"]) == ("made", "7", "0.5", "none", "6")
-    assert float(row["fid"]) == metrics["fid"] and len(csv) == 2
-    assert f"{metrics['fid']:.4f}" in (tmp_path / "results" / "summary.md").read_text()
-    assert not list(tmp_path.rglob("*.npz")) and not list((tmp_path / "results").rglob("*.png"))  # --clean
-    (tmp_path / "results" / "summary.csv").unlink()  # as if it had been stopped before the summary
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "images drawn" not in done.stdout + done.stderr  # nothing is done twice
-    assert (tmp_path / "results" / "summary.csv").read_text().splitlines() == csv
-    # Other weights under the same name, with an older date, have figures of their own.
-    state = tensor_files.load(ckpt)
-    other = {k: 1.5 * v for k, v in state["model"].items()}
-    training_state.save(ckpt, state | {"model": other, "ema": {"0.9999": other}})
-    os.utime(ckpt, (0, 0))
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    row = dict(zip(csv[0].split(","), (tmp_path / "results/summary.csv").read_text().splitlines()[1].split(","), strict=True))
-    assert float(row["fid"]) != metrics["fid"] and len(list(path.parent.iterdir())) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

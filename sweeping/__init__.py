@@ -1,0 +1,1 @@
+"""Sweeps: the figures of checkpoints over the options of sampling, cell by cell."""
