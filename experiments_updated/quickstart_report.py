@@ -98,15 +98,13 @@ def main(argv: list[str] | None = None) -> None:
     labels = labels_of(config, range(len(rows[0].images))).numpy()
     features = [_features(classifier, row.images) for row in rows]  # (n, 4, 64), and the classes (n, 4), each
     reference = digit_classifier.statistics(classifier, val_digits)
-    fids = [_fid(f, reference) for f, _ in features]
     bootstrap = _bootstrap([f for f, _ in features], reference)  # (resamplings, rows)
-    # One digit of each canvas: mirror images are one another's nearest neighbours, by which precision and recall measure.
-    sets = {f"row-{i}": _digits(row.images)[::4] for i, row in enumerate(rows)}
-    figures, rates = digit_figures(config, val_digits, sets), _images_per_second(rows)
+    figures, rates = _figures(config, val_digits, rows), _images_per_second(rows)
+    fids = [f["fid"] for f in figures]
     # Cheap guidance draws with the weights of the row before it, and has no loss of its own.
     measured = [row for row in rows if not row.config.unconditional_inference_budget]
     losses = dict(zip((row.name for row in measured), _losses(measured), strict=True))
-    full = next(i for i, row in enumerate(rows) if row.name == name_of_budget(config.budgets[-1]))
+    full = next(i for i, row in enumerate(rows) if row.name == _name(config.budgets[-1]))
     results = []
     for i, row in enumerate(rows):
         result = {
@@ -115,12 +113,10 @@ def main(argv: list[str] | None = None) -> None:
             "gflops_per_step": cost.mean_flops_per_step(row.config, session.guidance(row.config), row.loaded.model) / 1e9,
             "images_per_second": rates[i],
             "digits_in_class": float((features[i][1] == labels[:, None]).mean()),
-            "fid": fids[i],
-            **{name: figures[i][name] for name in ("precision", "recall")},
+            **{name: figures[i][name] for name in ("fid", "precision", "recall")},
             "fid_difference": fids[i] - fids[full],
             "fid_difference_standard_error": float((bootstrap[:, i] - bootstrap[:, full]).std(ddof=1)),
             "pixel_difference": float(np.abs(row.images.astype(np.int16) - rows[full].images).mean()),
-            "quarters_differ": _quarters_differ(row.images),
         }
         if row.name in losses:
             mean, error = _mean_and_error(losses[row.name] - losses[rows[full].name])
@@ -128,8 +124,8 @@ def main(argv: list[str] | None = None) -> None:
             result |= {"held_out_loss_difference": mean, "held_out_loss_difference_standard_error": error}
         results.append(result)
     steps = _neighbours(config, rows, losses, fids, bootstrap)
-    training = [_training(row) for row in rows if row.name in ("SiT", name_of_budget(config.budgets[-1]))]
-    text = "\n\n".join([_table(results, rows[full].name), _steps_table(steps), *(t["text"] for t in training)])
+    training = [_training(row) for row in rows if row.name in ("SiT", _name(config.budgets[-1]))]
+    text = "\n\n".join([_table(results, rows[full].name), _steps_table(steps), _training_table(training)])
     print(text)
     (out / "table.md").write_text(text + "\n")
     content = {"classifier_accuracy": accuracy, "budgets": results, "steps": steps, "training": training}
@@ -149,10 +145,10 @@ def check_options(config: ReportConfig) -> None:
 def _rows(config: ReportConfig, weights: Weights) -> list[Row]:
     """The baseline, the budgets, and the full one with cheap guidance at the lowest."""
     loaded = session.load(config, weights, session.device())
-    elastic: list[tuple[str, dict[str, Any]]] = [(name_of_budget(b), {"inference_budget": str(b)}) for b in config.budgets]
+    elastic: list[tuple[str, dict[str, Any]]] = [(_name(b), {"inference_budget": str(b)}) for b in config.budgets]
     low = config.budgets[0]
     cheap = {"inference_budget": str(config.budgets[-1]), "unconditional_inference_budget": low}
-    elastic.append((f"{name_of_budget(config.budgets[-1])}, cheap CFG at {name_of_budget(low)}", cheap))
+    elastic.append((f"{_name(config.budgets[-1])}, cheap CFG at {_name(low)}", cheap))
     rows = []
     if config.baseline_ckpt is not None:
         plain = dataclasses.replace(config, ckpt=config.baseline_ckpt, exp_name=None)
@@ -160,15 +156,14 @@ def _rows(config: ReportConfig, weights: Weights) -> list[Row]:
         resolve_architecture(plain, {}, plain_weights, config.baseline_ckpt)
         generate.name_run(plain, plain_weights)
         plain_loaded = session.load(plain, plain_weights, session.device())
-        rows.append(Row("SiT", plain, plain_loaded, plain_weights, read_samples(plain)))
+        rows.append(Row("SiT", plain, plain_loaded, plain_weights, _samples(plain)))
     for name, changes in elastic:
         options = dataclasses.replace(config, **changes)
-        rows.append(Row(name, options, loaded, weights, read_samples(options)))
+        rows.append(Row(name, options, loaded, weights, _samples(options)))
     return rows
 
 
-def read_samples(config: ReportConfig) -> np.ndarray:
-    """What generate.py drew by these options, uint8 (n, H, W, 3)."""
+def _samples(config: ReportConfig) -> np.ndarray:
     folder = image_folder.images_folder(config)
     path = folder.with_name(folder.name + ".npz")
     if not path.is_file():
@@ -194,11 +189,11 @@ def _losses(rows: list[Row]) -> list[np.ndarray]:
     for model in dict.fromkeys(id(row.loaded) for row in rows):
         same = [row for row in rows if id(row.loaded) == model]
         config = dataclasses.replace(same[0].config, budgets=[row.budget for row in same])
-        losses += list(held_out_losses(config, same[0].loaded, same[0].weights))
+        losses += list(_val_losses(config, same[0].loaded, same[0].weights))
     return losses
 
 
-def held_out_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.ndarray:
+def _val_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.ndarray:
     """Velocity loss of each held-out canvas at each budget (budgets, canvases), over a few fixed draws of time and noise.
 
     Times as in training: its weighting and shift. Of DFM the mean over the stages.
@@ -227,19 +222,13 @@ def held_out_losses(config: ReportConfig, loaded: Session, weights: Weights) -> 
 
 
 def _digits(canvases: np.ndarray) -> torch.Tensor:
-    """The digits of uint8 (n, H, W, 3) canvases, none of them mirrored: (4n, 3, 32, 32)."""
-    return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2), mirrored=True)
+    """The digits of uint8 (n, H, W, 3) canvases: (4n, 3, 32, 32)."""
+    return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2))
 
 
 def _features(classifier: digit_classifier.DigitClassifier, canvases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pool, logits = digit_classifier.features(classifier, _digits(canvases))
     return pool.double().unflatten(0, (-1, 4)).numpy(), logits.argmax(dim=1).unflatten(0, (-1, 4)).numpy()
-
-
-def _quarters_differ(canvases: np.ndarray) -> float:
-    """Root mean square difference of a canvas's quarters, none of them mirrored, from their mean, in grey levels."""
-    quarters = _digits(canvases)[:, 0].double().unflatten(0, (-1, 4))
-    return (quarters - quarters.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
 
 
 def _bootstrap(features: list[np.ndarray], reference: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -258,16 +247,17 @@ def _mean_and_error(differences: np.ndarray) -> tuple[float, float]:
     return float(differences.mean()), float(differences.std(ddof=1) / len(differences) ** 0.5)
 
 
-def digit_figures(config: ReportConfig, val_digits: torch.Tensor, sets: dict[str, torch.Tensor]) -> list[dict]:
-    """evaluate.py's JSON for each set of digits (n, 3, 32, 32) against the held-out ones, in the classifier's features."""
+def _figures(config: ReportConfig, val_digits: torch.Tensor, rows: list[Row]) -> list[dict]:
+    """evaluate.py's JSON for each set of samples: their digits against the held-out ones, in the classifier's features."""
     folder = Path(config.output_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[digit_classifier.WEIGHTS_VARIABLE] = str(Path(config.output_dir) / "classifier.pt")
-    for name, digits in {"held-out": val_digits, **sets}.items():
+    sets = {"held-out": val_digits} | {f"row-{i}": _digits(row.images) for i, row in enumerate(rows)}
+    for name, digits in sets.items():
         images = digits.permute(0, 2, 3, 1).numpy()
         write_npz(folder / f"{name}.npz", images.shape, images)
     evaluated = []
-    for name in sets:
+    for name in list(sets)[1:]:
         reference, npz, figures = (str(folder / file) for file in ("held-out.npz", f"{name}.npz", f"{name}.json"))
         evaluate.main([reference, npz, "--features", "experiments_updated.digit_classifier:factory", "--output", figures])
         evaluated.append(json.loads(Path(figures).read_text()))
@@ -279,7 +269,7 @@ def _neighbours(
 ) -> list[dict[str, Any]]:
     """What each step in compute gains: losses and FID of one row less those of the next, with their standard errors."""
     place = {row.name: i for i, row in enumerate(rows)}
-    names = [name_of_budget(b) for b in config.budgets]
+    names = [_name(b) for b in config.budgets]
     pairs = [*itertools.pairwise(names), *((names[-1], name) for name in place if name not in names)]
     steps = []
     for a, b in pairs:
@@ -303,12 +293,15 @@ def _training(row: Row) -> dict[str, Any]:
         if values.get("images_per_second"):
             seconds += min(values["step"], options.log_every) * options.batch_size / values["images_per_second"]
     flops = 3 * forward * images
-    text = f"{options.model}: {row.weights.step:,} steps, {flops / 1e12:.0f} TFLOPs, {seconds:.0f} s of training on one core"
-    return {"model": options.model, "steps": row.weights.step, "flops": flops, "seconds": seconds, "text": text}
+    return {"model": options.model, "steps": row.weights.step, "flops": flops, "seconds": seconds}
 
 
-def name_of_budget(budget: float) -> str:
-    """As a fraction where it is one."""
+def _training_table(training: list[dict[str, Any]]) -> str:
+    lines = [[t["model"], f"{t['steps']:,}", f"{t['flops'] / 1e12:.0f}", f"{t['seconds']:.0f}"] for t in training]
+    return markdown_table(["trained on one core", "steps", "TFLOPs", "seconds"], lines)
+
+
+def _name(budget: float) -> str:
     return f"1/{round(1 / budget)}" if budget < 1 and (1 / budget).is_integer() else f"{budget:g}"
 
 
@@ -323,7 +316,6 @@ COLUMNS = {
     "held-out loss": "{held_out_loss:.4f}",
     "− full (± s.e.) ": "{held_out_loss_difference:+.4f} ± {held_out_loss_difference_standard_error:.4f}",
     "pixel − full": "{pixel_difference:.2f}",
-    "quarters differ": "{quarters_differ:.2f}",
 }
 
 
