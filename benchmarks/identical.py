@@ -291,10 +291,11 @@ def evaluate(work: Work) -> dict[str, Any]:
 
 
 def quickstart(work: Work) -> dict[str, Any]:
-    """The quick start: its results.json without speeds, its training run and its samples."""
+    """The quick start: its results.json without speeds, its training runs and its samples."""
     out = work.folder / "quickstart"
     work.run(f"experiments_updated/quickstart.sh {out}")
-    results = {"results.json": timeless(json.loads((out / "results.json").read_text())), "run": read_run(out / "quickstart")}
+    results = {"results.json": timeless(json.loads((out / "results.json").read_text()))}
+    results |= {"run": read_run(out / "quickstart"), "baseline": read_run(out / "quickstart_sit")}
     return results | {"samples": read_samples(out / "samples")}
 
 

@@ -1,6 +1,7 @@
 """Training step and forward pass of SiT, ELIT-SiT and DFM-SiT against what FLOPs allow: `python -m benchmarks.train_step`.
 
-All variants run in one process, in turn, round after round; each line is the median over the rounds of the ratio of two times
+With `--families` also of other backbones, each with ELIT against itself without, on the same latents. All variants of a backbone
+run in one process, in turn, round after round; each line is the median over the rounds of the ratio of two times
 of the same round, so that a machine whose speed wanders does not matter much. Times in seconds; CPU or GPU.
 """
 
@@ -11,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +22,25 @@ from benchmarks.baselines import PlainDiT, PlainEMA
 from common.errors import UserError, cli_main
 from flows import DFM
 from loss import dfm_loss, flow_matching_loss, stage_times
+from models.conditioning import Condition, Text
 from training.optim import EMA
 
 BUDGETS = (1.0, 0.5, 0.25)
 BASELINE_BOUND, ELIT_BOUND, DFM_BOUND, UPDATE_BOUND = 1.05, 1.08, 1.10, 0.08
+FAMILY_BUDGETS = (1.0, 0.25)
+FAMILY_BOUNDS = {"U-ViT": 1.10, "HDiT": 1.15, "MMDiT": 1.15, "SiT-UViT": 1.10, "SiT-HDiT": 1.10}
 PATCH_SIZE, GROUP_SIZE = 2, 4
+Precision = Callable[[], contextlib.AbstractContextManager]  # makes the context of a forward
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 class Batch(NamedTuple):
-    """Scaled latents and noise (B, 4, S, S), times (B,), labels (B,)."""
+    """Scaled latents and noise (B, 4, S, S), times (B,), labels (B,) or text."""
 
     x: Tensor
     noise: Tensor
     t: Tensor
-    y: Tensor
+    y: Condition
 
 
 class Line(NamedTuple):
@@ -65,7 +70,7 @@ def quantile(values: list[float], q: float) -> float:
 class TrainingStep:
     """Forward, backward, clipping, AdamW and EMA of one model, as the training loop does them."""
 
-    def __init__(self, model: nn.Module, ema: EMA | PlainEMA, batch: Batch, precision: Callable, budget: float | None = None):
+    def __init__(self, model: nn.Module, ema: EMA | PlainEMA, batch: Batch, precision: Precision, budget: float | None = None):
         self.model, self.ema, self.batch, self.precision = model, ema, batch, precision
         self.arguments = {} if budget is None else {"inference_budget": budget}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -91,7 +96,7 @@ class TrainingStep:
 class DFMStep(TrainingStep):
     """The same for a DFM model whose last stage is active, which is the dearest case."""
 
-    def __init__(self, model: nn.Module, ema: EMA, batch: Batch, precision: Callable):
+    def __init__(self, model: nn.Module, ema: EMA, batch: Batch, precision: Precision):
         super().__init__(model, ema, batch, precision)
         *coarse, _ = DFM().state_shapes(batch.noise.shape[1:])
         self.stages = len(coarse) + 1
@@ -168,6 +173,57 @@ def disturb(model: nn.Module) -> nn.Module:
     return model
 
 
+def side_of(tokens: int) -> int:
+    """Tokens along an axis. Raises UserError where the tokens are no square, or cannot be grouped."""
+    side = math.isqrt(tokens)
+    if side * side != tokens or side % GROUP_SIZE:
+        raise UserError(f"--tokens {tokens}: must be the square of a multiple of {GROUP_SIZE}")
+    return side
+
+
+def make_batch(batch_size: int, side: int, device: torch.device) -> Batch:
+    """Latents for `side` tokens an axis, noise, times and labels."""
+    shape = (batch_size, 4, PATCH_SIZE * side, PATCH_SIZE * side)
+    batch = Batch(torch.randn(shape), torch.randn(shape), torch.rand(batch_size), torch.randint(1000, (batch_size,)))
+    return Batch(*(a.to(device) for a in batch))
+
+
+def family_model(family: str, size: str) -> tuple[str, dict[str, Any]]:
+    """A backbone's name and options: of HDiT two levels, as deep as SiT and the inner one as wide."""
+    if family != "HDiT":
+        return f"{family}-{size}/{PATCH_SIZE}", {}
+    sit = models.model_spec(f"SiT-{size}/{PATCH_SIZE}").sizes
+    width, outer = sit["hidden_size"], 2
+    options = {"inner_width": width, "inner_depth": sit["depth"] - 2 * outer, "outer_depth": outer, "mapping_width": width}
+    return f"HDiT-{'Ti' if size == 'Ti' else 'S'}/{PATCH_SIZE}", {"levels": 2, **options}
+
+
+def compare_family(
+    family: str, size: str, batch: Batch, repeats: int, *, warmup: int, precision: Precision, clock: Callable[[], float]
+) -> tuple[list[Line], dict[str, dict[str, list[float]]]]:
+    """Steps and forwards of a backbone with ELIT over its own without, as lines, and the times behind them (seconds)."""
+    device = batch.x.device
+    torch.manual_seed(0)
+    name, options = family_model(family, size)
+    options["input_size"] = batch.x.shape[-1]
+    plain = disturb(models.create_model(name, **options)).to(device)
+    elit = disturb(models.create_model(f"ELIT-{name}", elit_group_size=GROUP_SIZE, **options)).to(device)
+    if models.model_spec(name).text:
+        features = plain.example_condition(len(batch.t)).features
+        batch = batch._replace(y=Text(torch.randn_like(features)))
+    ema = EMA(elit, [0.9999])
+    steps = {family: TrainingStep(plain, EMA(plain, [0.9999]), batch, precision)}
+    steps |= {f"ELIT-{family}, b = {b:g}": TrainingStep(elit, ema, batch, precision, b) for b in FAMILY_BUDGETS}
+    times = in_turn(steps, repeats, warmup, device, clock)
+    lines = []
+    for part in ("step", "forward"):
+        for b in FAMILY_BUDGETS:
+            ratios = [x / y for x, y in zip(times[f"ELIT-{family}, b = {b:g}"][part], times[family][part], strict=True)]
+            predicted = models.count_flops(elit, b) / models.count_flops(plain)
+            lines.append(Line(f"ELIT-{family} {part} at b = {b:g} / {family}'s", ratios, predicted, FAMILY_BOUNDS[family]))
+    return lines, times
+
+
 def compare(
     size: str,
     tokens: int,
@@ -176,26 +232,19 @@ def compare(
     *,
     warmup: int = 2,
     device: torch.device,
-    mixed_precision: str = "no",
+    precision: Precision = contextlib.nullcontext,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Line], dict[str, dict[str, list[float]]], float]:
     """The table's lines, the times behind them (seconds), and how far the baseline's velocity is from ours (relative)."""
-    side = math.isqrt(tokens)
-    if side * side != tokens or side % GROUP_SIZE:
-        raise UserError(f"--tokens {tokens}: must be the square of a multiple of {GROUP_SIZE}")
+    side = side_of(tokens)
     torch.manual_seed(0)
     options = {"input_size": PATCH_SIZE * side}
     sit = disturb(models.create_model(f"SiT-{size}/{PATCH_SIZE}", **options)).to(device)
     elit = disturb(models.create_model(f"ELIT-SiT-{size}/{PATCH_SIZE}", elit_group_size=GROUP_SIZE, **options)).to(device)
     dfm = disturb(models.create_model(f"DFM-SiT-{size}/{PATCH_SIZE}", **options)).to(device)
     plain = PlainDiT(**options, **models.model_spec(f"SiT-{size}/{PATCH_SIZE}").sizes).to(device)
-    shape = (batch_size, 4, PATCH_SIZE * side, PATCH_SIZE * side)
-    batch = Batch(torch.randn(shape), torch.randn(shape), torch.rand(batch_size), torch.randint(1000, (batch_size,)))
-    batch = Batch(*(a.to(device) for a in batch))
+    batch = make_batch(batch_size, side, device)
     difference = same_velocity(sit, plain, batch)
-
-    def precision() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
 
     steps = {
         "SiT": TrainingStep(sit, EMA(sit, [0.9999]), batch, precision),
@@ -224,6 +273,9 @@ def compare(
 @cli_main
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="train_step.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--families", nargs="+", default=["SiT"], choices=["SiT", *FAMILY_BOUNDS], help="backbones, one after the other [SiT]"
+    )
     parser.add_argument("--model-size", default="S", choices=["Ti", "S", "B", "L", "XL"])
     parser.add_argument("--tokens", type=int, default=256, help="tokens per image: a square [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -242,22 +294,27 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    lines, times, difference = compare(
-        args.model_size,
-        args.tokens,
-        args.batch_size,
-        args.repeats,
-        warmup=args.warmup,
-        device=device,
-        mixed_precision=args.mixed_precision,
-        clock=CLOCKS[args.clock],
-    )
+
+    def precision() -> contextlib.AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
+
+    lines, times, difference = [], {}, None
+    how = {"warmup": args.warmup, "precision": precision, "clock": CLOCKS[args.clock]}
+    if "SiT" in args.families:
+        lines, times, difference = compare(args.model_size, args.tokens, args.batch_size, args.repeats, device=device, **how)
+    for family in args.families:
+        if family != "SiT":
+            batch = make_batch(args.batch_size, side_of(args.tokens), device)
+            of_family, seconds = compare_family(family, args.model_size, batch, args.repeats, **how)
+            lines, times = [*lines, *of_family], times | seconds
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{args.model_size}/{PATCH_SIZE}, {args.tokens} tokens, batch {args.batch_size}, group size {GROUP_SIZE}, "
         f"{args.mixed_precision}, {where}, {args.clock} clock, PyTorch {torch.__version__}, median of {args.repeats} rounds"
     )
-    print(f"same velocity from SiT and the plain stack: relative difference {difference:.1e}\n")
+    if difference is not None:
+        print(f"same velocity from SiT and the plain stack: relative difference {difference:.1e}")
+    print()
     print(f"{'milliseconds':36} {'step':>8} {'update':>8} {'forward':>8}")
     for name, parts in times.items():
         print(f"{name:36} " + " ".join(f"{1000 * statistics.median(v):8.1f}" for v in parts.values()))

@@ -138,10 +138,11 @@ def read_bare(
         names = ("head_depth", "tail_depth", "elit_tail")
         usual = spec.arguments(config["resolution"] // record.downsample_factor, levels=config.get("levels"))
         former = {**usual, **spec.former_split}
+        config["elit_write"] = "published" if is_published_elit else given.get("elit_write") or "published"
         if is_published_elit:
             # There the head is `encoder_depth` blocks, and the tail latents bypass the core.
             head = given.get("encoder_depth") or PUBLISHED_HEAD_DEPTH
-            config |= dict(zip(names, (head, former["tail_depth"], "skip"), strict=True)) | {"elit_write": "published"}
+            config |= dict(zip(names, (head, former["tail_depth"], "skip"), strict=True))
             _turn_published_interface(state_dict, config, spec, record)
         config |= {name: given[name] for name in names if given.get(name) is not None}
         missing = ["--" + name.replace("_", "-") for name in names if name not in config]

@@ -167,7 +167,7 @@ def bar_plot(path: str | Path, bars: dict[str, float], *, ylabel: str, title: st
 
     figure = Figure(figsize=(5, 4), dpi=160, layout="constrained")
     axis = _plain_axis(figure.subplots(), "", ylabel, title)
-    drawn = axis.bar(list(bars), list(bars.values()), color=[BLUE, ORANGE, GREEN][: len(bars)], width=0.6)
+    drawn = axis.bar(list(bars), list(bars.values()), color=[BLUE, ORANGE, GREEN, GREY][: len(bars)], width=0.6)
     first, *others = bars.values()
     labels = [f"{first:.4g}"] + [f"{v:.4g}\n({100 * (v / first - 1):+.0f}%)" for v in others]
     axis.bar_label(drawn, labels, padding=2, fontsize=9)

@@ -73,9 +73,6 @@ class DemoConfig:
     """Options of dataset_tools.py demo: the digit canvases of the quick start."""
 
     dest: str = option("files", ..., "new folder, for train/ and val/ with a folder per digit")
-    canvas: Literal["four", "mirrored"] = option(
-        "images", "four", "four handwritings of a digit, or one handwriting and its mirror images"
-    )
 
 
 @dataclasses.dataclass

@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-quickstart}
-ELIT=$OUT/quickstart/checkpoints/0000900.pt
-SIT=$OUT/quickstart_sit/checkpoints/0000660.pt
+ELIT=$OUT/quickstart/checkpoints/0001350.pt
+SIT=$OUT/quickstart_sit/checkpoints/0000990.pt
 SAMPLES=(--config experiments_updated/generation/quickstart.yaml --sample-dir "$OUT/samples")
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }
@@ -14,7 +14,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 train() { # CONFIG CHECKPOINT
     [ -f "$2" ] || accelerate launch --num_processes 1 --num_cpu_threads_per_process 1 train.py --config "$1" \
-        --output-dir "$OUT" --data-dir "$OUT/mirrored/train" --resume-step -1
+        --output-dir "$OUT" --data-dir "$OUT/data/train" --resume-step -1
 }
 sample() { OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=1 generate.py "${SAMPLES[@]}" "$@"; }
 together() { # COMMAND…: with the job in the background, whose failure is shown
@@ -23,8 +23,8 @@ together() { # COMMAND…: with the job in the background, whose failure is show
     wait "$other" || { cat "$OUT/background.log" >&2 && exit 1; }
 }
 
-say "data: a digit and its mirror images on each canvas"
-bash experiments_updated/quickstart_data.sh "$OUT" mirrored
+say "data: canvases of four digits"
+bash experiments_updated/quickstart_data.sh "$OUT"
 
 say "training; the plain model's progress is in $OUT/background.log"
 train experiments_updated/train/quickstart_sit.yaml "$SIT" >"$OUT/background.log" 2>&1 &
@@ -39,5 +39,5 @@ sample --ckpt "$ELIT" --inference-budget 1.0 --unconditional-inference-budget 0.
 
 say "measuring"
 python experiments_updated/quickstart_report.py "${SAMPLES[@]}" --ckpt "$ELIT" --baseline-ckpt "$SIT" \
-    --val-data-dir "$OUT/mirrored/val" --output-dir "$OUT"
+    --val-data-dir "$OUT/data/val" --output-dir "$OUT"
 say "done: $OUT/budgets.png, $OUT/table.md"

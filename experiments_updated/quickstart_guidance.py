@@ -1,6 +1,6 @@
 r"""Guidance and budgets over time on the quick start's model: a table of quality against compute.
 
-    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0001800.pt \
+    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0001350.pt \
         --config experiments_updated/generation/quickstart.yaml --cfg-scale 3 --num-fid-samples 60 \
         --sample-dir quickstart/samples --output-dir quickstart
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for (name, run), folder in zip(runs.items(), folders, strict=True):
         images = torch.from_numpy(np.load(folder.with_name(folder.name + ".npz"))["arr_0"]).permute(0, 3, 1, 2)
-        digits = digit_classifier.quarters(images, mirrored=True)
+        digits = digit_classifier.quarters(images)
         labels = labels_of(run, range(len(images))).repeat_interleave(4)
         flops = run.num_steps * cost.mean_flops_per_step(run, session.guidance(run), loaded.model)
         rows.append(

@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     labels = labels_of(config, range(len(rows[0].images))).numpy()
     features = [_features(classifier, row.images) for row in rows]  # (n, 4, 64), and the classes (n, 4), each
     reference = digit_classifier.statistics(classifier, val_digits)
-    fids = [_fid(f, reference) for f, _ in features]
     bootstrap = _bootstrap([f for f, _ in features], reference)  # (resamplings, rows)
     figures, rates = _figures(config, val_digits, rows), _images_per_second(rows)
+    fids = [f["fid"] for f in figures]
     # Cheap guidance draws with the weights of the row before it, and has no loss of its own.
     measured = [row for row in rows if not row.config.unconditional_inference_budget]
     losses = dict(zip((row.name for row in measured), _losses(measured), strict=True))
@@ -113,12 +113,10 @@ def main(argv: list[str] | None = None) -> None:
             "gflops_per_step": cost.mean_flops_per_step(row.config, session.guidance(row.config), row.loaded.model) / 1e9,
             "images_per_second": rates[i],
             "digits_in_class": float((features[i][1] == labels[:, None]).mean()),
-            "fid": fids[i],
-            **{name: figures[i][name] for name in ("precision", "recall")},
+            **{name: figures[i][name] for name in ("fid", "precision", "recall")},
             "fid_difference": fids[i] - fids[full],
             "fid_difference_standard_error": float((bootstrap[:, i] - bootstrap[:, full]).std(ddof=1)),
             "pixel_difference": float(np.abs(row.images.astype(np.int16) - rows[full].images).mean()),
-            "quarters_differ": _quarters_differ(row.images),
         }
         if row.name in losses:
             mean, error = _mean_and_error(losses[row.name] - losses[rows[full].name])
@@ -127,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         results.append(result)
     steps = _neighbours(config, rows, losses, fids, bootstrap)
     training = [_training(row) for row in rows if row.name in ("SiT", _name(config.budgets[-1]))]
-    text = "\n\n".join([_table(results, rows[full].name), _steps_table(steps), *(t["text"] for t in training)])
+    text = "\n\n".join([_table(results, rows[full].name), _steps_table(steps), _training_table(training)])
     print(text)
     (out / "table.md").write_text(text + "\n")
     content = {"classifier_accuracy": accuracy, "budgets": results, "steps": steps, "training": training}
@@ -224,19 +222,13 @@ def _val_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.n
 
 
 def _digits(canvases: np.ndarray) -> torch.Tensor:
-    """The digits of uint8 (n, H, W, 3) canvases, none of them mirrored: (4n, 3, 32, 32)."""
-    return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2), mirrored=True)
+    """The digits of uint8 (n, H, W, 3) canvases: (4n, 3, 32, 32)."""
+    return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2))
 
 
 def _features(classifier: digit_classifier.DigitClassifier, canvases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pool, logits = digit_classifier.features(classifier, _digits(canvases))
     return pool.double().unflatten(0, (-1, 4)).numpy(), logits.argmax(dim=1).unflatten(0, (-1, 4)).numpy()
-
-
-def _quarters_differ(canvases: np.ndarray) -> float:
-    """Root mean square difference of a canvas's quarters, none of them mirrored, from their mean, in grey levels."""
-    quarters = _digits(canvases)[:, 0].double().unflatten(0, (-1, 4))
-    return (quarters - quarters.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
 
 
 def _bootstrap(features: list[np.ndarray], reference: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -256,14 +248,11 @@ def _mean_and_error(differences: np.ndarray) -> tuple[float, float]:
 
 
 def _figures(config: ReportConfig, val_digits: torch.Tensor, rows: list[Row]) -> list[dict]:
-    """evaluate.py's JSON for each set of samples: a digit of each canvas against the held-out ones, in the classifier's features.
-
-    One of each: mirror images are one another's nearest neighbours, by which precision and recall measure.
-    """
+    """evaluate.py's JSON for each set of samples: their digits against the held-out ones, in the classifier's features."""
     folder = Path(config.output_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[digit_classifier.WEIGHTS_VARIABLE] = str(Path(config.output_dir) / "classifier.pt")
-    sets = {"held-out": val_digits} | {f"row-{i}": _digits(row.images)[::4] for i, row in enumerate(rows)}
+    sets = {"held-out": val_digits} | {f"row-{i}": _digits(row.images) for i, row in enumerate(rows)}
     for name, digits in sets.items():
         images = digits.permute(0, 2, 3, 1).numpy()
         write_npz(folder / f"{name}.npz", images.shape, images)
@@ -304,8 +293,12 @@ def _training(row: Row) -> dict[str, Any]:
         if values.get("images_per_second"):
             seconds += min(values["step"], options.log_every) * options.batch_size / values["images_per_second"]
     flops = 3 * forward * images
-    text = f"{options.model}: {row.weights.step:,} steps, {flops / 1e12:.0f} TFLOPs, {seconds:.0f} s of training on one core"
-    return {"model": options.model, "steps": row.weights.step, "flops": flops, "seconds": seconds, "text": text}
+    return {"model": options.model, "steps": row.weights.step, "flops": flops, "seconds": seconds}
+
+
+def _training_table(training: list[dict[str, Any]]) -> str:
+    lines = [[t["model"], f"{t['steps']:,}", f"{t['flops'] / 1e12:.0f}", f"{t['seconds']:.0f}"] for t in training]
+    return markdown_table(["trained on one core", "steps", "TFLOPs", "seconds"], lines)
 
 
 def _name(budget: float) -> str:
@@ -323,7 +316,6 @@ COLUMNS = {
     "held-out loss": "{held_out_loss:.4f}",
     "− full (± s.e.) ": "{held_out_loss_difference:+.4f} ± {held_out_loss_difference_standard_error:.4f}",
     "pixel − full": "{pixel_difference:.2f}",
-    "quarters differ": "{quarters_differ:.2f}",
 }
 
 

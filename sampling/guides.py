@@ -37,7 +37,7 @@ def read(config: GenerateConfig | InferenceTool, weights: Weights) -> Weights | 
         return None
     own = Architecture(resolution=config.resolution, num_classes=config.num_classes)
     try:
-        guide = reading.read_weights(config.guide_ckpt, config.guide_weights)
+        guide = reading.read_weights(config.guide_ckpt, config.guide_weights, {})
         resolve_architecture(own, {}, guide, config.guide_ckpt)
     except UserError as error:
         message = str(error).replace("--weights", "--guide-weights")

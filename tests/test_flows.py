@@ -160,7 +160,7 @@ def test_the_quick_starts_report_measures_at_the_times_and_stages_of_training(na
     model = randomize(models.create_model(name, input_size=8, num_classes=5, elit_group_size=2)).eval()
     config = quickstart_report.ReportConfig(model=name, val_data_dir=str(data), budgets=[0.25, 1.0], time_shift=shift)
     loaded, weights = SimpleNamespace(model=model, device=torch.device("cpu")), Weights({}, {"weighting": "lognormal"}, record)
-    found = quickstart_report._val_losses(config, loaded, weights)
+    found = quickstart_report.held_out_losses(config, loaded, weights)
     wanted = np.zeros((2, 3))
     batch = torch.utils.data.default_collate(LatentDataset(data).__getitems__([0, 1, 2]))
     for repeat in range(2):

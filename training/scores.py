@@ -18,9 +18,8 @@ from torch import nn
 
 from checkpoint import training_state
 from common.errors import UserError
-from common.files import write_json
+from common.files import DataError, write_json
 from common.logging import warn
-from common.precision import tf32
 from config.options import Architecture, GenerateConfig, TrainConfig
 from config.score_options import ScoreOptions
 from config.tool_options import MetricOptions
@@ -137,9 +136,9 @@ class Scores:
         self.config, self.accelerator, self.run_dir, self.shape = config, accelerator, run_dir, data.shape
         self.vae = vae or load_vae(config.vae or data.record.vae, accelerator.device, expected=data.record)[0]
         size = (config.resolution, config.resolution)
-        with tf32(False), _own_options():
+        with _own_options():
             self.scorer = Scorer(metric_options(config), config.eval_samples, size, PartialState(), warn)
-            self.scorer.look_at_reference()
+        self.scorer.look_at_reference()
         self._name, self._best, self._since = _decisive(config), None, 0
 
     @property
@@ -157,10 +156,11 @@ class Scores:
             suffix = LossCondition(budget).metric_suffix
             figures = None
             try:
-                with tf32(False):  # of the feature networks
-                    batches = self._batches(model, step, budget, should_stop)
-                    figures = self.scorer.score(batches, count, f"images of step {step}{suffix.replace('_', ' ')}")
+                batches = self._batches(model, step, budget, should_stop)
+                figures = self.scorer.score(batches, count, f"images of step {step}{suffix.replace('_', ' ')}")
             except UserError as error:  # the same in every process that draws, or in the one that computes
+                if isinstance(error, DataError):  # met by one process, for which the others wait
+                    raise
                 warn(f"step {step} is not scored: {error}")
             if self.run_dir.is_main:
                 values |= {metric + suffix: (figures or {}).get(metric) for metric in self.config.eval_metrics}
@@ -200,7 +200,7 @@ class Scores:
         share = images(session, options, range(self.config.eval_samples), accelerator.process_index, accelerator.num_processes)
         while True:
             batch, problem = None, ""
-            with tf32(self.config.allow_tf32), together(accelerator, [model, self.vae], should_stop):
+            with together(accelerator, [model, self.vae], should_stop):
                 try:
                     batch = next(share, None)
                 except UserError as error:  # latents that are not finite
