@@ -347,9 +347,9 @@ def poison(monkeypatch, steps):
     """The gradient of these steps is not finite, though the loss is."""
     forward = trainer.Trainer.forward
 
-    def poisoned(self, n, batch):
-        loss = forward(self, n, batch)
-        return loss + (next(self.model.parameters()).sum() * float("inf") if n + 1 in steps else 0)
+    def poisoned(self, batch):
+        loss = forward(self, batch)
+        return loss + (next(self.model.parameters()).sum() * float("inf") if self.step in steps else 0)
 
     monkeypatch.setattr(trainer.Trainer, "forward", poisoned)
 
