@@ -1,11 +1,12 @@
 r"""Makes training data and reference batches.
 
-`convert`: any images → numbered PNGs; `encode`: → VAE latents; `pack`: → a few large files; `check`, `stats`: is a data set whole,
+`convert`: any images → numbered PNGs; `encode`: → VAE latents; `text`: captions → text features; `pack`: → a few large files; `check`, `stats`: is a data set whole,
 and the statistics of its latents; `demo`: the images of the quick start; `reference`: images → a batch for `evaluate.py`.
 
     python dataset_tools.py convert --source=ImageNet/train --dest=DATA_DIR/images --resolution=256x256 \
         --transform=center-crop-dhariwal
     python dataset_tools.py encode --source=DATA_DIR/images --dest=DATA_DIR/vae-sd
+    python dataset_tools.py text --source=DATA_DIR --encoder=openai/clip-vit-large-patch14 --length=77
     python dataset_tools.py pack --source=DATA_DIR/vae-sd --dest=DATA_DIR/packed
     python dataset_tools.py check DATA_DIR
     python dataset_tools.py stats DATA_DIR
@@ -23,13 +24,23 @@ from common.errors import UserError, cli_main, did_you_mean
 from common.logging import warn
 from common.precision import set_tf32
 from config.parsing import parse, require_options
-from config.tool_options import CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, PackConfig, ReferenceConfig, StatsConfig
+from config.tool_options import (
+    CheckConfig,
+    ConvertConfig,
+    DemoConfig,
+    EncodeConfig,
+    PackConfig,
+    ReferenceConfig,
+    StatsConfig,
+    TextConfig,
+)
 from preprocessing.check import check
 from preprocessing.convert import convert
 from preprocessing.demo import demo
 from preprocessing.encode import encode
 from preprocessing.pack import pack
 from preprocessing.stats import stats
+from preprocessing.text import text
 
 
 def reference(config: ReferenceConfig) -> None:
@@ -48,6 +59,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "pack": (PackConfig, pack),
     "check": (CheckConfig, check),
     "stats": (StatsConfig, stats),
+    "text": (TextConfig, text),
     "demo": (DemoConfig, demo),
     "reference": (ReferenceConfig, reference),
 }

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     raise_lowest_budget(config, given)
     check(config)
     round_budgets(config)
+    checks.warn_of_budgets(config)
     compare(config, weights)
 
 

@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command: options → `compare`."""
     config, _, weights = session.from_command_line(MultibudgetConfig, argv, "elit_multibudget_inference.py", check_options)
     check(config)
+    checks.warn_of_budgets(config, config.budgets or checks.all_budgets(config.elit_group_size**2))
     compare(config, weights)
 
 

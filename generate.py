@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     for option, reason in flow_of(config).ignored_options.items():
         if option in given:
             warn(f"--{option.replace('_', '-')} has no effect: {reason}")
+    checks.warn_of_budgets(config)
     generate(config, weights)
 
 

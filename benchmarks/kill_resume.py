@@ -26,7 +26,7 @@ from common.errors import cli_main
 SIDE, CLASSES = 8, 5
 EVERY = 10  # steps between checkpoints
 KEPT = 3
-TIMED = ("images_per_second", "tflops")  # the entries of a line that two runs need not share
+TIMED = ("images_per_second", "tflops", "step_ms", "host_ms")  # the entries of a line that two runs need not share
 FIFTH = 0.2
 
 

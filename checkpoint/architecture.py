@@ -15,6 +15,8 @@ ARCHITECTURE = names(Architecture, resume="same", when=(None, "elit", "dfm"), im
 # How the model was made to be sampled, where the user says nothing else.
 SCHEDULE = names(Architecture, group="dfm", resume="free", images=True)
 
+DEPTHS = ("head_depth", "tail_depth")
+
 
 def resolve_architecture(config: Architecture, given: dict[str, Any], weights: Weights, where: str | Path) -> None:
     """Take the architecture from the checkpoint `where`; what is given by hand fills gaps in it and may not contradict it.
@@ -23,7 +25,7 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
     """
     if given.get("model"):
         given = given | {"model": models.model_spec(given["model"]).name}
-    recorded = {k: v for k, v in _with_depths(weights.config, weights.record).items() if v is not None}
+    recorded = {k: v for k, v in with_former_defaults(weights.config, weights.record).items() if v is not None}
     for name in ARCHITECTURE:
         value = recorded.get(name, getattr(config, name))
         if name in recorded and name in given and given[name] not in (None, value):
@@ -31,7 +33,7 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
         setattr(config, name, value)
     if config.model is None:
         raise UserError(f"{where}: the checkpoint records no model; give --model")
-    for name, value in _with_depths(vars(config), weights.record).items():
+    for name, value in with_former_defaults(vars(config), weights.record).items():
         setattr(config, name, value)
     for name in SCHEDULE:
         if name not in given and recorded.get(name):
@@ -39,11 +41,17 @@ def resolve_architecture(config: Architecture, given: dict[str, Any], weights: W
     weights.config |= {name: getattr(config, name) for name in (*ARCHITECTURE, "fused_attn")}
 
 
-def _with_depths(options: dict[str, Any], record: VAERecord) -> dict[str, Any]:
-    """The options with the depths that "by size" stands for, where they name a model."""
+def with_former_defaults(options: dict[str, Any], record: VAERecord) -> dict[str, Any]:
+    """The options with what a checkpoint that does not record them was made with, where they name a model.
+
+    That is: head and tail depth "by size", of the table that held until they were recorded, and the published Write.
+    """
     if not options.get("model") or not options.get("resolution"):
         return options
     side = options["resolution"] // record.downsample_factor
-    sizes = models.model_spec(options["model"]).arguments(side, levels=options.get("levels"))
-    depths = {k: sizes[k] for k in ("head_depth", "tail_depth") if k in sizes and options.get(k) is None}
-    return {**options, **depths}
+    spec = models.model_spec(options["model"])
+    if not spec.elastic:
+        return options
+    sizes = {**spec.arguments(side, levels=options.get("levels")), **spec.former_split}
+    former = {k: sizes[k] for k in DEPTHS if k in sizes} | {"elit_write": "published", "elit_mlp_ratio": 1.0}
+    return {**options, **{k: v for k, v in former.items() if options.get(k) is None}}

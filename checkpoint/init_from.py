@@ -19,7 +19,8 @@ from models.latent_interface import LatentInterface
 from models.uvit import UViT
 
 # The options whose change a user should see.
-DESCRIBING = ("model", "resolution", "num_classes", "path_type", "qk_norm", "enc_type", "elit_group_size", "elit_tail")
+_ELIT = ("elit_group_size", "elit_tail", "elit_write", "elit_mlp_ratio")
+DESCRIBING = ("model", "resolution", "num_classes", "path_type", "qk_norm", "enc_type", *_ELIT)
 
 
 @dataclass
@@ -77,6 +78,10 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     if not all(models.model_spec(c["model"]).elastic for c in (config, found.config)):
         differing = [k for k in differing if not k.startswith("elit_")]
     options = "".join(f", {k} {found.config[k]} → {config[k]}" for k in differing)
+    theirs = (found.config.get("arguments") or {}).get("time_scale", 1.0)  # SD3's is 1000, which no weight tells
+    if theirs != (own_scale := getattr(model, "time_scale", 1.0)):
+        options += f", time_scale {theirs} → {own_scale}"
+    options += f", what it predicts {found.config['predicts']} → velocity" if "predicts" in found.config else ""
     made = Transfer(f"started from {where}: step {found.step}{options}", left=[*aside, *(k for k in other if k not in own)])
     for name, dst in own.items():
         src = other.get(name)

@@ -14,7 +14,7 @@ from checkpoint.published import is_k_diffusion
 from common import tensor_files
 from common.errors import UserError
 from config.options import Architecture, ConvertCheckpointConfig
-from models.published import PREDICTIONS
+from models.published import PREDICTIONS, network_part
 
 
 @dataclass
@@ -83,8 +83,9 @@ def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
             lines.append(f"predicts    {PREDICTIONS[found.config['predicts']]}: not to be sampled from")
     except UserError as error:
         lines.append(f"model       not known: {error}")
-    count = sum(v.numel() for k, v in tensors.items() if not is_table(k, tensors))
-    lines.append(f"parameters  {count:,} in {len(tensors)} tensors")
+    own = network_part(tensors)
+    count = sum(v.numel() for k, v in own.items() if not is_table(k, own))
+    lines.append(f"parameters  {count:,} in {len(own)} tensors")
     print("\n  ".join(["\n".join(lines), *summary(tensors)]))
 
 

@@ -15,7 +15,7 @@ from checkpoint.weights import MODEL_OPTIONS, Weights
 from common.errors import UserError
 from config.options import ARCHITECTURE_KEYS
 from models.layers import sincos_position_embedding
-from models.published import PREDICTS, SIGNATURES, import_state_dict, network_part, published_family
+from models.published import PREDICTIONS, PREDICTS, SIGNATURES, import_state_dict, network_part, published_family
 from models.vae import SD_VAE, VAERecord, load_vae
 
 _PUBLISHED_NAMES = {
@@ -137,15 +137,17 @@ def read_bare(
     if spec.elastic:
         names = ("head_depth", "tail_depth", "elit_tail")
         usual = spec.arguments(config["resolution"] // record.downsample_factor, levels=config.get("levels"))
+        former = {**usual, **spec.former_split}
         if is_published_elit:
             # There the head is `encoder_depth` blocks, and the tail latents bypass the core.
             head = given.get("encoder_depth") or PUBLISHED_HEAD_DEPTH
-            config |= dict(zip(names, (head, usual["tail_depth"], "skip"), strict=True))
+            config |= dict(zip(names, (head, former["tail_depth"], "skip"), strict=True)) | {"elit_write": "published"}
             _turn_published_interface(state_dict, config, spec, record)
         config |= {name: given[name] for name in names if given.get(name) is not None}
         missing = ["--" + name.replace("_", "-") for name in names if name not in config]
         if missing:
-            usually = f"--head-depth {usual['head_depth']} --tail-depth {usual['tail_depth']} --elit-tail drop"
+            splits = ("--head-depth {head_depth} --tail-depth {tail_depth}".format(**split) for split in (usual, former))
+            usually = f"{', formerly '.join(dict.fromkeys(splits))}; --elit-tail drop"
             raise UserError(f"{path}: does not tell {', '.join(missing)}; give what it was made with (by default: {usually})")
     return Weights(state_dict, config, record)
 
@@ -216,7 +218,7 @@ def _architecture(
     else:
         told, grid = _sit(shapes)
     config: dict[str, Any] = {"path_type": given.get("path_type") or "linear", "qk_norm": bool(qk_norm(shapes))}
-    config["model"] = _model_name(shapes, told | {"patch_size": patch_size}, given)
+    config["model"] = _model_name(shapes, told | {"patch_size": patch_size}, given, foreign)
     if told.get("num_classes") is not None:
         config["num_classes"] = told["num_classes"]
     if grid is None and side is None:
@@ -256,7 +258,7 @@ def _sit(shapes: Shapes) -> tuple[dict[str, Any], int | None]:
     return told, math.isqrt(state_dict["pos_embed"].shape[1]) if "pos_embed" in shapes else None
 
 
-def _model_name(shapes: Shapes, told: dict[str, Any], given: dict[str, Any]) -> str:
+def _model_name(shapes: Shapes, told: dict[str, Any], given: dict[str, Any], foreign: bool) -> str:
     """The registered name of the family with these sizes; where there is none, the one that is given."""
     if "depths" in told:
         depth, width = told["depths"][-1], told["widths"][-1]
@@ -272,9 +274,10 @@ def _model_name(shapes: Shapes, told: dict[str, Any], given: dict[str, Any]) -> 
             raise UserError(f"--model {given['model']}: {shapes.path} holds a {fits[0] if fits else shapes.family}")
         return spec.name
     if not fits:
-        raise UserError(
-            f"{shapes.path}: a {shapes.family} of depth {depth} and width {width} is no registered size; give --model"
-        )
+        what = f"{shapes.family} of depth {depth} and width {width}"
+        if foreign and shapes.family in PREDICTS:
+            what = f"published {what}, which predicts {PREDICTIONS[PREDICTS[shapes.family]]},"
+        raise UserError(f"{shapes.path}: a {what} is no registered size; give --model")
     return fits[0]
 
 

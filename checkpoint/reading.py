@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from checkpoint.architecture import with_former_defaults
 from checkpoint.published import is_k_diffusion, k_diffusion_arguments, read_bare, read_published
 from checkpoint.records import (
     check_format,
@@ -134,9 +135,9 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
         known = ", ".join(["model", "ema", *(f"ema:{d}" for d in state["ema"])])
         raise UserError(f"--weights {weights}: not in {path}; it holds {known}")
     state_dict = check_state_dict(state_dict, str(path))
-    return Weights(
-        state_dict, recorded_config(state["config"], path), recorded_vae(state["vae"], path), recorded_step(state["step"], path)
-    )
+    record = recorded_vae(state["vae"], path)
+    config = with_former_defaults(recorded_config(state["config"], path), record)
+    return Weights(state_dict, config, record, recorded_step(state["step"], path))
 
 
 def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
@@ -167,7 +168,8 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
             raise
         raise UserError(f"{path}: its metadata config and vae must hold JSON") from None
     state_dict, step = check_state_dict(state_dict, str(path)), recorded_step(metadata.get("step", 0), path)
-    return Weights(state_dict, recorded_config(config, path), recorded_vae(record, path), step)
+    record = recorded_vae(record, path)
+    return Weights(state_dict, with_former_defaults(recorded_config(config, path), record), record, step)
 
 
 def _check_single(path: Path, weights: str) -> None:

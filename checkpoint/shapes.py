@@ -139,7 +139,9 @@ def qk_norm(shapes: Shapes) -> bool | str:
 
 def interface(shapes: Shapes) -> dict[str, Any]:
     """The options of the elastic interface that its weights tell."""
-    told = {"elit_group_size": math.isqrt(shapes("interface.query", 2)[0])}
+    latents, width = shapes("interface.query", 2)
+    told: dict[str, Any] = {"elit_group_size": math.isqrt(latents)}
+    told["elit_mlp_ratio"] = shapes("interface.reader.mlp.0.fc1.weight", 2)[0] / max(width, 1)
     for name, layers in (("elit_read_depth", "reader"), ("elit_write_depth", "writer")):
         pattern = rf"interface\.{layers}\.attn\.\d+\.q_proj\.weight"
         told[name] = sum(bool(re.fullmatch(pattern, key)) for key in shapes.state_dict)

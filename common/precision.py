@@ -1,9 +1,11 @@
 """The precision of matrix products and convolutions, and of automatic mixed precision."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.utils.deterministic
 
 from common.logging import warn
 
@@ -18,7 +20,7 @@ def set_tf32(enabled: bool) -> None:
 
 @contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """`set_tf32` for a while."""
+    """`set_tf32` for what is done inside."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     set_tf32(enabled)
     try:
@@ -26,6 +28,19 @@ def tf32(enabled: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def set_deterministic() -> None:
+    """Only kernels that give the same bits in every run; PyTorch raises an error where it has none. Before the first product on CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS adds in an order that changes
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
+
+
+def set_attention(cudnn: bool) -> None:
+    """Whether PyTorch may choose cuDNN's attention on CUDA; it plans anew, for up to a second, for every number of tokens."""
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def supported_precision(mixed_precision: str, on_cpu: bool) -> str:
@@ -40,3 +55,8 @@ def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManag
     """The context of a model's forward passes: automatic mixed precision of that type, or nothing for `no`."""
     dtype = AMP_TYPES[mixed_precision]
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """The context of what computes in its weights' own type, whatever automatic mixed precision is around it."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

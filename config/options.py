@@ -22,6 +22,9 @@ class Architecture:
     fused_attn: bool = option(
         "system", True, "scaled_dot_product_attention (false: plain matrix products)", resume="free", images=False
     )
+    cudnn_attn: bool = option(
+        "system", False, "let PyTorch choose cuDNN's attention on CUDA, in the blocks", resume="free", images=False
+    )
     path_type: Literal["linear", "cosine"] = option(
         "path", "linear", "interpolant between data and noise", resume="same", images=True
     )
@@ -45,6 +48,19 @@ class Architecture:
     )
     elit_tail: Literal["drop", "skip"] = option(
         "elit", "drop", "what becomes of the latents beyond the budget", resume="same", images=True, model=True
+    )
+    elit_write: Literal["published", "paper"] = option(
+        "elit", "published", "Write without norms, or with the paper's pre-norms", resume="same", images=True, model=True
+    )
+    elit_mlp_ratio: float = option(
+        "elit",
+        1.0,
+        "width of the MLPs in Read and Write, as a multiple of the model's",
+        gt=0,
+        le=64,
+        resume="same",
+        images=True,
+        model=True,
     )
     elit_max_mask_prob: float | None = option(
         "elit", None, "largest share of latents masked in training", ge=0, le=1, resume="changeable", images=False
@@ -123,6 +139,9 @@ class TrainConfig(ScoreOptions, Architecture):
         "output", None, "VAE for pictures: ema, mse, hub name or folder (default: the data set's record)", resume="free"
     )
     allow_tf32: bool = option("system", False, "TF32 matrix products on Ampere and newer GPUs", resume="changeable")
+    deterministic: bool = option(
+        "system", False, "only kernels that give the same bits in every run; slower on a GPU", resume="free"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
         "system", "fp16", "precision of the forward and backward pass", resume="changeable"
     )
@@ -192,7 +211,12 @@ class TrainConfig(ScoreOptions, Architecture):
         resume="free",
         distinct=True,
     )
-    compile: bool = option("system", False, "torch.compile the blocks", resume="free")
+    compile: bool | None = option(
+        "system",
+        None,
+        "torch.compile the blocks and the parts around them (default: on CUDA; --no-compile: nowhere)",
+        resume="free",
+    )
     gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     max_skipped_steps: int = option(
         "train", 50, "stop once so many steps in a row had a gradient that is not finite", ge=1, resume="free"
@@ -267,7 +291,7 @@ class Sampling(GuideOptions, CoreCacheOptions):
         "guidance", False, "guide with the same label at the unconditional budget", images=True, folder=(4, "autoguidance")
     )
     compile: bool = option(
-        "system", False, "torch.compile the blocks: slower to start; one graph for all budgets", images=False
+        "system", False, "torch.compile the model's parts: slower to start; one graph for all budgets", images=False
     )
 
 

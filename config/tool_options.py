@@ -73,6 +73,9 @@ class DemoConfig:
     """Options of dataset_tools.py demo: the digit canvases of the quick start."""
 
     dest: str = option("files", ..., "new folder, for train/ and val/ with a folder per digit")
+    canvas: Literal["four", "mirrored"] = option(
+        "images", "four", "four handwritings of a digit, or one handwriting and its mirror images"
+    )
 
 
 @dataclasses.dataclass
@@ -125,3 +128,61 @@ class ReferenceConfig(FeatureNetworks):
     )
     seed: int = option("metrics", 0, "seed of the choice", ge=0)
     dino: bool = option("metrics", False, "also the DINOv2 statistics that FDD needs")
+
+
+@dataclasses.dataclass
+class FinetuneDiffusersConfig:
+    """Options of finetune_diffusers.py: an interface for a pretrained transformer of diffusers."""
+
+    transformer: str = option(
+        "files", ..., "folder of save_pretrained, of the transformer or of its pipeline; or a name on the hub", resume="same"
+    )
+    data_dir: str = option("files", ..., "folder of .safetensors with latents and text features", resume="free")
+    output_dir: str = option("files", ..., "folder of this run; run the command again and it continues there", resume="free")
+    read_after: int = option("elit", 8, "blocks before Read", ge=0, le=1000, resume="same")
+    write_after: int = option("elit", 52, "blocks before Write, from the first block", ge=1, le=1000, resume="same")
+    group_size: int = option("elit", 8, "side of a group, in tokens", ge=1, le=256, resume="same")
+    read_depth: int = option("elit", 1, "cross-attention layers in Read", ge=1, le=100, resume="same")
+    write_depth: int = option("elit", 1, "cross-attention layers in Write", ge=1, le=100, resume="same")
+    min_budget: float = option(
+        "elit", 0.0625, "smallest budget that is trained; 1: the full one alone", gt=0, le=1, resume="same"
+    )
+    train: Literal["interface", "all"] = option("train", "interface", "what is trained", resume="same")
+    distill_weight: float = option("train", 20.0, "weight of the distance to the frozen original; 0: off", ge=0, resume="same")
+    cfg_prob: float = option(
+        "train", 0.1, "how often the empty prompt, of null.safetensors, takes a caption's place", ge=0, le=1, resume="same"
+    )
+    guidance: float = option("train", 3.5, "guidance scale that a guidance-distilled model is told", ge=0, resume="same")
+    max_train_steps: int = option("train", 60000, "optimizer steps", ge=1, le=10**9, resume="free")
+    batch_size: int = option("train", 16, "images per step, over all processes", ge=1, le=2**31 - 1, resume="same")
+    learning_rate: float = option("optimizer", 1e-4, "AdamW's", gt=0, resume="free")
+    warmup_steps: int = option("optimizer", 0, "steps in which the learning rate rises", ge=0, le=10**9, resume="free")
+    weight_decay: float = option("optimizer", 0.0, "AdamW's", ge=0, resume="free")
+    max_grad_norm: float = option("optimizer", 1.0, "largest norm of the gradient", gt=0, resume="free")
+    weighting: Literal["uniform", "lognormal"] = option("path", "lognormal", "how times are drawn", resume="same")
+    time_shift: float = option(
+        "path", 1.0, "s of t ← s·t/(1 + (s − 1)·t) (the paper: 2.22 at 512, 2.0 at 1024 px)", ge=1e-3, le=1e3, resume="same"
+    )
+    seed: int = option("run", 0, "seed of the interface, the data order and all draws", ge=0, resume="same")
+    checkpointing_steps: int = option("output", 1000, "steps between two saves", ge=1, le=10**9, resume="free")
+    log_steps: int = option("output", 10, "steps between two lines of metrics.jsonl", ge=1, le=10**9, resume="free")
+    dtype: Literal["float32", "bfloat16"] = option("system", "bfloat16", "of the frozen weights", resume="free")
+    mixed_precision: Literal["no", "bf16"] = option("system", "bf16", "of matrix products", resume="free")
+    gradient_checkpointing: bool = option("system", False, "recompute blocks in the backward pass: less memory", resume="free")
+
+
+@dataclasses.dataclass
+class TextConfig:
+    """Options of dataset_tools.py text: captions → text features."""
+
+    source: str = option("files", ..., "data folder with captions, e.g. DATA_DIR; writes DATA_DIR/text")
+    encoder: str = option(
+        "images",
+        "openai/clip-vit-large-patch14",
+        "text encoder: folder or hub name of a transformers model or of an SD3 pipeline, minilm, or words (for tests)",
+    )
+    length: int = option("images", 77, "text tokens; longer captions are cut (SD3: 77 more)", ge=1, le=4096)
+    dtype: Literal["float32", "float16"] = option("files", "float16", "how the features are stored")
+    packed: bool = option("files", False, "write one large file that training maps, in DATA_DIR/packed")
+    batch_size: int = option("system", 64, "images per batch, with all their captions", ge=1, le=2**31 - 1)
+    workers: int = option("system", 4, "threads of each process that write", ge=1, le=1024)

@@ -14,6 +14,7 @@ from common.file_tree import FileTree, read_regular
 from common.files import DataError, decode_name, encode_name, parse_json
 from common.image_files import image_names, read_image
 from data import remote
+from data.captions import PACKED_FILES, RECORD_FILE
 from data.latent_files import LatentFiles, format_shape, pair_key, pair_keys
 from data.packed import INDEX_FILE, PackedLatents
 from models.vae import VAERecord
@@ -32,7 +33,7 @@ def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str
     data_dir = Path(data_dir)
     if (data_dir / INDEX_FILE).is_file():
         return PackedLatents(data_dir)
-    if (data_dir / "packed").is_dir():
+    if (data_dir / "packed").is_dir() and not _holds_text_alone(data_dir / "packed"):
         return PackedLatents(data_dir / "packed")
     return LatentFiles(_part(data_dir, "vae-sd", "`dataset_tools.py encode` makes it"))
 
@@ -152,6 +153,11 @@ def channel_record(data_dir: str | Path, latents: LatentFiles | PackedLatents) -
             f"{where}: was made of {count} latents, but there are {len(latents)}; run `dataset_tools.py stats` again"
         )
     return VAERecord.from_dict(latents.record.to_dict() | values, where)
+
+
+def _holds_text_alone(packed: Path) -> bool:
+    """Is there nothing but text features, of latents that are not packed?"""
+    return (packed / RECORD_FILE).is_file() and {p.name for p in packed.iterdir()} <= set(PACKED_FILES)
 
 
 def _part(data_dir: Path, name: str, hint: str) -> Path:

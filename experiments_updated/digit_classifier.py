@@ -92,10 +92,17 @@ def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     return (logits.argmax(dim=1).cpu() == labels.cpu()).double().mean().item()
 
 
-def quarters(canvases: Tensor) -> Tensor:
-    """The digits of canvases, row by row: (B, 3, 64, 64) → (4B, 3, 32, 32)."""
+def quarters(canvases: Tensor, mirrored: bool = False) -> Tensor:
+    """The digits of canvases, row by row: (B, 3, 64, 64) → (4B, 3, 32, 32).
+
+    `mirrored`: of canvases that hold one digit and its mirror images, all turned the right way round.
+    """
     grid = canvases.unflatten(3, (2, 32)).unflatten(2, (2, 32))  # (B, 3, 2, 32, 2, 32)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    digits = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, 4, 3, 32, 32)
+    if mirrored:
+        flips = ((), (-1,), (-2,), (-2, -1))
+        digits = torch.stack([digit.flip(axes) for digit, axes in zip(digits.unbind(1), flips, strict=True)], dim=1)
+    return digits.flatten(0, 1)
 
 
 def load_or_train(path: str | Path | None = None) -> DigitClassifier:

@@ -1,27 +1,43 @@
 #!/usr/bin/env bash
-# Real digits → VAE latents → one elastic model → samples at three compute budgets → budgets.png and a table.
-# Everything goes to quickstart/ (or $1). Killed at any point, it goes on from there.
+# Real digits → VAE latents → one elastic model, and a plain one for the same compute → samples at three compute budgets →
+# budgets.png and a table. Everything goes to quickstart/ (or $1). Killed at any point, it goes on from there.
+# Trainings and samplings run two at a time, one thread each, so that results do not depend on the number of cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-quickstart}
-CKPT=$OUT/quickstart/checkpoints/0001800.pt
+ELIT=$OUT/quickstart/checkpoints/0000900.pt
+SIT=$OUT/quickstart_sit/checkpoints/0000660.pt
+SAMPLES=(--config experiments_updated/generation/quickstart.yaml --sample-dir "$OUT/samples")
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
-say "data: canvases of four digits"
-bash experiments_updated/quickstart_data.sh "$OUT"
+train() { # CONFIG CHECKPOINT
+    [ -f "$2" ] || accelerate launch --num_processes 1 --num_cpu_threads_per_process 1 train.py --config "$1" \
+        --output-dir "$OUT" --data-dir "$OUT/mirrored/train" --resume-step -1
+}
+sample() { OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=1 generate.py "${SAMPLES[@]}" "$@"; }
+together() { # COMMAND…: with the job in the background, whose failure is shown
+    local other=$!
+    "$@"
+    wait "$other" || { cat "$OUT/background.log" >&2 && exit 1; }
+}
 
-say "training"
-[ -f "$CKPT" ] || accelerate launch --num_processes 1 --num_cpu_threads_per_process "$(nproc)" train.py \
-    --config experiments_updated/train/quickstart.yaml --output-dir "$OUT" --data-dir "$OUT/data/train" --resume-step -1
+say "data: a digit and its mirror images on each canvas"
+bash experiments_updated/quickstart_data.sh "$OUT" mirrored
 
-for budget in 0.0625 0.25 1.0; do
-    say "sampling at budget $budget"
-    torchrun --standalone --nproc_per_node=1 generate.py --config experiments_updated/generation/quickstart.yaml \
-        --ckpt "$CKPT" --sample-dir "$OUT/samples" --inference-budget "$budget"
-done
+say "training; the plain model's progress is in $OUT/background.log"
+train experiments_updated/train/quickstart_sit.yaml "$SIT" >"$OUT/background.log" 2>&1 &
+together train experiments_updated/train/quickstart.yaml "$ELIT"
+
+say "sampling"
+sample --ckpt "$SIT" >"$OUT/background.log" 2>&1 &
+together sample --ckpt "$ELIT" --inference-budget 1.0
+sample --ckpt "$ELIT" --inference-budget 0.25 >"$OUT/background.log" 2>&1 &
+together sample --ckpt "$ELIT" --inference-budget 0.0625
+sample --ckpt "$ELIT" --inference-budget 1.0 --unconditional-inference-budget 0.0625
 
 say "measuring"
-python experiments_updated/quickstart_report.py --ckpt "$CKPT" --config experiments_updated/generation/quickstart.yaml \
-    --sample-dir "$OUT/samples" --val-data-dir "$OUT/data/val" --output-dir "$OUT"
+python experiments_updated/quickstart_report.py "${SAMPLES[@]}" --ckpt "$ELIT" --baseline-ckpt "$SIT" \
+    --val-data-dir "$OUT/mirrored/val" --output-dir "$OUT"
 say "done: $OUT/budgets.png, $OUT/table.md"

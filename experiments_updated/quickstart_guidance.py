@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for (name, run), folder in zip(runs.items(), folders, strict=True):
         images = torch.from_numpy(np.load(folder.with_name(folder.name + ".npz"))["arr_0"]).permute(0, 3, 1, 2)
-        digits = digit_classifier.quarters(images)
+        digits = digit_classifier.quarters(images, mirrored=True)
         labels = labels_of(run, range(len(images))).repeat_interleave(4)
         flops = run.num_steps * cost.mean_flops_per_step(run, session.guidance(run), loaded.model)
         rows.append(

@@ -1,11 +1,18 @@
-"""The quick start's result: budgets.png (rows: budgets, columns: classes) and a table of quality against compute."""
+"""The quick start's result: budgets.png (rows: baseline and budgets, columns: classes) and a table of quality against compute.
+
+The baseline is the plain transformer, trained beside the elastic one for the same compute. Differences are paired: the same noise,
+times and labels; their standard errors are over canvases (losses) or by bootstrap over canvases (FID).
+"""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,33 +23,63 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import evaluate
 import generate
 import models
+from checkpoint import reading
+from checkpoint.architecture import resolve_architecture
 from checkpoint.weights import Weights
 from common.errors import UserError, cli_main
 from common.files import check_folder
 from common.plotting import labelled_grid
 from common.tables import markdown_table
-from config.options import GenerateConfig
+from config.options import GenerateConfig, TrainConfig
 from config.parsing import require_options
 from config.rules import option
 from data.dataset import LatentDataset
 from experiments_updated import digit_classifier
 from flows import flow_of
+from metrics import frechet_distance
 from metrics.images import write_npz
-from sampling import image_folder, session
+from models.costs import mean_forward_flops
+from sampling import cost, image_folder, session
 from sampling.images import draw, labels_of
 from sampling.session import Session
+from training.setup import trained_budgets
 
-TIMED_IMAGES, TIMED_ROUNDS = 20, 2
+TIMED_IMAGES, TIMED_ROUNDS = 10, 2
 VAL_REPEATS = 2  # noise and times drawn for each held-out canvas
+BOOTSTRAP = 200  # resamplings of the canvases
 
 
 @dataclasses.dataclass
 class ReportConfig(GenerateConfig):
     """Options of quickstart_report.py: those of the samples, and where the held-out data are."""
 
-    val_data_dir: str = option("data", ..., "held-out data set")
-    output_dir: str = option("output", "quickstart", "folder of budgets.png, table.md and results.json")
-    budgets: list[float] = option("sample", [0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1)
+    baseline_ckpt: str | None = option("checkpoint", None, "the plain transformer's checkpoint", images=False)
+    val_data_dir: str = option("data", ..., "held-out data set", images=False)
+    output_dir: str = option("output", "quickstart", "folder of budgets.png, table.md and results.json", images=False)
+    budgets: list[float] = option(
+        "sample", [0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1, images=False
+    )
+
+
+@dataclass
+class Row:
+    """A set of samples: its options, the model that drew it, and the canvases (n, H, W, 3)."""
+
+    name: str
+    config: ReportConfig
+    loaded: Session
+    weights: Weights
+    images: np.ndarray
+
+    @property
+    def budget(self) -> float | None:
+        """The budget of the conditional pass."""
+        return None if self.config.inference_budget is None else float(self.config.inference_budget)
+
+    @property
+    def flops(self) -> float:
+        """Of one forward of one image."""
+        return models.count_flops(self.loaded.model, self.budget)
 
 
 @cli_main
@@ -51,45 +88,53 @@ def main(argv: list[str] | None = None) -> None:
     config, _, weights = session.from_command_line(ReportConfig, argv, "quickstart_report.py", check_options)
     generate.name_run(config, weights)
     generate.check(config)
-    loaded = session.load(config, weights, session.device())
-
+    rows = _rows(config, weights)
     out = Path(config.output_dir)
     classifier = digit_classifier.load_or_train(out / "classifier.pt")
     val_digits, val_labels = digit_classifier.digit_images(held_out=True)
     accuracy = digit_classifier.accuracy(classifier, val_digits, val_labels)
     print(f"digit classifier: {accuracy:.3f} of the 1,000 held-out digits right")
 
-    samples = [_samples(config, budget) for budget in config.budgets]  # (n, H, W, 3) each
-    labels = labels_of(config, range(len(samples[0]))).numpy()
-    rates = _images_per_second(config, loaded)
-    losses = _val_losses(config, loaded, weights)
-    figures = _figures(config, val_digits, samples)
-    rows = []
-    for i, (budget, images) in enumerate(zip(config.budgets, samples, strict=True)):
-        predicted = digit_classifier.features(classifier, _digits(images))[1].argmax(dim=1).numpy()
-        difference = losses[i] - losses[-1]
-        rows.append(
-            {
-                "budget": budget,
-                "gflops_per_forward": models.count_flops(loaded.model, budget) / 1e9,
-                "images_per_second": rates[i],
-                "digits_in_class": float((predicted == labels.repeat(4)).mean()),
-                **{name: figures[i][name] for name in ("fid", "is", "precision", "recall")},
-                "held_out_loss": float(losses[i].mean()),
-                "held_out_loss_difference": float(difference.mean()),
-                "held_out_loss_difference_standard_error": float(difference.std(ddof=1) / len(difference) ** 0.5),
-                "pixel_difference": float(np.abs(images.astype(np.int16) - samples[-1]).mean()),
-            }
-        )
-    table = _table(rows)
-    print(table)
-    (out / "table.md").write_text(table + "\n")
-    (out / "results.json").write_text(json.dumps({"classifier_accuracy": accuracy, "budgets": rows}, indent=1) + "\n")
+    labels = labels_of(config, range(len(rows[0].images))).numpy()
+    features = [_features(classifier, row.images) for row in rows]  # (n, 4, 64), and the classes (n, 4), each
+    reference = digit_classifier.statistics(classifier, val_digits)
+    fids = [_fid(f, reference) for f, _ in features]
+    bootstrap = _bootstrap([f for f, _ in features], reference)  # (resamplings, rows)
+    figures, rates = _figures(config, val_digits, rows), _images_per_second(rows)
+    # Cheap guidance draws with the weights of the row before it, and has no loss of its own.
+    measured = [row for row in rows if not row.config.unconditional_inference_budget]
+    losses = dict(zip((row.name for row in measured), _losses(measured), strict=True))
+    full = next(i for i, row in enumerate(rows) if row.name == _name(config.budgets[-1]))
+    results = []
+    for i, row in enumerate(rows):
+        result = {
+            "name": row.name,
+            "gflops_per_forward": row.flops / 1e9,
+            "gflops_per_step": cost.mean_flops_per_step(row.config, session.guidance(row.config), row.loaded.model) / 1e9,
+            "images_per_second": rates[i],
+            "digits_in_class": float((features[i][1] == labels[:, None]).mean()),
+            "fid": fids[i],
+            **{name: figures[i][name] for name in ("precision", "recall")},
+            "fid_difference": fids[i] - fids[full],
+            "fid_difference_standard_error": float((bootstrap[:, i] - bootstrap[:, full]).std(ddof=1)),
+            "pixel_difference": float(np.abs(row.images.astype(np.int16) - rows[full].images).mean()),
+            "quarters_differ": _quarters_differ(row.images),
+        }
+        if row.name in losses:
+            mean, error = _mean_and_error(losses[row.name] - losses[rows[full].name])
+            result |= {"held_out_loss": float(losses[row.name].mean())}
+            result |= {"held_out_loss_difference": mean, "held_out_loss_difference_standard_error": error}
+        results.append(result)
+    steps = _neighbours(config, rows, losses, fids, bootstrap)
+    training = [_training(row) for row in rows if row.name in ("SiT", _name(config.budgets[-1]))]
+    text = "\n\n".join([_table(results, rows[full].name), _steps_table(steps), *(t["text"] for t in training)])
+    print(text)
+    (out / "table.md").write_text(text + "\n")
+    content = {"classifier_accuracy": accuracy, "budgets": results, "steps": steps, "training": training}
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     first = [int(np.flatnonzero(labels == c)[0]) for c in range(config.num_classes)]
-    names = [f"budget {_fraction(b)}\n{r['gflops_per_forward']:.2f} GFLOPs" for b, r in zip(config.budgets, rows, strict=True)]
-    labelled_grid(
-        np.stack([s[first] for s in samples]), names, [str(c) for c in range(config.num_classes)], out / "budgets.png"
-    )
+    names = [f"{'' if r is rows[0] and r.budget is None else 'budget '}{r.name}\n{r.flops / 1e9:.2f} GFLOPs" for r in measured]
+    labelled_grid(np.stack([r.images[first] for r in measured]), names, [str(c) for c in range(10)], out / "budgets.png")
 
 
 def check_options(config: ReportConfig) -> None:
@@ -99,28 +144,55 @@ def check_options(config: ReportConfig) -> None:
     check_folder("--output-dir", config.output_dir)
 
 
-def _with_budget(config: ReportConfig, budget: float) -> ReportConfig:
-    return dataclasses.replace(config, inference_budget=str(budget))
+def _rows(config: ReportConfig, weights: Weights) -> list[Row]:
+    """The baseline, the budgets, and the full one with cheap guidance at the lowest."""
+    loaded = session.load(config, weights, session.device())
+    elastic: list[tuple[str, dict[str, Any]]] = [(_name(b), {"inference_budget": str(b)}) for b in config.budgets]
+    low = config.budgets[0]
+    cheap = {"inference_budget": str(config.budgets[-1]), "unconditional_inference_budget": low}
+    elastic.append((f"{_name(config.budgets[-1])}, cheap CFG at {_name(low)}", cheap))
+    rows = []
+    if config.baseline_ckpt is not None:
+        plain = dataclasses.replace(config, ckpt=config.baseline_ckpt, exp_name=None)
+        plain_weights = reading.read_weights(config.baseline_ckpt, config.weights)
+        resolve_architecture(plain, {}, plain_weights, config.baseline_ckpt)
+        generate.name_run(plain, plain_weights)
+        plain_loaded = session.load(plain, plain_weights, session.device())
+        rows.append(Row("SiT", plain, plain_loaded, plain_weights, _samples(plain)))
+    for name, changes in elastic:
+        options = dataclasses.replace(config, **changes)
+        rows.append(Row(name, options, loaded, weights, _samples(options)))
+    return rows
 
 
-def _samples(config: ReportConfig, budget: float) -> np.ndarray:
-    folder = image_folder.images_folder(_with_budget(config, budget))
+def _samples(config: ReportConfig) -> np.ndarray:
+    folder = image_folder.images_folder(config)
     path = folder.with_name(folder.name + ".npz")
     if not path.is_file():
-        raise UserError(f"--sample-dir {config.sample_dir}: no samples at budget {budget:g} ({path}); run generate.py first")
+        raise UserError(f"--sample-dir {config.sample_dir}: no samples {path}; run generate.py first")
     return np.load(path)["arr_0"]
 
 
-def _images_per_second(config: ReportConfig, loaded: Session) -> list[float]:
-    """Sampling and decoding at each budget, the budgets by turns; the best of the rounds."""
-    best = [float("inf")] * len(config.budgets)
+def _images_per_second(rows: list[Row]) -> list[float]:
+    """Sampling and decoding, the rows by turns; the best of the rounds."""
+    best = [float("inf")] * len(rows)
     with torch.inference_mode():
         for _ in range(TIMED_ROUNDS):
-            for i, budget in enumerate(config.budgets):
+            for i, row in enumerate(rows):
                 start = time.perf_counter()
-                draw(loaded, _with_budget(config, budget), range(TIMED_IMAGES)).cpu()
+                draw(row.loaded, row.config, range(TIMED_IMAGES)).cpu()
                 best[i] = min(best[i], time.perf_counter() - start)
     return [TIMED_IMAGES / seconds for seconds in best]
+
+
+def _losses(rows: list[Row]) -> list[np.ndarray]:
+    """Each held-out canvas's loss (canvases,) of each row; the budgets of one model together."""
+    losses: list[np.ndarray] = []
+    for model in dict.fromkeys(id(row.loaded) for row in rows):
+        same = [row for row in rows if id(row.loaded) == model]
+        config = dataclasses.replace(same[0].config, budgets=[row.budget for row in same])
+        losses += list(_val_losses(config, same[0].loaded, same[0].weights))
+    return losses
 
 
 def _val_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.ndarray:
@@ -152,16 +224,46 @@ def _val_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.n
 
 
 def _digits(canvases: np.ndarray) -> torch.Tensor:
-    """The digits of uint8 (n, H, W, 3) canvases: (4n, 3, 32, 32)."""
-    return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2))
+    """The digits of uint8 (n, H, W, 3) canvases, none of them mirrored: (4n, 3, 32, 32)."""
+    return digit_classifier.quarters(torch.from_numpy(canvases).permute(0, 3, 1, 2), mirrored=True)
 
 
-def _figures(config: ReportConfig, val_digits: torch.Tensor, samples: list[np.ndarray]) -> list[dict]:
-    """evaluate.py's JSON for each set of samples: their digits against the held-out ones, in the classifier's features."""
+def _features(classifier: digit_classifier.DigitClassifier, canvases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    pool, logits = digit_classifier.features(classifier, _digits(canvases))
+    return pool.double().unflatten(0, (-1, 4)).numpy(), logits.argmax(dim=1).unflatten(0, (-1, 4)).numpy()
+
+
+def _quarters_differ(canvases: np.ndarray) -> float:
+    """Root mean square difference of a canvas's quarters, none of them mirrored, from their mean, in grey levels."""
+    quarters = _digits(canvases)[:, 0].double().unflatten(0, (-1, 4))
+    return (quarters - quarters.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
+
+
+def _bootstrap(features: list[np.ndarray], reference: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """FID of resampled canvases (resamplings, rows): the same canvases for all rows, which share noise and labels."""
+    rng, n = np.random.default_rng(0), len(features[0])
+    chosen = rng.integers(n, size=(BOOTSTRAP, n))
+    return np.array([[_fid(f[rows], reference) for f in features] for rows in chosen])
+
+
+def _fid(features: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) -> float:
+    flat = features.reshape(-1, features.shape[-1])
+    return frechet_distance(flat.mean(axis=0), np.cov(flat, rowvar=False), *reference)
+
+
+def _mean_and_error(differences: np.ndarray) -> tuple[float, float]:
+    return float(differences.mean()), float(differences.std(ddof=1) / len(differences) ** 0.5)
+
+
+def _figures(config: ReportConfig, val_digits: torch.Tensor, rows: list[Row]) -> list[dict]:
+    """evaluate.py's JSON for each set of samples: a digit of each canvas against the held-out ones, in the classifier's features.
+
+    One of each: mirror images are one another's nearest neighbours, by which precision and recall measure.
+    """
     folder = Path(config.output_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[digit_classifier.WEIGHTS_VARIABLE] = str(Path(config.output_dir) / "classifier.pt")
-    sets = {"held-out": val_digits} | {f"budget-{b:g}": _digits(s) for b, s in zip(config.budgets, samples, strict=True)}
+    sets = {"held-out": val_digits} | {f"row-{i}": _digits(row.images)[::4] for i, row in enumerate(rows)}
     for name, digits in sets.items():
         images = digits.permute(0, 2, 3, 1).numpy()
         write_npz(folder / f"{name}.npz", images.shape, images)
@@ -173,41 +275,73 @@ def _figures(config: ReportConfig, val_digits: torch.Tensor, samples: list[np.nd
     return evaluated
 
 
-def _fraction(budget: float) -> str:
+def _neighbours(
+    config: ReportConfig, rows: list[Row], losses: dict[str, np.ndarray], fids: list[float], bootstrap: np.ndarray
+) -> list[dict[str, Any]]:
+    """What each step in compute gains: losses and FID of one row less those of the next, with their standard errors."""
+    place = {row.name: i for i, row in enumerate(rows)}
+    names = [_name(b) for b in config.budgets]
+    pairs = [*itertools.pairwise(names), *((names[-1], name) for name in place if name not in names)]
+    steps = []
+    for a, b in pairs:
+        step: dict[str, Any] = {"from": a, "to": b, "fid": fids[place[a]] - fids[place[b]]}
+        step["fid_standard_error"] = float((bootstrap[:, place[a]] - bootstrap[:, place[b]]).std(ddof=1))
+        if a in losses and b in losses:
+            step["loss"], step["loss_standard_error"] = _mean_and_error(losses[a] - losses[b])
+        steps.append(step)
+    return steps
+
+
+def _training(row: Row) -> dict[str, Any]:
+    """What the training of a row's model took: steps, FLOPs, and the seconds by its metrics.jsonl."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    options = TrainConfig(**{k: v for k, v in row.weights.config.items() if k in names})
+    images = row.weights.step * options.batch_size * options.gradient_accumulation_steps
+    forward = mean_forward_flops(row.loaded.model, trained_budgets(options))  # pyright: ignore[reportArgumentType], a Backbone
+    seconds = 0.0
+    for line in (Path(row.config.ckpt).parent.parent / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        if values.get("images_per_second"):
+            seconds += min(values["step"], options.log_every) * options.batch_size / values["images_per_second"]
+    flops = 3 * forward * images
+    text = f"{options.model}: {row.weights.step:,} steps, {flops / 1e12:.0f} TFLOPs, {seconds:.0f} s of training on one core"
+    return {"model": options.model, "steps": row.weights.step, "flops": flops, "seconds": seconds, "text": text}
+
+
+def _name(budget: float) -> str:
     return f"1/{round(1 / budget)}" if budget < 1 and (1 / budget).is_integer() else f"{budget:g}"
 
 
-def _table(rows: list[dict]) -> str:
-    head = [
-        "budget",
-        "GFLOPs / forward",
-        "images/s",
-        "digits in class",
-        "FID",
-        "precision",
-        "recall",
-        "held-out loss",
-        "− full (± s.e.)",
-        "pixel − full",
-    ]
+COLUMNS = {
+    "GFLOPs / forward": "{gflops_per_forward:.3f}",
+    "images/s": "{images_per_second:.2f}",
+    "digits in class": "{digits_in_class:.3f}",
+    "FID": "{fid:.2f}",
+    "− full (± s.e.)": "{fid_difference:+.2f} ± {fid_difference_standard_error:.2f}",
+    "precision": "{precision:.3f}",
+    "recall": "{recall:.3f}",
+    "held-out loss": "{held_out_loss:.4f}",
+    "− full (± s.e.) ": "{held_out_loss_difference:+.4f} ± {held_out_loss_difference_standard_error:.4f}",
+    "pixel − full": "{pixel_difference:.2f}",
+    "quarters differ": "{quarters_differ:.2f}",
+}
+
+
+def _table(results: list[dict[str, Any]], full: str) -> str:
     lines = []
-    for r in rows:
-        difference = f"{r['held_out_loss_difference']:+.4f} ± {r['held_out_loss_difference_standard_error']:.4f}"
-        lines.append(
-            [
-                _fraction(r["budget"]),
-                f"{r['gflops_per_forward']:.3f}",
-                f"{r['images_per_second']:.2f}",
-                f"{r['digits_in_class']:.3f}",
-                f"{r['fid']:.2f}",
-                f"{r['precision']:.3f}",
-                f"{r['recall']:.3f}",
-                f"{r['held_out_loss']:.4f}",
-                difference if r is not rows[-1] else "0",
-                f"{r['pixel_difference']:.2f}",
-            ]
-        )
-    return markdown_table(head, lines)
+    for r in results:
+        cells = {head: form for head, form in COLUMNS.items() if "loss" not in form or "held_out_loss" in r}
+        line = [cells[head].format(**r) if head in cells else "" for head in COLUMNS]
+        lines.append([r["name"], *("0" if r["name"] == full and "±" in cell else cell for cell in line)])
+    return markdown_table(["budget", *COLUMNS], lines)
+
+
+def _steps_table(steps: list[dict[str, Any]]) -> str:
+    lines = []
+    for s in steps:
+        loss = f"{s['loss']:+.4f} ± {s['loss_standard_error']:.4f}" if "loss" in s else ""
+        lines.append([f"{s['from']} − {s['to']}", loss, f"{s['fid']:+.2f} ± {s['fid_standard_error']:.2f}"])
+    return markdown_table(["difference (± s.e.)", "held-out loss", "FID"], lines)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Scorer:
     """
 
     def __init__(self, options: MetricOptions, count: int, size: tuple[int, int], state: PartialState, warn: Warn):
-        """Check, and load the networks. The reference is looked at when the first set is scored, or by `look_at_reference`.
+        """Check, and load the networks.
 
         Args:
             options: `ref`, `metrics` (none: all that reference and network allow), networks, `batch_size` of the networks.
@@ -103,7 +103,7 @@ class Scorer:
             )
 
     def look_at_reference(self) -> None:
-        """Fill in the features of the reference, from the file beside it where there is one."""
+        """Fill in the features of the reference, from the file beside it where there is one; done by the first `score` at the latest."""
         if self._is_ready or not self.ref.wanted:
             return
         is_main, path = self._state.is_main_process, None

@@ -6,16 +6,18 @@ A family is a backbone with its own table of sizes; `ELIT-` in front of a name p
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from common.errors import UserError, did_you_mean
-from models.backbone import Backbone, checkpoint_blocks, compile_model
+from models.backbone import Backbone, checkpoint_blocks
+from models.compilation import compile_model
 from models.costs import count_flops, count_reused_flops
 from models.dfm import DFMELITSiT, DFMSiT
 from models.elit import Elastic, ELITHDiT, ELITMMDiT, ELITSiT, ELITUViT
 from models.hdit import HDiT
+from models.latent_interface import budget_to_k
 from models.layers import QKNorm
 from models.mmdit import MMDiT
 from models.published import import_state_dict
@@ -45,6 +47,7 @@ class ModelSpec:
         name, family: e.g. "ELIT-SiT-XL/2" and "ELIT-SiT".
         sizes: what the name says, as arguments of the constructor's `size_arguments`.
         qk_norm: the norm of queries and keys that the option of this name turns on; None where the model has no such norm.
+        former_split: head and tail depth of checkpoints that record none, where today's default is another.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ModelSpec:
     constructor: type[Backbone]
     sizes: Mapping[str, Any]
     qk_norm: QKNorm | None = None
+    former_split: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def elastic(self) -> bool:
@@ -84,6 +88,16 @@ class ModelSpec:
         """Latents of a group that become one in the innermost blocks: budgets of fewer cost no less there."""
         return 4 if self.sizes.get("layout") == "hourglass" else 1
 
+    def wasted_saving(self, group_size: int, budgets: Iterable[float | None]) -> str | None:
+        """What to warn of where some of the budgets cost no less than others, since blocks merge latents."""
+        J = group_size**2
+        if not self.elastic or all(budget_to_k(b, J) >= self.merged_latents for b in budgets):
+            return None
+        return (
+            f"budgets below {self.merged_latents}/{J} cost {self.name} no less in its inner blocks, which merge "
+            f"{self.merged_latents} latents"
+        )
+
     @property
     def backbone(self) -> str:
         """The family without ELIT and DFM: models of one backbone have the same blocks."""
@@ -94,23 +108,29 @@ class ModelSpec:
         return self.constructor.size_arguments(input_size, **{**self.sizes, **overrides})
 
 
+_ENDS = ("head_depth", "tail_depth")
 # Of each size the backbone's arguments, and those of ELIT around it.
 Table = dict[str, tuple[dict[str, Any], dict[str, int]]]
 
 
-def _table(names: tuple[str, ...], *rows: tuple, ends: tuple[str, ...] = ("head_depth", "tail_depth")) -> Table:
+def _table(names: tuple[str, ...], *rows: tuple, ends: tuple[str, ...] = _ENDS) -> Table:
     """Rows of (size, values of `names` …, value of `ends`)."""
     return {size: (dict(zip(names, values, strict=True)), {end: last for end in ends}) for size, *values, last in rows}
 
 
-_SIT = _table(
+_SIT = _table(  # splits by the ELIT paper's study of B/2 and XL/2; of Ti by docs/findings.md
     ("depth", "hidden_size", "num_heads"),
-    ("Ti", 8, 192, 3, 1),
-    ("S", 12, 384, 6, 2),
-    ("B", 12, 768, 12, 2),
+    ("Ti", 8, 192, 3, 2),
+    ("S", 12, 384, 6, 3),
+    ("B", 12, 768, 12, 3),
     ("L", 24, 1024, 16, 4),
     ("XL", 28, 1152, 16, 4),
 )
+# The splits until they were recorded in checkpoints; SiT's two layouts still have them.
+_FORMER_SPLITS: dict[str, dict[str, int]] = {
+    size: dict.fromkeys(_ENDS, ends) for size, ends in {"Ti": 1, "S": 2, "B": 2, "L": 4, "XL": 4}.items()
+}
+_SIT_LAYOUTS: Table = {size: (arguments, _FORMER_SPLITS[size]) for size, (arguments, _) in _SIT.items()}
 _UVIT = _table(  # depth: blocks but the middle one
     ("depth", "hidden_size", "num_heads", "final_conv"),
     ("Ti", 6, 192, 3, True, 1),
@@ -149,7 +169,8 @@ def _family(
         for patch_size in patch_sizes:
             ends = elit if issubclass(constructor, Elastic) else {}
             sizes = {**arguments, "patch_size": patch_size, **ends, **fixed}
-            yield ModelSpec(f"{family}-{size}/{patch_size}", family, constructor, sizes, norm)
+            former = _FORMER_SPLITS[size] if ends and table is _SIT else {}
+            yield ModelSpec(f"{family}-{size}/{patch_size}", family, constructor, sizes, norm, former)
 
 
 _SPECS = (
@@ -157,10 +178,10 @@ _SPECS = (
     *_family("ELIT-SiT", ELITSiT, _SIT, (2, 4, 8), True),
     *_family("DFM-SiT", DFMSiT, _SIT, (2, 4, 8), True),
     *_family("DFM-ELIT-SiT", DFMELITSiT, _SIT, (2, 4, 8), True),
-    *_family("SiT-UViT", SiT, _SIT, (2,), "rms", **_UNET),
-    *_family("ELIT-SiT-UViT", ELITSiT, _SIT, (2,), "rms", **_UNET),
-    *_family("SiT-HDiT", SiT, _SIT, (2,), "rms", **_HOURGLASS),
-    *_family("ELIT-SiT-HDiT", ELITSiT, _SIT, (2,), "rms", **_HOURGLASS),
+    *_family("SiT-UViT", SiT, _SIT_LAYOUTS, (2,), "rms", **_UNET),
+    *_family("ELIT-SiT-UViT", ELITSiT, _SIT_LAYOUTS, (2,), "rms", **_UNET),
+    *_family("SiT-HDiT", SiT, _SIT_LAYOUTS, (2,), "rms", **_HOURGLASS),
+    *_family("ELIT-SiT-HDiT", ELITSiT, _SIT_LAYOUTS, (2,), "rms", **_HOURGLASS),
     *_family("U-ViT", UViT, _UVIT, (1, 2, 4), None),
     *_family("ELIT-U-ViT", ELITUViT, _UVIT, (1, 2, 4), None),
     *_family("HDiT", HDiT, _HDIT, (1, 2, 4), None),

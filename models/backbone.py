@@ -152,6 +152,12 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         x = torch.zeros(batch_size, self.in_channels, rows, columns, device=weight.device, dtype=weight.dtype)
         return x, torch.zeros(batch_size, device=weight.device), self.example_condition(batch_size)
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `torch.compile` gets, each called by its forward alone: the blocks, and the parts around them that know no budget."""
+        parts = (getattr(self, name, None) for name in ("x_embedder", "t_embedder", "y_embedder", "final_layer"))
+        own = [part for part in parts if isinstance(part, nn.Module) and not type(part).__module__.startswith("torch.")]
+        return [*self.blocks, *own]  # a layer of PyTorch's is one kernel as it is
+
     def add_projectors(self, dim: int, z_dims: tuple[int, ...], hidden_dim: int = 2048) -> None:
         """REPA's projectors of tokens of width `dim`, one per target encoder; to be called after `blocks` is there."""
         if z_dims and not 1 <= self.encoder_depth <= len(self.blocks):
@@ -233,13 +239,6 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         s = core(s)
         self.run(s, blocks.stop, len(self.blocks))
         return self.output(s)
-
-
-def compile_model(model: nn.Module, backend: str | Callable = "inductor") -> nn.Module:
-    """`torch.compile` the blocks, in place: one graph that all blocks of a kind share, for every budget and batch size."""
-    for block in cast(Backbone, model).blocks:
-        block.compile(dynamic=True, backend=backend)
-    return model
 
 
 def checkpoint_blocks(model: nn.Module) -> nn.Module:

@@ -62,12 +62,16 @@ def mean_forward_flops(model: Backbone, budgets: Sequence[float | None]) -> floa
 
 
 def _on_meta(model: nn.Module) -> Backbone:
-    """A copy of the model, freed of DDP and `torch.compile`, with meta tensors in place of its weights."""
+    """A copy of the model, freed of DDP and `torch.compile`, with float32 meta tensors in place of its weights."""
     model = getattr(model, "module", model)
     model = getattr(model, "_orig_mod", model)
-    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+    memo: dict[int, Any] = {id(b): _empty(b) for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(_empty(p), requires_grad=False) for p in model.parameters()}
     return cast(Backbone, copy.deepcopy(model, memo))
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _forward_flops(shadow: Backbone, batch_size: int, **options: Any) -> int:

@@ -86,6 +86,12 @@ class DFMSiT(SiT):
         self.t_embedder = StageTimestepEmbedder(stages_count, dim)
         self.final_layer = StageFinalLayer(dim, self.patch_sizes, self.in_channels)
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """SiT's, but of what each stage has its own, each by itself: how many of them run depends on the active stage."""
+        stages = [self.x_embedder.embedders, self.t_embedder.embedders, self.final_layer.projections]
+        whole = [part for part in super().compiled_parts() if part not in (self.x_embedder, self.t_embedder, self.final_layer)]
+        return [*whole, *(part for parts in stages for part in parts)]
+
     def example_inputs(self, batch_size: int = 1) -> tuple[list[Tensor], Tensor, Tensor]:
         """As any backbone's, with all stages active."""
         _, t, y = super().example_inputs(batch_size)

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from models.backbone import Backbone, Stream
@@ -41,7 +41,7 @@ class Elastic(Backbone):
 
     Args (beside the backbone's):
         head_depth, tail_depth: blocks before Read and after Write; the blocks between are the core.
-        elit_*: the interface's group size, depths and tail policy.
+        elit_*: the interface's group size, depths, tail policy, kind of Write and MLP ratio.
 
     Raises:
         UserError: a split that leaves no core or does not fit the backbone, or groups that do not fit the grid.
@@ -56,6 +56,8 @@ class Elastic(Backbone):
         elit_read_depth: int = 1,
         elit_write_depth: int = 1,
         elit_tail: Literal["drop", "skip"] = "drop",
+        elit_write: Literal["published", "paper"] = "published",
+        elit_mlp_ratio: float = 1.0,
         **backbone: Any,
     ):
         self.head_depth, self.tail_depth = head_depth, tail_depth  # before all else: where REPA reads depends on them
@@ -72,6 +74,8 @@ class Elastic(Backbone):
                 read_depth=elit_read_depth,
                 write_depth=elit_write_depth,
                 tail=elit_tail,
+                write=elit_write,
+                mlp_ratio=elit_mlp_ratio,
             )
         except UserError as error:  # which begins with the interface's own name of an argument
             raise UserError(f"elit_{error}") from None
@@ -80,6 +84,10 @@ class Elastic(Backbone):
     def repa_depth(self) -> int:
         """The block after which REPA reads the tokens (1-based): one of the head."""
         return min(self.encoder_depth, self.head_depth)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The backbone's, Read and Write: the budget is a number of latents when it arrives there."""
+        return [*super().compiled_parts(), self.interface.reader, self.interface.writer]
 
     def transform(self, s: Stream, inference_budget: float | None = None) -> Stream:
         """All blocks, at `inference_budget` in [1/J, 1], the share of latents that the core works on (`None`: all)."""

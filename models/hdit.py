@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, c: Tensor, row: Tensor, column: Tensor, mask: Mask = None) -> Tensor:
         """Tokens x (B, n, W), condition c (B, M), positions row and column (n,) → (B, n, W)."""
         qkv = self.qkv_proj(self.norm(x, c)).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, n, d) each
+        q, k, v = (a.transpose(1, 2) for a in qkv.unbind(2))  # (B, heads, n, d) each
         angles = rotation(row, column, self.num_heads, q.shape[-1])
         q, k = (self.prepare(a, *angles).to(v.dtype) for a in (q, k))
         return x + self.out_proj(attend(q, k, v, mask, self.fused).transpose(1, 2).flatten(2))

@@ -5,6 +5,7 @@ result back. Shapes: B batch, N tokens, D width, J tokens and latents per group 
 latents kept per group.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.layers import Mlp, attend, modulate, modulation
+from models.layers import Mlp, attend, gated, modulate, modulation
 
 EPS = 1e-6  # how far a decimal may be from a multiple of 1/J
 
@@ -99,7 +100,7 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """Queries (B or 1, G or 1, Q, D) and context (B, G, K, D) → (B, G, Q, D)."""
         q, k, v = self.heads(queries, context)
-        x = attend(q, k, v, self.fused)  # (B·G, heads, Q, D/heads)
+        x = attend(q, k, v, self.fused, portable=True)  # (B·G, heads, Q, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2)).unflatten(0, context.shape[:2])
 
     def heads(self, queries: Tensor, context: Tensor) -> list[Tensor]:
@@ -107,6 +108,7 @@ class CrossAttention(nn.Module):
         B, G = context.shape[:2]
         q = self.q_norm(self.q_proj(queries)).expand(B, G, -1, -1)  # queries that all groups share are projected once
         k, v = self.kv_proj(context).chunk(2, dim=-1)
+        q = q.contiguous()  # not all kernels take one row for all groups
         return [a.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in (q, self.k_norm(k), v)]
 
     def weights(self, queries: Tensor, context: Tensor) -> Tensor:
@@ -120,10 +122,10 @@ class CrossAttention(nn.Module):
 class Read(nn.Module):
     """Latents z pull from the tokens x of their group: cross-attention + MLP pairs under one shared modulation."""
 
-    def __init__(self, dim: int, num_heads: int, cond_dim: int, depth: int, fused: bool = True):
+    def __init__(self, dim: int, num_heads: int, cond_dim: int, depth: int, hidden_dim: int, fused: bool = True):
         super().__init__()
         self.attn = nn.ModuleList(CrossAttention(dim, num_heads, fused) for _ in range(depth))
-        self.mlp = nn.ModuleList(Mlp(dim, dim, bias=False) for _ in range(depth))
+        self.mlp = nn.ModuleList(Mlp(dim, hidden_dim, bias=False) for _ in range(depth))
         self.adaLN_modulation = modulation(cond_dim, 6 * dim)
 
     def forward(self, z: Tensor, x: Tensor, c: Tensor) -> Tensor:
@@ -132,32 +134,37 @@ class Read(nn.Module):
         shift_p, scale_p, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None, None].chunk(6, dim=-1)
         x = modulate(F.layer_norm(x, D, eps=1e-6), shift_p, scale_p)
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            z = torch.addcmul(z, gate_a, attn(z, x))
-            z = torch.addcmul(z, gate_m, mlp(modulate(F.layer_norm(z, D, eps=1e-6), shift_m, scale_m)))
+            z = gated(z, gate_a, attn(z, x))
+            z = gated(z, gate_m, mlp(modulate(F.layer_norm(z, D, eps=1e-6), shift_m, scale_m)))
         return z
 
 
 class Write(nn.Module):
-    """Tokens x take from the latents z of their group: cross-attention + MLP pairs, no modulation and no norms.
+    """Tokens x take from the latents z of their group: cross-attention + MLP pairs without modulation.
 
-    The last Linears start at zero, so that an untrained interface leaves the tokens as they were.
+    The last Linears start at zero, so that an untrained interface leaves the tokens as they were. `pre_norm`: LayerNorm without
+    affine in front of both layers, for tokens and latents alike (the paper's Write, "fully symmetric" to Read).
     """
 
-    def __init__(self, dim: int, num_heads: int, depth: int, fused: bool = True):
+    def __init__(self, dim: int, num_heads: int, depth: int, hidden_dim: int, pre_norm: bool = False, fused: bool = True):
         super().__init__()
         attns = [CrossAttention(dim, num_heads, fused) for _ in range(depth)]
-        mlps = [Mlp(dim, dim, bias=False) for _ in range(depth)]
-        self.attn, self.mlp = nn.ModuleList(attns), nn.ModuleList(mlps)
+        mlps = [Mlp(dim, hidden_dim, bias=False) for _ in range(depth)]
+        self.attn, self.mlp, self.pre_norm = nn.ModuleList(attns), nn.ModuleList(mlps), pre_norm
         for module in (*(a.proj for a in attns), *(m.fc2 for m in mlps)):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Tokens x (B, G, J, D), latents z (B, G, k, D) → (B, G, J, D)."""
+        z = self._norm(z)
         for attn, mlp in zip(self.attn, self.mlp, strict=True):
-            x = x + attn(x, z)
-            x = x + mlp(x)
+            x = x + attn(self._norm(x), z)
+            x = x + mlp(self._norm(x))
         return x
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.pre_norm else x
 
 
 class LatentInterface(nn.Module):
@@ -170,6 +177,8 @@ class LatentInterface(nn.Module):
         cond_dim: width of the condition c; default D.
         tail: what becomes of the latents beyond the budget. "drop": they do not exist (the paper's reading). "skip": they go
             from Read to Write unprocessed (what published checkpoints need).
+        write: "published": no norms in Write, as the published code has it. "paper": pre-norms in front of both of its layers.
+        mlp_ratio: hidden width of the MLPs of Read and Write, as a multiple of D.
         latent_pos: whether every latent has a learned position of its own, added after Read.
 
     Raises:
@@ -187,6 +196,8 @@ class LatentInterface(nn.Module):
         read_depth: int = 1,
         write_depth: int = 1,
         tail: Literal["drop", "skip"] = "drop",
+        write: Literal["published", "paper"] = "published",
+        mlp_ratio: float = 1.0,
         latent_pos: bool = True,
         fused_attn: bool = True,
     ):
@@ -196,6 +207,11 @@ class LatentInterface(nn.Module):
         _check_groups(grid, shape, group_size)
         if tail not in ("drop", "skip"):
             raise UserError(f"tail {tail!r} is not valid; choose drop or skip")
+        if write not in ("published", "paper"):
+            raise UserError(f"write {write!r} is not valid; choose published or paper")
+        hidden_dim = round(dim * mlp_ratio) if 0 < mlp_ratio <= 64 else 0
+        if hidden_dim < 1 or not math.isclose(hidden_dim, dim * mlp_ratio):
+            raise UserError(f"mlp_ratio {mlp_ratio:g}: must make a whole number of the width {dim}, and be at most 64")
         for name, depth in (("read_depth", read_depth), ("write_depth", write_depth)):
             if depth < 1:
                 raise UserError(f"{name} {depth}: must be at least 1")
@@ -210,8 +226,21 @@ class LatentInterface(nn.Module):
         for parameter in (self.query, self.read_pos, self.write_pos, self.latent_pos):
             if parameter is not None:
                 nn.init.normal_(parameter, std=0.02)
-        self.reader = Read(dim, num_heads, cond_dim or dim, read_depth, fused_attn)
-        self.writer = Write(dim, num_heads, write_depth, fused_attn)
+        self.reader = Read(dim, num_heads, cond_dim or dim, read_depth, hidden_dim, fused_attn)
+        self.writer = Write(dim, num_heads, write_depth, hidden_dim, write == "paper", fused_attn)
+
+    def on_grid(self, grid_size: Sequence[int]) -> "LatentInterface":
+        """This interface on another token grid, its parameters shared; it must be one without positions of latents.
+
+        Raises:
+            UserError: the grid cannot be cut into groups.
+        """
+        assert self.latent_pos is None, "positions of latents belong to one grid"
+        other = copy.copy(self)
+        other.grid_size = tuple(grid_size)
+        _check_groups(other.grid_size, self.group_shape, self.group_size)
+        other.num_groups = math.prod(grid_size) // self.latents_per_group
+        return other
 
     def group(self, x: Tensor) -> Tensor:
         """Row-major tokens (B, N, D) → (B, G, J, D): windows in row-major order, and row-major inside each."""

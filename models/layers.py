@@ -9,6 +9,9 @@ from typing import Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common import precision
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,8 +32,18 @@ def sincos_position_embedding(dim: int, grid_size: tuple[int, int], scale: float
     return torch.cat([embed(column), embed(row)], dim=1).float()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
-    """Scaled dot-product attention on (B, heads, N, D/heads); plain matrix products where `fused` is off."""
+# cuDNN's attention has faults at one query with a gradient, and plans anew for every number of latents.
+PORTABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool, portable: bool = False) -> Tensor:
+    """Scaled dot-product attention on (B, heads, N, D/heads); plain matrix products where `fused` is off.
+
+    On CUDA by the kernels that `common.precision.set_attention` allows; with `portable` never by cuDNN.
+    """
+    if fused and portable and q.is_cuda:
+        with sdpa_kernel(PORTABLE):
+            return F.scaled_dot_product_attention(q, k, v)
     if fused:
         return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
@@ -49,11 +62,23 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x·(1 + scale) + shift; x (B, N, D), shift and scale (B, 1, D)."""
-    return torch.addcmul(shift, x, 1 + scale)
+    # Norms are wider than the condition under autocast; the matrix product that follows narrows them in any case.
+    return torch.addcmul(shift, x.to(shift.dtype), 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """X + gate·branch; x and branch (B, N, D), gate (B, 1, D)."""
+    if x.dtype == branch.dtype == gate.dtype:
+        return torch.addcmul(x, gate, branch)
+    # CUDA's autocast would first widen what it gives to addcmul, in memory, and narrow the gradients of that again.
+    return x + gate * branch
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, H, W) → tokens (B, N, D) in row-major order: a convolution with kernel and stride p."""
+    """(B, C, H, W) → tokens (B, N, D) in row-major order: a convolution with kernel and stride p.
+
+    In the type of its weights under autocast too: what half precision loses here, no later layer brings back.
+    """
 
     def __init__(self, patch_size: int, in_channels: int, dim: int):
         super().__init__()
@@ -61,7 +86,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+        with precision.full_precision(x.device):
+            return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
 
 
 def timestep_features(t: Tensor, num_features: int) -> Tensor:
@@ -141,7 +167,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """See the class."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, D/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D/heads) each
+        q, k, v = (a.transpose(1, 2) for a in qkv.unbind(2))  # (B, heads, N, D/heads) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
@@ -182,7 +208,7 @@ def xavier(module: Module) -> Module:
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) → patches (B, N, p·p·C), the last axis laid out (p, p, C)."""
+    """Tokens (B, N, D) → patches (B, N, p·p·C), the last axis laid out (p, p, C); like `PatchEmbed` in the type of its weights."""
 
     def __init__(self, dim: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -194,8 +220,23 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """See the class."""
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        with precision.full_precision(x.device):
+            x, c = (a.to(self.linear.weight.dtype) for a in (x, c))
+            shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+            return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def narrow_linears(model: Module, dtype: torch.dtype | None) -> Module:
+    """Hold the weights of a frozen model's Linears in autocast's type, in place: autocast would convert them in every forward.
+
+    `dtype`: that type; None where there is no autocast. What autocast leaves in float32 (norms, tables, `PatchEmbed`, `FinalLayer`) stays; results under autocast are the same bits.
+    """
+    wide = {layer for module in model.modules() if isinstance(module, FinalLayer) for layer in module.modules()}
+    for layer in model.modules():
+        if dtype is not None and isinstance(layer, nn.Linear) and layer not in wide:
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    return model
 
 
 def unpatchify(x: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor:

@@ -19,6 +19,7 @@ from models.layers import (
     PatchEmbed,
     TimestepEmbedder,
     attend,
+    gated,
     modulate,
     modulation,
     sincos_position_embedding,
@@ -39,7 +40,7 @@ class JointAttention(Attention):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, n, D) → queries, keys and values (B, heads, n, d)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (a.transpose(1, 2) for a in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         return self.q_norm(q), self.k_norm(k), v
 
     def out(self, x: Tensor) -> Tensor:
@@ -79,11 +80,11 @@ class Side(nn.Module):
     def update(self, x: Tensor, attended: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """The stream x (B, n, D) after what it attended to (B, heads, n, d), and its MLP."""
         _, _, gate_a, shift_m, scale_m, gate_m, *second = parts
-        h = torch.addcmul(x, gate_a, self.attn.out(attended))
+        h = gated(x, gate_a, self.attn.out(attended))
         if second:
             shift, scale, gate = second
-            h = torch.addcmul(h, gate, self.attn2(modulate(self.norm1(x), shift, scale)))
-        return torch.addcmul(h, gate_m, self.mlp(modulate(self.norm2(h), shift_m, scale_m)))
+            h = gated(h, gate, self.attn2(modulate(self.norm1(x), shift, scale)))
+        return gated(h, gate_m, self.mlp(modulate(self.norm2(h), shift_m, scale_m)))
 
 
 class JointBlock(nn.Module):

@@ -23,6 +23,7 @@ from models.layers import (
     QKNorm,
     Rotation,
     TimestepEmbedder,
+    gated,
     merge_cells,
     modulate,
     modulation,
@@ -66,8 +67,8 @@ class Block(nn.Module):
             # What layers add to stays as wide as x, also where autocast makes matrix products narrower.
             x = self.skip_linear(torch.cat([x, skip], dim=-1)).to(x.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = torch.addcmul(x, gate_a, self.attn(modulate(self.norm1(x), shift_a, scale_a), rotation))
-        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
+        x = gated(x, gate_a, self.attn(modulate(self.norm1(x), shift_a, scale_a), rotation))
+        return gated(x, gate_m, self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
 
 def positions(grid: tuple[int, int], x: Tensor) -> Tensor:

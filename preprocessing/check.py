@@ -14,6 +14,7 @@ from common.file_tree import FileTree
 from common.files import check_output, decode_name, file_sha256, make_folder
 from config.tool_options import CheckConfig
 from data import latent_files, remote
+from data.captions import RECORD_FILE, TextFeatures, has_captions, read_captions, text_folder
 from data.dataset import LatentDataset, paired_images
 from data.packed import PackedLatents, checksums, read_index
 from preprocessing.source import prefetch
@@ -54,6 +55,8 @@ def check(config: CheckConfig) -> None:
         images = images_of(config.source)
         if images is not None:
             check_images(images, dataset, threads, problems)
+        if (folder := text_folder(config.source)) is not None:
+            check_text(folder, images, latents, threads, problems)
     try:
         dataset.check()
         print_classes(latents.labels)
@@ -167,6 +170,44 @@ def check_images(images: FileTree, dataset: LatentDataset, threads: ThreadPoolEx
     for found in prefetch(threads, of_block, blocks(len(names), "images"), ahead=8):
         for text in found:
             problems.add("image", text)
+
+
+def check_text(
+    folder: Path, images: FileTree | None, latents: Latents, threads: ThreadPoolExecutor, problems: Problems
+) -> None:
+    """Each image has as many text features as captions; readable, of the recorded shape, finite."""
+    try:
+        features = TextFeatures(folder, latents)
+        captions = read_captions(images) if images is not None and has_captions(images) else None
+    except UserError as error:
+        problems.add("text", str(error))
+        return
+    record = features.record
+    print(f"{folder}: text features of {record.length} × {record.width}, {features.dtype}, by {record.encoder}")
+    wanted = None if captions is None else [len(texts) for texts in captions.values()]
+    if wanted is not None and len(wanted) != len(features):
+        problems.add("text", f"{folder}: features of {len(features)} images, but {len(wanted)} have captions")
+        return
+
+    def of_block(block: range) -> tuple[int, list[str]]:
+        found, total = [], 0
+        for index in block:
+            try:
+                n = len(features.read(index).features)
+                total += n
+                if wanted is not None and n != wanted[index]:
+                    found.append(f"{features.where(index)}: features of {n} captions, but the image has {wanted[index]}")
+            except UserError as error:
+                found.append(str(error))
+        return total, found
+
+    total = 0
+    for n, found in prefetch(threads, of_block, blocks(len(features), "text"), ahead=8):
+        total += n
+        for text in found:
+            problems.add("text", text)
+    if total != features.content["count"]:
+        problems.add("text", f"{folder}: features of {total} captions; {RECORD_FILE} says {features.content['count']}")
 
 
 def print_classes(labels: np.ndarray | None) -> None:

@@ -39,8 +39,19 @@ def demo_canvas(digits: np.ndarray) -> np.ndarray:
     return np.swapaxes(grid, -3, -2).reshape(*digits.shape[:-3], 64, 64)
 
 
-def demo_canvases(held_out: bool, per_class: int, *, seed: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Canvases of four different handwritings of one digit: yields (digit, number in its class, uint8 (64, 64)).
+def mirrored(digits: np.ndarray) -> np.ndarray:
+    """Each digit and its mirror images, as the four quarters of a canvas: uint8 (…, 28, 28) → (…, 4, 28, 28)."""
+    flipped = [digits, digits[..., ::-1], digits[..., ::-1, :], digits[..., ::-1, ::-1]]
+    return np.stack(flipped, axis=-3)
+
+
+def demo_canvases(
+    held_out: bool, per_class: int, canvas: str = "four", *, seed: int = 0
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Canvases of one digit: yields (digit, number in its class, uint8 (64, 64)).
+
+    "four": four different handwritings. "mirrored": one, and beside and below it its mirror images, so that what is drawn far apart
+    must agree to the pixel; handwritings in turn.
 
     Each canvas is drawn from (seed, held_out, digit, number) alone, so any of them can be made again by itself.
     """
@@ -49,21 +60,23 @@ def demo_canvases(held_out: bool, per_class: int, *, seed: int = 0) -> Iterator[
         of_class = images[labels == digit]
         for number in range(per_class):
             rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(held_out), digit, number])))
-            yield digit, number, demo_canvas(of_class[rng.choice(len(of_class), size=4, replace=False)])
+            four = of_class[rng.choice(len(of_class), size=4, replace=False)]
+            yield digit, number, demo_canvas(four if canvas == "four" else mirrored(of_class[number % len(of_class)]))
 
 
 DEMO_CANVASES_PER_CLASS = {"train": 500, "val": 50}
 
 
 def demo(config: DemoConfig) -> None:
-    """Digit canvases in class folders: `train/<digit>/00000.png` … and `val/…`, grey, 64×64, four handwritings each."""
+    """Digit canvases in class folders: `train/<digit>/00000.png` … and `val/…`, grey, 64×64, four digits each."""
     targets = [
         f"{split}/{digit}/{i:05d}.png" for split, n in DEMO_CANVASES_PER_CLASS.items() for digit in range(10) for i in range(n)
     ]
-    with create(config.dest, {"command": "demo"}, targets, png_pixels) as dest:
+    options = {} if config.canvas == "four" else {"canvas": config.canvas}
+    with create(config.dest, {"command": "demo"} | options, targets, png_pixels) as dest:
         with tqdm(total=len(targets), unit="image", desc="demo") as bar:
             for split, per_class in DEMO_CANVASES_PER_CLASS.items():
-                for digit, number, canvas in demo_canvases(split == "val", per_class):
+                for digit, number, canvas in demo_canvases(split == "val", per_class, config.canvas):
                     target = f"{split}/{digit}/{number:05d}.png"
                     if dest.existing(target) is None:
                         dest.write(target, png_bytes(canvas))

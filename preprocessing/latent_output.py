@@ -14,6 +14,7 @@ from common.file_tree import FileTree
 from common.files import make_folder
 from common.tensor_files import npy_array, npy_bytes
 from data import latent_files
+from data.captions import PACKED_FILES
 from data.packed import INDEX_FILE, LABELS_FILE, NAMES_FILE, shard_file
 from models.vae import VAERecord
 from preprocessing.output import Folder, FolderDest, ZipDest, label_file, remove_asides
@@ -157,7 +158,7 @@ class PackedDest:
         present = set(FileTree(path).names()) if path.exists() else set()
         if INDEX_FILE in present and UNFINISHED_FILE not in present:
             raise UserError(f"--dest {path}: holds finished packed latents; give a new folder, or remove that one")
-        own = {UNFINISHED_FILE, INDEX_FILE, LABELS_FILE, NAMES_FILE}
+        own = {UNFINISHED_FILE, INDEX_FILE, LABELS_FILE, NAMES_FILE, *PACKED_FILES}
         for number in range(len(self.counts)):
             own |= {shard_file(number), sum_file(path, number).name}
         if foreign := {name for name in present if not name.endswith(".tmp")} - own:

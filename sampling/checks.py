@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import models
 from common.errors import UserError
+from common.logging import warn
 from config.options import GenerateConfig
 from flows import check_sampler, flow_of
 from models.elit import budget_to_k
@@ -79,6 +80,16 @@ def check_budget(config: Options, option: str, value: str | float | None) -> Non
             budget_to_k(piece, J)
         except UserError as error:
             raise UserError(f"{option}: {error}; valid values: {', '.join(f'{b:g}' for b in all_budgets(J))}") from None
+
+
+def warn_of_budgets(config: Options, budgets: Sequence[float] = ()) -> None:
+    """Warn where some of the budgets asked for, or of `budgets`, cost no less than others."""
+    asked = list(budgets)
+    for value in (getattr(config, name) for name in BUDGETS):
+        budget = parse_budget(value)
+        asked += [b for b, *_ in budget.pieces] if isinstance(budget, BudgetSchedule) else [] if budget is None else [budget]
+    if message := models.model_spec(config.model).wasted_saving(config.elit_group_size, asked):
+        warn(message)
 
 
 def all_budgets(J: int) -> list[float]:

@@ -67,7 +67,7 @@ def images(
             assert on_stage is not None
             on_stage(batch, stage, latents)
 
-        # Not in inference mode: a training run may use what is cached here, such as masks, where gradients flow.
+        # Not inference_mode: a training run may use what is cached of it, such as masks, where gradients flow.
         with torch.no_grad(), precision.tf32(config.tf32):
             drawn = draw(loaded, config, batch, report if on_stage else None)
         yield batch, drawn

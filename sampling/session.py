@@ -21,6 +21,7 @@ from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from flows import FlowMatching, OnStage, flow_of
 from models.conditioning import Condition
+from models.layers import narrow_linears
 from models.vae import VAERecord, decode, load_vae
 from samplers import Guidance, parse_budget
 from sampling import core_cache, guides
@@ -91,10 +92,11 @@ def device_name(device: torch.device) -> str:
 
 
 def set_precision(config: Options, device: torch.device) -> None:
-    """Apply `tf32`; on a CPU, which has no fp16, change `mixed_precision` to no with a warning."""
+    """Apply `tf32` and `cudnn_attn`; on a CPU, which has no fp16, change `mixed_precision` to no with a warning."""
     if precision.supported_precision(config.mixed_precision, device.type == "cpu") == "no":
         config.mixed_precision = "no"
     precision.set_tf32(config.tf32)
+    precision.set_attention(config.cudnn_attn)
 
 
 # ------------------------------------------------------------------------------------------------------ the session
@@ -208,11 +210,15 @@ def vae_of(config: Options, weights: Weights, device: torch.device, vaes: dict) 
 def load(config: Options, weights: Weights, device: torch.device, vaes: dict | None = None) -> Session:
     """Model (compiled where that is asked for) and VAE on `device`. `vaes`: those that are loaded already; a new one is added."""
     vae, record = vae_of(config, weights, device, {} if vaes is None else vaes)  # meanwhile the checkpoint is hashed
-    model = build_model(weights, config.ckpt, device)
-    guide = None if weights.guide is None else build_model(weights.guide, config.guide_ckpt or "", device)
-    for network in (model, guide):
-        if network is not None and config.compile:
-            models.compile_model(network)
+    networks = []
+    for loaded, path in ((weights, config.ckpt), (weights.guide, config.guide_ckpt)):
+        network = None
+        if loaded is not None:
+            network = narrow_linears(build_model(loaded, path or "", device), precision.AMP_TYPES[config.mixed_precision])
+            if config.compile:
+                models.compile_model(network)
+        networks.append(network)
+    model, guide = networks
     side = config.resolution // weights.record.downsample_factor
     shape = (weights.record.latent_channels, side, side)
     return Session(config, model, vae, record.sha256, shape, guide, CoreCaches(model, guide))

@@ -18,6 +18,7 @@ import dataset_tools
 import elit_ccfg_inference
 import elit_multibudget_inference
 import evaluate
+import finetune_diffusers
 import generate
 import sweep
 import train
@@ -37,6 +38,7 @@ SCRIPTS = {
     "elit_multibudget_inference.py": elit_multibudget_inference.MultibudgetConfig,
     "elit_ccfg_inference.py": elit_ccfg_inference.CCFGConfig,
     "convert_checkpoint.py": convert_checkpoint.ConvertCheckpointConfig,
+    "finetune_diffusers.py": finetune_diffusers.FinetuneDiffusersConfig,
     "quickstart_guidance.py": quickstart_guidance.GuidanceConfig,
 }
 OTHERS = {"--clean", "--no-deps", "--target"}  # of eval.sh and pip

@@ -1,13 +1,18 @@
 """Budgets over time, what a guided step costs, compiled models, and the hub's format."""
 
+import importlib.util
+import shutil
+
 import pytest
 import torch
 from numerics import inputs, randomize
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental import _config as symbols
 
 import models
 from common.errors import UserError
 from config.options import GenerateConfig
+from models import compilation
 from models.elit import ELITSiT
 from models.sit import SiT
 from samplers import BudgetSchedule, euler_maruyama_sampler, euler_sampler, evaluation_times, parse_budget
@@ -90,18 +95,35 @@ def test_the_cost_of_a_step_counts_guidance_schedule_and_corrections():
     assert len(evaluation_times(4, "sde")) == 4
 
 
-def test_four_budgets_and_two_batch_sizes_compile_to_at_most_two_graphs():
-    model = randomize(models.create_model("ELIT-SiT-Ti/2", input_size=16, num_classes=5)).float().eval()
-    small, large = inputs(model, [0.3, 0.9], dtype=torch.float32), inputs(model, [0.1, 0.5, 0.7, 0.9], dtype=torch.float32)
+def test_every_region_compiles_whole_to_at_most_two_graphs(monkeypatch):
+    """Over budgets and batch sizes, one of them the number of tokens, in bf16: one graph a region, two of Read and Write (k = 1)."""
+    monkeypatch.setattr(symbols, "use_duck_shape", True)
+    model = randomize(models.create_model("ELIT-SiT-Ti/2", input_size=8, num_classes=5, elit_group_size=2)).float().eval()
+    batches = [inputs(model, [0.3, 0.9], dtype=torch.float32), inputs(model, [0.5] * 16, dtype=torch.float32)]
+    budgets = (1.0, 0.5, 0.25)
+    counter = CompileCounter()
     torch._dynamo.reset()
-    with torch.no_grad():
-        expected = [model(*batch, inference_budget=b) for b in BUDGETS for batch in (small, large)]
-        counter = CompileCounter()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = [model(*batch, inference_budget=b) for b in budgets for batch in batches]
         models.compile_model(model, backend=counter)
-        found = [model(*batch, inference_budget=b) for b in BUDGETS for batch in (small, large)]
-    assert 1 <= counter.frame_count <= 2
+        found = [model(*batch, inference_budget=b) for b in budgets for batch in batches]
+    regions = 7  # three embedders, block, Read, Write, final layer
+    assert counter.frame_count == regions + 2
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["compiler", "Triton"])
+def test_without_a_compiler_the_model_runs_as_it_is(missing, monkeypatch, capsys):
+    model = models.create_model("SiT-Ti/4", input_size=8, num_classes=5)
+    device = torch.device("cuda" if missing == "Triton" else "cpu")
+    monkeypatch.setattr(shutil, "which", lambda name: None if missing == "compiler" else name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compilation, "compiler_problem", lambda _, check=compilation.compiler_problem: check(device))
+    models.compile_model(model)
+    assert all(part._compiled_call_impl is None for part in model.modules())
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and missing in error and "running without torch.compile" in error
 
 
 @pytest.mark.parametrize(("name", "cls", "options"), [("SiT-Ti/4", SiT, {"qk_norm": True}), ("ELIT-SiT-Ti/2", ELITSiT, {"elit_tail": "skip"})])  # fmt: skip

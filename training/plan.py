@@ -17,14 +17,16 @@ import torch
 from checkpoint import reading
 from checkpoint.init_from import init_from
 from common.errors import UserError
+from common.logging import warn
 from config.options import TrainConfig
 from models.costs import mean_forward_flops, projector_flops
 from models.encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from models.vae import SD_VAE, load_vae
 from training.memory import activation_bytes, format_gib, state_bytes
+from training.resume import with_recorded_split
 from training.run_data import RunData, open_data
 from training.run_dir import RunDir
-from training.setup import build_model, token_grid, trained_budgets
+from training.setup import build_model, ema_warnings, token_grid, trained_budgets
 from training.stats import encoder_flops
 
 SAMPLES_READ = 64  # by --plan, evenly spread
@@ -34,7 +36,7 @@ class Plan:
     """`train.py --plan`: the account of a run and every mistake in it, found without training or writing anything."""
 
     def __init__(self, config: TrainConfig):
-        self.config = config
+        config = self.config = with_recorded_split(config, RunDir(config, is_main=True))
         self.processes = config.plan_processes or int(os.environ.get("WORLD_SIZE", 1))
         self.lines: list[str] = []
         self.errors: list[str] = []
@@ -97,6 +99,8 @@ class Plan:
     def describe_data(self) -> None:
         """Lines on batches, data, number of steps and time."""
         config, data = self.config, self.data
+        for message in ema_warnings(config, data.total_steps) if data is not None else ():
+            warn(message)
         if config.batch_size % self.processes == 0:
             images, local = config.batch_size * config.gradient_accumulation_steps, config.batch_size // self.processes
             self.say("batch", f"{images} = {self.processes} processes × {local} × {config.gradient_accumulation_steps}")

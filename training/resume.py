@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list
 
 import models
 from checkpoint import records, training_state
+from checkpoint.architecture import DEPTHS, with_former_defaults
 from common import tensor_files
 from common.errors import UserError
 from common.logging import warn
@@ -78,9 +79,28 @@ def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     return records.check_training_state(state, path)
 
 
+def with_recorded_split(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
+    """The options with head and tail depth of the run that is resumed, where none are given: defaults change over the years.
+
+    `check_same_run` compares them with the checkpoint that is taken in the end.
+    """
+    if not config.resume_step or None not in (config.head_depth, config.tail_depth):
+        return config
+    steps = [config.resume_step] if config.resume_step > 0 else reversed(training_state.saved_steps(run_dir.checkpoints))
+    for path in (training_state.step_path(run_dir.checkpoints, step) for step in steps):
+        try:
+            state = _checked(tensor_files.load(path), path)
+        except UserError:  # which `load_state` reports
+            continue
+        recorded = with_former_defaults(state["config"], state["vae"])
+        missing = {name: recorded.get(name) for name in DEPTHS if getattr(config, name) is None}
+        return dataclasses.replace(config, **missing) if recorded.get("model") == config.model else config
+    return config
+
+
 def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:
     """Raise UserError where continuing from `state` with these options and data would silently be another run."""
-    own, recorded = dataclasses.asdict(config), state["config"]
+    own, recorded = dataclasses.asdict(config), with_former_defaults(state["config"], state["vae"])
     for name in (*SAME, *CHANGEABLE):
         if name in recorded and own[name] != recorded[name] and _acts(name, config):
             _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)

@@ -19,11 +19,11 @@ from checkpoint.weights import model_options
 from common.distributed import check_world_size
 from common.errors import UserError, did_you_mean
 from common.files import check_name
-from common.precision import set_tf32, supported_precision
+from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
-from models.elit import mask_levels, mask_to_budget
+from models.elit import Elastic, mask_levels, mask_to_budget
 from models.encoders import encoder_names
 from models.vae import VAERecord
 from training import scores
@@ -50,6 +50,13 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Ba
         z_dims=z_dims,
         **model_options(dataclasses.asdict(config)),
     )
+
+
+def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
+    """The options with the head and tail depth that `model` was built with, to be recorded: defaults change over the years."""
+    if not isinstance(model, Elastic):
+        return config
+    return dataclasses.replace(config, head_depth=model.head_depth, tail_depth=model.tail_depth)
 
 
 def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_main: bool) -> str:
@@ -105,13 +112,19 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
             f"{spec.sizes['head_depth']} blocks (the published code would take {config.encoder_depth}: "
             f"--head-depth {config.encoder_depth})"
         )
-    J = config.elit_group_size**2
-    if spec.elastic and round(J * (trained_budgets(config)[-1] or 1)) < spec.merged_latents:
-        warnings.append(
-            f"budgets below {spec.merged_latents}/{J} cost {config.model} no less in its inner blocks, which merge "
-            f"{spec.merged_latents} latents"
-        )
+    if message := spec.wasted_saving(config.elit_group_size, trained_budgets(config)):
+        warnings.append(message)
     return warnings
+
+
+def ema_warnings(config: TrainConfig, total_steps: int) -> list[str]:
+    """Warnings of averaged weights that still hold early ones at the end of the run."""
+    return [
+        f"--ema-decay {decay:g}: averages over about {round(1 / (1 - decay)):,} steps, but the run has {total_steps:,}; "
+        f"its averaged weights lag behind (for a tenth of the run: {max(0.0, 1 - 10 / total_steps):.3g})"
+        for decay in config.ema_decay
+        if total_steps and 1 / (1 - decay) > total_steps
+    ]
 
 
 def check_model(config: TrainConfig) -> None:
@@ -172,8 +185,10 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     # Accelerate takes no subclass as an argument.
     accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # pyright: ignore[reportAttributeAccessIssue]
     check_accelerator(accelerator, config)
-    if config.allow_tf32:
-        set_tf32(True)
+    set_tf32(config.allow_tf32)
+    if config.deterministic:
+        set_deterministic()
+    set_attention(config.cudnn_attn)
     return accelerator
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -18,31 +19,47 @@ from models.encoders import TargetEncoder
 TENTHS = 10  # intervals of t whose losses are told apart
 
 
-# TFLOP/s that matrix products can reach, without sparsity: 16 bits, float32 as TF32. By a part of the device's name.
-PEAKS = {
+# TFLOP/s that dense matrix products can reach: 16 bits with float32 sums, float32 as TF32. By whole words of the device's name: the
+# first entry whose words stand together in it counts.
+PEAKS: dict[str, tuple[int, int | None]] = {
+    "B300": (2250, 1125),
     "B200": (2250, 1100),
+    "GH200": (989, 494),
+    "H200 NVL": (835, 417),
     "H200": (989, 494),
     "H100 PCIe": (756, 378),
     "H100 NVL": (835, 417),
     "H100": (989, 494),
+    "H800 PCIe": (756, 378),
+    "H800": (989, 494),
+    "H20": (148, 74),
     "A100": (312, 156),
-    "A10G": (70, 35),
+    "A800": (312, 156),
     "A40": (150, 75),
+    "A30": (165, 82),
+    "A10G": (70, 35),
+    "A10": (125, 62),
     "L40S": (362, 183),
+    "L40": (181, 90),
     "L4": (121, 60),
     "V100": (125, None),
-    "A6000": (155, 77),
+    "RTX 6000 Ada": (364, 182),
+    "RTX A6000": (155, 77),
+    "RTX 5090": (209, 105),
     "RTX 4090": (165, 83),
     "RTX 3090": (71, 36),
 }
+OTHERS = {"Laptop", "Max", "D", "Ti"}  # words of slower or faster cards that share a name with one of these
 
 
 def peak_tflops(device: torch.device, mixed_precision: str, allow_tf32: bool) -> float | None:
     """TFLOP/s that one such device could reach in this precision; `None` where it is not known."""
     if device.type != "cuda" or (mixed_precision == "no" and not allow_tf32):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((half if mixed_precision != "no" else tf32 for part, (half, tf32) in PEAKS.items() if part in name), None)
+    words = re.findall(r"\w+", torch.cuda.get_device_name(device))
+    name = f" {' '.join(words)} "
+    peaks = next((peaks for known, peaks in PEAKS.items() if f" {known} " in name and OTHERS.isdisjoint(words)), None)
+    return peaks and peaks[0 if mixed_precision != "no" else 1]
 
 
 def encoder_flops(encoder: TargetEncoder) -> int:
@@ -76,6 +93,7 @@ class Speed:
     def start(self) -> None:
         """Measure from here on."""
         self._since, self._images, self._flops = time.perf_counter(), 0, 0
+        self._host, self._steps = 0.0, 0
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
@@ -84,15 +102,29 @@ class Speed:
         yield
         self._since += time.perf_counter() - begin
 
+    @contextlib.contextmanager
+    def host(self) -> Iterator[None]:
+        """What is done inside is one step, which a GPU may end later than the host has issued it."""
+        begin = time.perf_counter()
+        yield
+        self._host += time.perf_counter() - begin
+        self._steps += 1
+
     def add(self, images: int, budget: float | None) -> None:
         """Forward and backward of `images` images of all processes. A backward pass is two forwards."""
         self._images += images
         self._flops += images * (3 * self._forward_flops(budget) + self._repa_flops)
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """images_per_second, tflops, mfu where it is known, and on CUDA peak_memory_gib of this process since the last line."""
+        """images_per_second, tflops, mfu where it is known, and on CUDA peak_memory_gib of this process since the last line.
+
+        Also the mean times of a step: step_ms, and host_ms, in which the host had issued it (and got its batch). Where the two are
+        close on a GPU, launches are the bottleneck, or data.
+        """
         seconds = time.perf_counter() - self._since
         values = {"images_per_second": self._images / seconds, "tflops": self._flops / seconds / 1e12}
+        if self._steps:
+            values |= {"step_ms": 1000 * seconds / self._steps, "host_ms": 1000 * self._host / self._steps}
         if self._peak is not None:
             values["mfu"] = values["tflops"] / (self._peak * self._num_processes)
         if device.type == "cuda":

@@ -15,10 +15,12 @@ from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
 from common.errors import UserError
 from common.logging import log, warn
+from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
 from models.encoders import describe_encoders, encoder_names, load_encoders
+from models.layers import narrow_linears
 from models.vae import sample_latents
 from training import resume, scores, setup, trackers
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
@@ -40,10 +42,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
-        self.config = config
         self.accelerator = accelerator = setup.create_accelerator(config)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
+        config = resume.with_recorded_split(config, self.run_dir)
         self.data = open_data(config, accelerator.num_processes)
         local = config.batch_size // accelerator.num_processes
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
@@ -53,6 +55,7 @@ class Trainer:
         targets = describe_encoders(self.encoder_names, config.resolution, grid)
         torch.manual_seed(config.seed)
         self.model = setup.build_model(config, self.data.record, [target.z_dim for target in targets])
+        self.config = self.run_dir.config = setup.with_split(config, self.model)
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
         self.speed = Speed(self.model, targets, accelerator.num_processes, peak)
         kinds = dict.fromkeys("loss" + condition.metric_suffix for condition in self.flow.conditions(self.budgets))
@@ -111,12 +114,13 @@ class Trainer:
         """Put everything on the device, as a new run starts."""
         config, device, data = self.config, self.accelerator.device, self.data
         grid = setup.token_grid(config, data.record)
-        self.encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
+        encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
+        self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
         self.model.to(device)
         self.ema = EMA(self.model, config.ema_decay)
         if config.gradient_checkpointing:
             models.checkpoint_blocks(self.model)
-        if config.compile:
+        if device.type == "cuda" if config.compile is None else config.compile:
             models.compile_model(self.model)
         self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
         self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn)
@@ -171,6 +175,8 @@ class Trainer:
     def _start_logging(self) -> None:
         config, accelerator = self.config, self.accelerator
         trackers.start_trackers(accelerator, config, self.run_dir, self.step)
+        for message in setup.ema_warnings(config, self.total_steps):
+            warn(message)
         parameters = sum(p.numel() for p in self.model.parameters())
         log.info(
             f"{config.model}: {parameters:,} parameters; {len(self.data.dataset):,} samples; "
@@ -200,7 +206,8 @@ class Trainer:
             while not preemption.reached(self.step) and self.step < self.total_steps:
                 self.step += 1
                 profiler.begin_step(self.step)
-                self.train_step(batches)
+                with self.speed.host():
+                    self.train_step(batches)
                 bar.update()
                 # Waiting for the device is allowed from here on.
                 if self.step % config.log_every == 0 or self.step in (1, self.total_steps):
@@ -287,9 +294,10 @@ class Trainer:
         self.validation_due = False
         if self.validation is None:
             return
+        model = self.validation.narrowed(self.ema.first)
         try:
-            losses = self.validation.validate(self.ema.first, lambda: preemption.signal > 0)
-            grids = self.validation.sample_images(self.ema.first, self.data.shape, lambda: preemption.signal > 0)
+            losses = self.validation.validate(model, lambda: preemption.signal > 0)
+            grids = self.validation.sample_images(model, self.data.shape, lambda: preemption.signal > 0)
         except Interrupted:
             self.validation_due = True
             return

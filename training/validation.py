@@ -1,10 +1,11 @@
 """Validation loss and sample images of the averaged weights while a run trains, over all its processes."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from common.errors import UserError
 from common.image_files import save_png
 from common.logging import warn
 from common.plotting import image_grid
+from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from data.dataset import LatentDataset
 from flows import LossCondition, flow_of
+from models.layers import narrow_linears
 from models.vae import VAERecord, load_vae
 from randomness import image_labels
 from samplers import Guidance
@@ -69,6 +72,11 @@ class Validation:
             warn(f"no pictures in training: {error}")
             return None
         return vae
+
+    def narrowed(self, model: nn.Module) -> nn.Module:
+        """The model with its Linears' weights in the type that mixed precision computes in, for many forwards; it stays as it is."""
+        shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+        return narrow_linears(copy.deepcopy(model, shared), AMP_TYPES[self.config.mixed_precision])
 
     @torch.no_grad()
     def validate(self, model: nn.Module, should_stop: Callable[[], bool]) -> dict[str, float]:

@@ -13,15 +13,16 @@ from numerics import inputs, randomize
 
 import models
 from checkpoint import async_writer, reading, training_state
+from checkpoint.architecture import resolve_architecture
 from checkpoint.weights import load_state_dict
 from common import tensor_files
 from common.errors import UserError
-from config.options import TrainConfig
+from config.options import Architecture, TrainConfig
 from models.vae import VAERecord
 
 RECORD = VAERecord("some-vae", "ab12", 4, 3, 0.5, 0.25)  # 32 pixels → 8×8×3
 SMALL = {"hidden_size": 32, "num_heads": 4, "depth": 5}  # constructor arguments beyond the registered size
-OPTIONS = {"elit_group_size": 2, "elit_read_depth": 2, "elit_tail": "skip", "head_depth": 3, "qk_norm": True}
+OPTIONS = {"elit_group_size": 2, "elit_read_depth": 2, "elit_tail": "skip", "head_depth": 3, "tail_depth": 1, "qk_norm": True}
 
 
 def tiny(name="ELIT-SiT-Ti/2", seed=0, **options):
@@ -332,6 +333,33 @@ def test_weights_are_chosen_by_name(saved, trained, weights, kind):
     arguments = inputs(model, [0.2, 0.9], dtype=torch.float32)
     for budget in (None, 0.5):
         assert torch.equal(model(*arguments, budget), trained[kind](*arguments, budget))
+
+
+@pytest.mark.parametrize(
+    ("model", "split"), [("ELIT-SiT-Ti/2", (1, 1)), ("ELIT-SiT-S/2", (2, 2)), ("ELIT-SiT-UViT-Ti/2", (1, 1))]
+)
+def test_a_checkpoint_that_records_no_split_has_the_former_one(tmp_path, model, split):
+    net = tiny(model, depth=7, elit_tail="drop", head_depth=split[0], tail_depth=split[1], qk_norm=None)
+    config = {
+        "model": model,
+        "resolution": 32,
+        "num_classes": 5,
+        "head_depth": None,
+        "elit_group_size": 2,
+        "elit_read_depth": 2,
+    }
+    training_state.save(tmp_path / "old.pt", state_of(dict.fromkeys(("model", "0.9999", "0.999"), net), config=config))
+    weights = reading.read_weights(tmp_path / "old.pt")
+    assert (weights.config["head_depth"], weights.config["tail_depth"], weights.config["elit_write"]) == (*split, "published")
+    loaded, _ = reading.load_model(tmp_path / "old.pt", **SMALL | {"depth": 7})
+    arguments = inputs(net, [0.2, 0.9], dtype=torch.float32)
+    assert torch.equal(loaded(*arguments, 0.25), net.eval()(*arguments, 0.25))
+    # By hand the split and the Write may be repeated, but not contradicted.
+    options = {"head_depth": split[0], "elit_write": "published", "elit_mlp_ratio": 1.0}
+    resolve_architecture(Architecture(), options, weights, "old.pt")
+    for name, value in {"head_depth": 3, "elit_write": "paper", "elit_mlp_ratio": 4.0}.items():
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value} contradicts old.pt"):
+            resolve_architecture(Architecture(), {name: value}, weights, "old.pt")
 
 
 @pytest.mark.parametrize("weights", ["ema:0.5", "modle", "model:0.999", "EMA", ""])

@@ -79,7 +79,7 @@ def test_a_bare_elit_takes_its_head_by_hand(golden_checkpoint, golden, tmp_path,
 
 
 def small_elit():
-    options = {"elit_group_size": 2, "elit_read_depth": 2, "elit_tail": "skip", "head_depth": 2}
+    options = {"elit_group_size": 2, "elit_read_depth": 2, "elit_tail": "skip", "head_depth": 2, "tail_depth": 1}
     return randomize(models.create_model("ELIT-SiT-Ti/2", input_size=SIDE, num_classes=CLASSES, **options)).float().eval()
 
 

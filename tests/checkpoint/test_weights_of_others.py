@@ -75,6 +75,15 @@ def test_a_published_uvit_gives_its_numbers(tmp_path, tag, resolution):
     assert {name: recorded[name] for name in config} == config
 
 
+def test_a_size_that_is_not_registered_can_be_given_from_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "MODELS", {k: v for k, v in models.MODELS.items() if "-Class/" not in k and "-T2I/" not in k})
+    path = saved(tmp_path, weights("uvit_class"))
+    with pytest.raises(UserError, match="a published U-ViT of depth 4 and width 64, which predicts noise"):
+        reading.load_model(path)
+    model, _ = reading.load_model(path, model="UViT-S/2", depth=4, hidden_size=64, num_heads=4)
+    torch.testing.assert_close(model(*uvit_inputs("uvit_class")), arrays("uvit_class")["out"], rtol=0, atol=5e-5)
+
+
 def test_text_of_a_uvit_has_the_length_of_clip_or_what_the_resolution_leaves(tmp_path):
     state = weights("uvit_t2i")
     with pytest.raises(UserError, match=r"how many of its 43 tokens are text; give --resolution"):
@@ -90,9 +99,13 @@ def test_noise_predictors_start_runs_and_are_not_sampled_from(tmp_path, capsys):
     model = models.create_model(name, input_size=16, num_classes=10, elit_group_size=2, final_conv=False)
     config = vars(TrainConfig(model=name, resolution=128, num_classes=10, exp_name="a"))
     made = init_from(found, model, config, path)
+    assert "what it predicts noise → velocity" in made.summary()
     assert {k.split(".")[0] for k in made.new} == {"interface"} and not made.left and not made.changed
     convert_checkpoint.main([str(path), str(tmp_path / "ours.pt")])
+    count = sum(p.numel() for p in reading.load_model(path)[0].parameters())  # of which the table of positions is one
     for ckpt in (path, tmp_path / "ours.pt"):
+        convert_checkpoint.main([str(ckpt), "--show"])
+        assert f"parameters  {count:,} in 67 tensors" in capsys.readouterr().out
         line = runs.refused(generate.main, capsys, ["--ckpt", ckpt, "--sample-dir", tmp_path / "out"])
         assert f"--ckpt {ckpt}: holds a published U-ViT-Class/2, which predicts noise, on the path of Stable" in line
     for tool in (elit_ccfg_inference, elit_multibudget_inference):
@@ -131,7 +144,10 @@ def test_k_diffusions_files_give_their_numbers(tmp_path, capsys, form):
     assert (recorded["resolution"], recorded["num_classes"], recorded["levels"]) == (256, 10, 3)
     line = runs.refused(generate.main, capsys, ["--ckpt", tmp_path / "ours.pt", "--sample-dir", tmp_path])
     assert "holds a published HDiT-Ti/2, which predicts denoised images under k-diffusion's preconditioning" in line
-    with pytest.raises(UserError, match="a HDiT of depth 2 and width 32 is no registered size; give --model"):
+    with pytest.raises(
+        UserError,
+        match=r"a published HDiT of depth 2 and width 32, which predicts denoised images .* is no registered size; give --model",
+    ):
         reading.load_model(path)
 
 
@@ -204,7 +220,9 @@ def test_sd3_reads_the_table_that_it_holds(tmp_path, capsys):
     save_file(half, tmp_path / "moved.safetensors")
     moved = reading.load_model(convert(tmp_path / "moved.safetensors", tmp_path / "moved.pt", "--resolution", "128"))[0].float()
     assert (moved(data["x"], data["t"] / 1000, text) - out).abs().max() > 0.1
-    capsys.readouterr()
+    convert_checkpoint.main([str(tmp_path / "sd3.safetensors"), "--show", "--resolution", "128"])
+    count = sum(p.numel() for p in model.parameters())
+    assert f"parameters  {count:,} in {len(state)} tensors" in capsys.readouterr().out
     line = runs.refused(generate.main, capsys, ["--ckpt", tmp_path / "moved.pt", "--sample-dir", tmp_path])
     assert "MMDiT-Sd3/2, which is conditioned on text" in line
 

@@ -24,7 +24,8 @@ from training.resume import CHANGEABLE, SAME
 TOOLS = [CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, EvaluateConfig, PackConfig, ReferenceConfig, StatsConfig]
 ALL = [TrainConfig, GenerateConfig, MultibudgetConfig, CCFGConfig, ConvertCheckpointConfig, *TOOLS]
 
-ELIT = {"head_depth", "tail_depth", "elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail"}
+INTERFACE = {"elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail", "elit_write", "elit_mlp_ratio"}
+ELIT = {"head_depth", "tail_depth", *INTERFACE}
 MODEL = {"qk_norm", *ELIT, "levels", "stages_count"}
 CHECKPOINT = {"model", "resolution", "num_classes", "path_type", "time_shift", *MODEL}
 

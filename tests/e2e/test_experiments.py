@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 from numerics import randomize
-from runs import refused
+from runs import make_latents, refused
 from torch.distributed.run import get_args_parser
 
+import generate
 import models
 from benchmarks import sampling, train_step
-from checkpoint import weights
+from checkpoint import training_state, weights
 from config.options import GenerateConfig, TrainConfig
 from config.parsing import parse, require_options
-from experiments_updated import digit_classifier, quickstart_guidance
+from experiments_updated import digit_classifier, quickstart_guidance, quickstart_report
 from models.elit import budget_to_k, mask_levels, mask_to_budget
+from models.vae import VAERecord
+from preprocessing import demo
 from sampling import cost as cost_module
 
 ROOT = Path(__file__).resolve().parents[2] / "experiments_updated"
@@ -248,3 +251,67 @@ def test_the_slurm_job_queues_itself_again_where_training_was_preempted(tmp_path
     assert launcher.signals_to_handle == "SIGUSR1,SIGTERM" and launcher.training_script == "train.py"
     config, _ = parse(TrainConfig, launcher.training_script_args)
     assert (config.exp_name, config.batch_size, config.resume_step) == ("long", 512, -1)
+
+
+def test_quickstart_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart_report, "TIMED_IMAGES", 1)
+    monkeypatch.setattr(quickstart_report, "BOOTSTRAP", 5)
+    classifier = digit_classifier.DigitClassifier().eval()
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pt")
+    digits = torch.randint(256, (40, 3, 32, 32)).byte(), torch.arange(40) % 10
+    monkeypatch.setattr(digit_classifier, "digit_images", lambda held_out: digits)
+    vae = ROOT / "quickstart_vae"
+    config = json.loads((vae / "config.json").read_text())
+    record = VAERecord(str(vae), None, 4, 4, config["scaling_factor"], config["shift_factor"])
+    data = make_latents(tmp_path / "val", 4, record, side=16)
+    options = ["--vae", vae, "--sample-dir", tmp_path, "--num-fid-samples", 10, "--num-steps", 2, "--cfg-scale", 2]
+    options += ["--class-labels", "balanced"]
+    paths = {}
+    for name, head in (("SiT-Ti/2", None), ("ELIT-SiT-Ti/2", 1)):
+        config = TrainConfig(
+            model=name, exp_name=name[:-2], resolution=64, num_classes=10, head_depth=head, tail_depth=head,
+            elit_min_mask_prob=0.0, batch_size=2, weighting="lognormal",
+        )  # fmt: skip
+        split = {"head_depth": head, "tail_depth": head} if head else {}
+        model = randomize(models.create_model(name, input_size=16, num_classes=10, **split)).float()
+        paths[name] = tmp_path / name[:-2] / "checkpoints" / "0000007.pt"
+        state = {
+            "model": model.state_dict(),
+            "ema": {"0.9": model.state_dict()},
+            "optimizer": {},
+            "scheduler": {},
+            "scaler": None,
+        }
+        training_state.save(paths[name], state | {"step": 7, "config": vars(config), "vae": record.to_dict()})
+        (paths[name].parents[1] / "metrics.jsonl").write_text('{"step": 7, "images_per_second": 2.0}\n')
+    sit, elit = paths.values()
+    for more in ([sit], *([elit, "--inference-budget", b] for b in (0.0625, 0.25)), [elit, "--inference-budget", 1.0],
+                 [elit, "--inference-budget", 1.0, "--unconditional-inference-budget", 0.0625]):  # fmt: skip
+        generate.main([str(o) for o in (*options, "--ckpt", *more)])
+    report = [*options, "--ckpt", elit, "--baseline-ckpt", sit, "--val-data-dir", data, "--output-dir", tmp_path]
+    quickstart_report.main([str(o) for o in report])
+    found = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["name"]: row for row in found["budgets"]}
+    assert list(rows) == ["SiT", "1/16", "1/4", "1", "1, cheap CFG at 1/16"]
+    for row in rows.values():
+        assert row["quarters_differ"] > 0 and 0 <= row["digits_in_class"] <= 1 and row["fid"] > 0
+    full, cheap = rows["1"], rows["1, cheap CFG at 1/16"]
+    assert full["pixel_difference"] == full["fid_difference"] == full["held_out_loss_difference"] == 0
+    assert rows["SiT"]["held_out_loss"] == pytest.approx(full["held_out_loss"] + rows["SiT"]["held_out_loss_difference"])
+    assert cheap["gflops_per_step"] == pytest.approx(full["gflops_per_forward"] + rows["1/16"]["gflops_per_forward"])
+    steps = {(s["from"], s["to"]): s for s in found["steps"]}
+    assert steps["1/16", "1/4"]["loss"] == pytest.approx(rows["1/16"]["held_out_loss"] - rows["1/4"]["held_out_loss"])
+    assert steps["1", "SiT"]["fid"] == pytest.approx(full["fid"] - rows["SiT"]["fid"])
+    plain, elastic = found["training"]
+    assert plain["flops"] == pytest.approx(3 * 7 * 2 * 1e9 * rows["SiT"]["gflops_per_forward"]) and plain["seconds"] == 7
+    assert rows["1/16"]["gflops_per_forward"] < elastic["flops"] / (3 * 7 * 2 * 1e9) < full["gflops_per_forward"]
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out and (tmp_path / "budgets.png").stat().st_size > 0
+
+
+def test_mirrored_quarters_are_turned_back():
+    digits = np.random.default_rng(0).integers(256, size=(2, 28, 28), dtype=np.uint8)
+    canvases = torch.from_numpy(demo.demo_canvas(demo.mirrored(digits)))[:, None].expand(-1, 3, -1, -1)
+    quarters = digit_classifier.quarters(canvases, mirrored=True)[:, 0, 2:-2, 2:-2]
+    assert torch.equal(quarters, torch.from_numpy(digits).repeat_interleave(4, dim=0))
+    (first,) = (c for digit, number, c in demo.demo_canvases(True, 1, "mirrored") if digit == 3)
+    assert np.array_equal(first, first[::-1]) and np.array_equal(first, first[:, ::-1]) and first.any()

@@ -63,7 +63,7 @@ def window_members(rows, columns, g):
 class Reference:
     """The two models for the weights of a state dict (name → array).
 
-    `elit`: None for SiT, else a dict with group_size, head_depth, tail_depth, tail, read_depth, write_depth.
+    `elit`: None for SiT, else a dict with group_size, head_depth, tail_depth, tail, read_depth, write_depth, and write ("paper" or "published").
     """
 
     def __init__(self, weights, *, heads, patch_size, elit=None):
@@ -124,9 +124,10 @@ class Reference:
     def write(self, x, z):
         """One group: tokens (J, D) as `read` left them and latents (n, D) → tokens (J, D)."""
         x = x + self.w["interface.write_pos"]
+        normed = (lambda a: layer_norm(a, 1e-6)) if self.elit.get("write") == "paper" else lambda a: a
         for layer in range(self.elit["write_depth"]):
-            x = x + self.cross_attention(f"interface.writer.attn.{layer}", x, z)
-            x = x + self.mlp(f"interface.writer.mlp.{layer}", x)
+            x = x + self.cross_attention(f"interface.writer.attn.{layer}", normed(x), normed(z))
+            x = x + self.mlp(f"interface.writer.mlp.{layer}", normed(x))
         return x
 
     def forward(self, x, t, y, k=None):

@@ -45,15 +45,17 @@ def make_vae(folder: Path) -> VAERecord:
     return VAERecord(str(folder), None, 4, CHANNELS, 0.5, 0.0)
 
 
-def make_latents(data_dir: Path, count: int, record: VAERecord | None, labels: bool = True, seed: int = 0) -> Path:
+def make_latents(
+    data_dir: Path, count: int, record: VAERecord | None, labels: bool = True, seed: int = 0, side: int = SIDE
+) -> Path:
     """A data set in the published layout, of random moments."""
     folder = data_dir / "vae-sd" / "00000"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     entries = []
     for i in range(count):
-        mean = rng.standard_normal((CHANNELS, SIDE, SIDE))
-        std = 0.1 + rng.random((CHANNELS, SIDE, SIDE))
+        mean = rng.standard_normal((CHANNELS, side, side))
+        std = 0.1 + rng.random((CHANNELS, side, side))
         name = f"img-mean-std-{i:08d}.npy"
         np.save(folder / name, np.concatenate([mean, std]).astype(np.float32))
         entries.append([f"00000/{name}", i % CLASSES])
@@ -65,6 +67,8 @@ def make_latents(data_dir: Path, count: int, record: VAERecord | None, labels: b
 
 def make_checkpoint(path: Path, record: VAERecord, model: str = "ELIT-SiT-Ti/2", **options) -> Path:
     """A checkpoint of train.py's format with random, non-zero weights."""
+    if model.startswith("ELIT-SiT-Ti"):
+        options = {"head_depth": 1, "tail_depth": 1} | options
     config = TrainConfig(model=model, resolution=RESOLUTION, num_classes=CLASSES, exp_name="made", elit_group_size=2, **options)
     torch.manual_seed(1)
     net = models.create_model(

@@ -219,18 +219,21 @@ def test_interface_wraps_any_stack_of_blocks():
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def elit_pair(*, read_depth=1, write_depth=1, tail="drop", head_depth=1, tail_depth=1, group_size=2, **options):
+def elit_pair(
+    *, read_depth=1, write_depth=1, tail="drop", head_depth=1, tail_depth=1, group_size=2, write="published", **options
+):
     """ELIT-SiT with random weights in float64, and its reference."""
     interface = {
         "elit_group_size": group_size,
         "elit_read_depth": read_depth,
         "elit_write_depth": write_depth,
         "elit_tail": tail,
+        "elit_write": write,
     }
     model = ELITSiT(**(TINY | options | interface), head_depth=head_depth, tail_depth=tail_depth)
     model = randomize(model).double()
     elit = {"group_size": group_size, "head_depth": head_depth, "tail_depth": tail_depth}
-    elit |= {"read_depth": read_depth, "write_depth": write_depth, "tail": tail}
+    elit |= {"read_depth": read_depth, "write_depth": write_depth, "tail": tail, "write": write}
     return model, Reference(numpy_weights(model), heads=4, patch_size=2, elit=elit)
 
 
@@ -243,8 +246,17 @@ def elit_pair(*, read_depth=1, write_depth=1, tail="drop", head_depth=1, tail_de
         {"input_size": (12, 4), "tail": "skip", "read_depth": 2, "write_depth": 2, "fused_attn": False},
         {"input_size": (6, 12), "tail": "drop", "group_size": 3, "head_depth": 2, "tail_depth": 0},
         {"input_size": 4, "tail": "skip", "head_depth": 0, "tail_depth": 3, "write_depth": 2},
+        {"input_size": 4, "write": "paper", "write_depth": 2, "elit_mlp_ratio": 2.5},
     ],
-    ids=["drop", "skip", "drop-wide-deep-qk_norm", "skip-tall-deep-plain", "drop-J9-no-tail-blocks", "skip-one-group-no-head"],
+    ids=[
+        "drop",
+        "skip",
+        "drop-wide-deep-qk_norm",
+        "skip-tall-deep-plain",
+        "drop-J9-no-tail-blocks",
+        "skip-one-group-no-head",
+        "paper-write-wide-mlp",
+    ],
 )
 def test_elit_is_the_reference_at_every_kind_of_budget(options):
     model, reference = elit_pair(**options)

@@ -118,6 +118,25 @@ def test_budgets_that_cost_no_less_are_a_warning(data, tmp_path, capsys):
         assert ("budgets below 4/16 cost ELIT-SiT-HDiT-Ti/2 no less" in capsys.readouterr().err) == warned
 
 
+def test_budgets_that_cost_no_less_are_a_warning_where_images_are_drawn(tmp_path, monkeypatch, capsys):
+    last = runs.make_checkpoint(tmp_path / "0000001.pt", make_vae(tmp_path / "vae"), model="ELIT-SiT-HDiT-Ti/2")
+    for module, name in ((generate, "generate"), (elit_ccfg_inference, "compare"), (elit_multibudget_inference, "compare")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    tool = ("--class-label", 1, "--output-dir", tmp_path)
+    for script, more, warned in (
+        (generate, (), False),
+        (generate, ("--inference-budget", 1), False),
+        (generate, ("--inference-budget", "0.5@1.0-0.5,1.0@0.5-0.0"), True),
+        (generate, ("--unconditional-inference-budget", 0.25), True),
+        (elit_ccfg_inference, tool, True),
+        (elit_multibudget_inference, tool, True),
+        (elit_multibudget_inference, (*tool, "--budgets", 1), False),
+    ):
+        script.main([str(a) for a in ("--ckpt", last, *more)])
+        told = "warning: budgets below 4/4 cost ELIT-SiT-HDiT-Ti/2 no less in its inner blocks" in capsys.readouterr().err
+        assert told == warned, (script, more)
+
+
 def started(source, target, **options):
     """The target's model after `init_from` of the source's random weights, what was done, and the source's model."""
     side = {"num_classes": CLASSES, **options}

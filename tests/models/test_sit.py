@@ -13,9 +13,10 @@ import models
 from checkpoint import reading
 from common.errors import UserError
 from models.elit import ELITSiT, budget_to_k, mask_levels, mask_to_budget
+from models.layers import narrow_linears
 from models.sit import SiT, sincos_position_embedding
 
-SIZES = {"Ti": (8, 192, 3, 1), "S": (12, 384, 6, 2), "B": (12, 768, 12, 2), "L": (24, 1024, 16, 4), "XL": (28, 1152, 16, 4)}
+SIZES = {"Ti": (8, 192, 3, 2), "S": (12, 384, 6, 3), "B": (12, 768, 12, 3), "L": (24, 1024, 16, 4), "XL": (28, 1152, 16, 4)}
 TINY = {"patch_size": 2, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
 
 
@@ -372,3 +373,26 @@ def test_checkpointed_blocks_have_the_same_gradients_and_keep_at_most_half(name)
     for a, b in zip(plain, checkpointed, strict=True):
         assert (a - b).abs().max() <= 1e-6 * max(1, b.abs().max())
     assert kept_now + of_one_block <= kept / 2  # in the backward pass one block at a time is computed again
+
+
+def test_narrow_linears_give_the_same_bits_under_autocast():
+    model = randomize(models.create_model("ELIT-SiT-Ti/2", input_size=16, num_classes=5)).float().eval().requires_grad_(False)
+    batch = inputs(model, [0.3, 0.9], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(*batch, inference_budget=0.25)
+        narrow_linears(model, torch.bfloat16)
+        assert torch.equal(model(*batch, inference_budget=0.25), expected)
+    kept = {type(m) for m in model.modules() for p in m.parameters(recurse=False) if p.dtype == torch.float32}
+    assert torch.nn.Linear in kept and model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16  # the final layer's stays
+    assert models.count_flops(model, 0.25) > 0
+
+
+def test_first_and_last_layer_ignore_autocast():
+    model = randomize(models.create_model("SiT-Ti/2", input_size=16, num_classes=5)).float().eval()
+    x, t, y = inputs(model, [0.3, 0.9], dtype=torch.float32)
+    with torch.no_grad():
+        stream = model.embed(x, t, y)
+        plain = model.output(stream)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.x_embedder(x) + model.pos_embed, stream.x)
+            assert torch.equal(model.output(stream), plain)

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import runs
+import torch
 from runs import CLASSES, make_latents, make_vae
 from training_runs import arguments
 
 import train
+from checkpoint import training_state
 from common.errors import UserError
 from config.options import TrainConfig
 from models.vae import SD_VAE
@@ -19,11 +21,12 @@ from training import resume
 from training.data_order import DATA_POSITION, Progress, StepBatches, total_steps
 from training.run_data import RunData
 from training.run_dir import RunDir
-from training.setup import check, resolve
+from training.setup import check, ema_warnings, resolve
 
 pytestmark = pytest.mark.slow
 
 LABELS = np.arange(24) % 5
+WEIGHTS = {"x": torch.zeros(1)}
 
 
 class Samples:
@@ -70,6 +73,30 @@ def test_options_that_the_model_does_not_have_may_change():
     assert "--elit-group-size 2" in line and "with 4" in line
     dfm = options(model="DFM-SiT-Ti/2")
     assert "--stages-count 3" in problem(options(model="DFM-SiT-Ti/2", stages_count=3), state_of(dfm))
+
+
+def test_a_resumed_run_keeps_the_split_that_it_was_started_with(tmp_path):
+    config = options(model="ELIT-SiT-Ti/2", output_dir=str(tmp_path), head_depth=None)
+    run_dir = RunDir(config, is_main=True)
+    assert resume.with_recorded_split(config, run_dir) == config  # a new run
+    for recorded, split in ((None, (1, 1)), (3, (3, 1))):  # of a checkpoint of before, and of one that records it
+        state = {"model": WEIGHTS, "ema": {"0.9": WEIGHTS}, "optimizer": {"state": {}}, "step": 6, "vae": SD_VAE.to_dict()}
+        state["config"] = dataclasses.asdict(dataclasses.replace(config, head_depth=recorded))
+        training_state.save(training_state.step_path(run_dir.checkpoints, 6), state)
+        found = resume.with_recorded_split(config, run_dir)
+        assert (found.head_depth, found.tail_depth) == split
+        assert resume.with_recorded_split(dataclasses.replace(config, head_depth=2), run_dir).head_depth == 2
+    old = state_of(config)
+    assert not problem(dataclasses.replace(config, head_depth=1, tail_depth=1), old)
+    assert "--head-depth 2" in problem(dataclasses.replace(config, head_depth=2, tail_depth=1), old)
+    assert "--elit-write paper" in problem(dataclasses.replace(config, head_depth=1, tail_depth=1, elit_write="paper"), old)
+
+
+def test_averages_longer_than_the_run_are_named():
+    config = options(ema_decay=[0.9, 0.998])
+    assert ema_warnings(config, 500) == []
+    (line,) = ema_warnings(config, 400)
+    assert "--ema-decay 0.998" in line and "500 steps" in line and "400" in line
 
 
 @pytest.mark.parametrize("schedule", [{"lr_scheduler_type": "cosine"}, {"lr_cooldown": 0.5}])

@@ -1,0 +1,256 @@
+"""Captions and their encoded features, in a data folder.
+
+    images/captions.json   {"captions": [["00000/img00000000.png", ["two sevens …", "…"]], …]}
+    text/                  00000/img-text-00000000.npy (captions of the image, L, E), 00000/img-pooled-….npy (captions, P)
+                           null.npy (L, E), null-pooled.npy (P): the empty prompt;  text.json: what they are, written last
+    packed/                the same as text.bin (captions, L, E), pooled.bin, text.idx (first caption of each image), mapped
+
+Captions are also taken from COCO's captions_*.json, or from `.txt` files beside the images, one a line.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError, first_line
+from common.file_tree import FileTree, read_json, read_regular
+from common.files import DataError, parse_json
+from common.image_files import image_names
+from common.tensor_files import npy_array
+from data.latent_files import LatentFiles, pair_key
+from data.packed import PackedLatents
+from models.conditioning import Text
+from models.text_encoders import TextRecord
+from randomness import generator
+
+CAPTIONS_FILE, RECORD_FILE = "captions.json", "text.json"
+NULL_FILE, NULL_POOLED_FILE = "null.npy", "null-pooled.npy"
+BIN_FILE, POOLED_BIN_FILE, INDEX_FILE = "text.bin", "pooled.bin", "text.idx"
+PACKED_FILES = (RECORD_FILE, NULL_FILE, NULL_POOLED_FILE, BIN_FILE, POOLED_BIN_FILE, INDEX_FILE)
+COCO = re.compile(r"(.*/)?captions_[^/]*\.json")
+MAX_CAPTION = 2**16  # characters
+
+
+def text_name(number: int, kind: str = "text") -> str:
+    """The file of an image's features; kind: text or pooled."""
+    return f"{number // 1000:05d}/img-{kind}-{number:08d}.npy"
+
+
+def caption_of(seed: int, n: int, place: int, count: int) -> int:
+    """Which of an image's `count` captions forward `n` takes for the image at `place` of the global batch."""
+    return int(generator("caption", seed, n, place).integers(count))
+
+
+def has_captions(images: FileTree) -> bool:
+    """Is there any file that captions are taken from?"""
+    files = images.names()
+    beside = {name.rpartition(".")[0] + ".txt" for name in image_names(files)}
+    return any(name == CAPTIONS_FILE or name in beside or COCO.fullmatch(name) for name in files)
+
+
+def read_captions(images: FileTree) -> dict[str, list[str]]:
+    """The captions of every image: image name → captions, in the order of the names.
+
+    Raises:
+        UserError: none, captions without an image, images without a caption, or empty captions.
+    """
+    files = images.names()
+    names = image_names(files)
+    if not names:
+        raise UserError(f"{images.path}: holds no image files")
+    coco = [name for name in files if COCO.fullmatch(name)]
+    texts = {name.rpartition(".")[0]: name for name in files if name.endswith(".txt")}
+    if CAPTIONS_FILE in files:
+        where, captions = images.where(CAPTIONS_FILE), _own(images)
+    elif coco:
+        where, captions = ", ".join(map(images.where, coco)), _coco(images, coco, names)
+    else:
+        where, captions = f"{images.path}: *.txt", {}
+        for name in names:
+            if (text := texts.get(name.rpartition(".")[0])) is not None:
+                captions[name] = _lines(images, text)
+        if not captions:
+            raise UserError(
+                f"{images.path}: holds no captions: neither {CAPTIONS_FILE}, captions_*.json nor .txt beside images"
+            )
+    _refuse(where, "caption(s) of images that are not there", sorted(captions.keys() - set(names)))
+    _refuse(where, "image(s) without a caption", [name for name in names if not captions.get(name)])
+    _refuse(where, "image(s) with an empty caption", [n for n in names if not all(c.strip() for c in captions[n])])
+    if long := next((name for name in names if max(map(len, captions[name])) > MAX_CAPTION), None):
+        raise UserError(f"{where}: a caption of {long} has more than {MAX_CAPTION} characters")
+    return {name: captions[name] for name in names}
+
+
+def _refuse(where: str, what: str, names: Sequence[str]) -> None:
+    if names:
+        raise UserError(f"{where}: {len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
+
+
+def _own(images: FileTree) -> dict[str, list[str]]:
+    where, content = images.where(CAPTIONS_FILE), read_json(images, CAPTIONS_FILE)
+    wanted = '{"captions": [[image name, [caption, …]], …]}'
+    entries = content.get("captions") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{where}: must hold {wanted}")
+    captions: dict[str, list[str]] = {}
+    for entry in entries:
+        match entry:
+            case [str(name), [*texts]] if texts and all(isinstance(t, str) for t in texts):
+                if name in captions:
+                    raise UserError(f"{where}: holds {name} twice")
+                captions[name] = texts
+            case [str(name), []]:
+                captions[name] = []
+            case _:
+                raise UserError(f"{where}: {json.dumps(entry)[:80]} is not [image name, [caption, …]]")
+    return captions
+
+
+def _coco(images: FileTree, files: list[str], names: list[str]) -> dict[str, list[str]]:
+    """COCO's annotations. Images are known by their file names; of a converted set, by their places among the sorted ones."""
+    of_file: dict[str, list[str]] = {}
+    for file in files:
+        where, content = images.where(file), read_json(images, file)
+        try:
+            file_names = {image["id"]: str(image["file_name"]) for image in content["images"]}
+            of_file |= {name: [] for name in file_names.values()}
+            for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
+                of_file[file_names[annotation["image_id"]]].append(str(annotation["caption"]).strip())
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{where}: not COCO's captions: {type(error).__name__} {first_line(error)}") from None
+    by_base = {name.rpartition("/")[2]: name for name in names}
+    if by_base.keys() & of_file.keys():
+        captions = {by_base.get(file, file): texts for file, texts in of_file.items()}
+        return {name: captions[name] for name in names if name in captions}  # a part of COCO is no mistake
+    if len(of_file) == len(names):  # `convert` numbers images in this order
+        return dict(zip(names, (of_file[file] for file in sorted(of_file)), strict=True))
+    raise UserError(
+        f"{images.where(files[0])}: has captions of {len(of_file)} images, none of which is in {images.path} by name, which has "
+        f"{len(names)}; convert exactly those images, or give their names"
+    )
+
+
+def _lines(images: FileTree, name: str) -> list[str]:
+    try:
+        return [line for line in images.read(name).decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{images.where(name)}: is not UTF-8") from None
+
+
+class TextFeatures:
+    """The encoded captions of a data folder, loose or packed.
+
+    Args:
+        folder: a folder with text.json.
+        latents: of the same images: loose features have their numbers.
+
+    Attributes:
+        record: what the features are.
+        null: the empty prompt's, (L, E) and (P,).
+
+    Raises:
+        UserError: no features, not whole, or of another number of images.
+    """
+
+    def __init__(self, folder: str | Path, latents: LatentFiles | PackedLatents):
+        self.folder = Path(folder)
+        self.numbers = np.array([_number(latents, i) for i in range(len(latents))])
+        self.record, self.content = read_record(self.folder)
+        self.dtype = np.dtype(self.content["dtype"])
+        pooled = self._load(NULL_POOLED_FILE, (self.record.pooled,)) if self.record.pooled else None
+        self.null = Text(self._load(NULL_FILE, self._shape), pooled)
+        self._first: np.ndarray | None = None
+        self._bins: list[np.ndarray] = []
+        if (self.folder / INDEX_FILE).is_file():
+            self._open_packed()
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.record.length, self.record.width
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, index: int, choose: Any = None) -> Text:
+        """Features of image `index` in float32: of all its captions, (n, L, E), or of the one that choose(n) names, (L, E)."""
+        if self._first is not None:
+            first, last = self._first[index : index + 2].tolist()
+            arrays = [array[first:last] for array in self._bins]
+        else:
+            number = int(self.numbers[index])
+            kinds = [("text", self._shape)] + ([("pooled", (self.record.pooled,))] if self.record.pooled else [])
+            arrays = [self._file(text_name(number, kind), shape) for kind, shape in kinds]
+        if choose is not None:
+            arrays = [array[choose(len(array))] for array in arrays]
+        features, *pooled = (torch.from_numpy(np.array(array, dtype=np.float32)) for array in arrays)
+        if not all(tensor.isfinite().all() for tensor in (features, *pooled)):
+            raise DataError(f"{self.where(index)}: holds values that are not finite")
+        return Text(features, pooled[0] if pooled else None)
+
+    def where(self, index: int) -> str:
+        """How messages name the features of image `index`."""
+        return str(self.folder / (text_name(int(self.numbers[index])) if self._first is None else f"{BIN_FILE}, image {index}"))
+
+    def _open_packed(self) -> None:
+        where, count = self.folder / INDEX_FILE, self.content["count"]
+        first = np.fromfile(where, dtype="<i8")
+        if len(first) != len(self) + 1 or first[0] or first[-1] != count or (np.diff(first) < 1).any():
+            raise UserError(f"{where}: is of {len(first) - 1} images and not of the {len(self)} latents; encode the text again")
+        for file, shape in ((BIN_FILE, self._shape), (POOLED_BIN_FILE, (self.record.pooled,))):
+            if 0 in shape:
+                continue
+            size = count * int(np.prod(shape)) * self.dtype.itemsize
+            if not (self.folder / file).is_file() or (self.folder / file).stat().st_size != size:
+                raise UserError(f"{self.folder / file}: missing or truncated; {size} bytes are wanted")
+            self._bins.append(np.memmap(self.folder / file, self.dtype, "r", shape=(count, *shape)))
+        self._first = first
+
+    def _load(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        try:
+            array = npy_array(read_regular(self.folder / name))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
+        if array.shape != shape:
+            raise UserError(f"{self.folder / name}: has shape {array.shape}; {RECORD_FILE} says {shape}")
+        return torch.from_numpy(array.astype(np.float32))
+
+    def _file(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            array = npy_array(read_regular(self.folder / name))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
+        if array.shape[1:] != shape or not len(array):
+            raise DataError(f"{self.folder / name}: has shape {array.shape}; {RECORD_FILE} says (captions, {shape})")
+        return array
+
+
+def _number(latents: LatentFiles | PackedLatents, index: int) -> int:
+    key = pair_key(latents.name(index))
+    if key is None:
+        raise UserError(f"{latents.where(index)}: its name does not end in a number, by which its text is found")
+    return key[1]
+
+
+def read_record(folder: Path) -> tuple[TextRecord, dict[str, Any]]:
+    """text.json: the record, and all of it. Raises UserError where it is missing or malformed."""
+    where = folder / RECORD_FILE
+    try:
+        content = parse_json(read_regular(where), where)
+    except OSError:
+        raise UserError(f"{where}: missing; it is written last, so continue `dataset_tools.py text`") from None
+    record = TextRecord.from_dict(content, where)
+    if type(content.get("count")) is not int or content["count"] < 1 or content.get("dtype") not in ("float16", "float32"):
+        raise UserError(f"{where}: count must be a positive whole number and dtype float16 or float32")
+    return record, content
+
+
+def text_folder(data_dir: str | Path) -> Path | None:
+    """Where the text features of a data folder lie: `packed/` or `text/`, the first that has any; None where there are none."""
+    folders = (Path(data_dir), Path(data_dir) / "packed", Path(data_dir) / "text")
+    return next((folder for folder in folders if (folder / RECORD_FILE).is_file()), None)

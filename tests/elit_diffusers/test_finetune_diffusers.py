@@ -1,0 +1,120 @@
+"""Fine-tuning of an interface in tiny transformers of diffusers."""
+
+import json
+
+import pytest
+import torch
+from diffusers_models import SHAPE, features, tiny, velocity
+from runs import refused
+from safetensors.torch import load_file, save_file
+
+import finetune_diffusers
+from elit_diffusers import attach, load
+from elit_diffusers.families import FAMILIES
+
+SHAPE_OPTIONS = ("--read-after", 1, "--write-after", 3, "--group-size", 2, "--min-budget", 0.25)
+PRECISION = ("--dtype", "float32", "--mixed-precision", "no")
+STEPS = ("--batch-size", 8, "--learning-rate", 2e-3, "--log-steps", 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Transformers by class name, and `data`: two files of features and an empty prompt."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    for name in FAMILIES:
+        tiny(name).save_pretrained(folder / name)
+    (folder / "data").mkdir()
+    for i, count in enumerate((5, 7, 1)):
+        tensors = features(count, seed=i + 1) | {"text_mask": torch.tensor([True, True, True, i < 2, False]).repeat(count, 1)}
+        if i == 2:
+            del tensors["latents"]
+        save_file(tensors, folder / "data" / ("null.safetensors" if i == 2 else f"{i}.safetensors"))
+    return folder
+
+
+def finetune(folder, output, *options, name="QwenImageTransformer2DModel"):
+    places = ("--transformer", folder / name, "--data-dir", folder / "data", "--output-dir", output)
+    finetune_diffusers.main([str(a) for a in (*places, *SHAPE_OPTIONS, *PRECISION, *STEPS, *options)])
+    return load_file(output / "elit.safetensors")
+
+
+def distances(transformer, elastic):
+    """The squared distance to the original's velocity at every budget."""
+    with torch.no_grad():
+        with elastic.original():
+            original = velocity(transformer, 8)
+        found = []
+        for elastic.budget in (0.25, 0.5, 0.75, 1):
+            found.append((velocity(transformer, 8) - original).square().mean().item())
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_comes_nearer_to_the_original_at_every_budget(folder, tmp_path, name):
+    transformer = tiny(name)
+    torch.manual_seed(0)
+    elastic = attach(transformer, 1, 3, 2)
+    before = distances(transformer, elastic)
+    elastic.detach()
+    weights = finetune(folder, tmp_path, "--max-train-steps", 30, name=name)
+    assert all(key.startswith("elit.") for key in weights)
+    after = distances(transformer, load(transformer, tmp_path / "elit.safetensors"))
+    assert all(b < 0.9 * a for a, b in zip(before, after, strict=True)), (before, after)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {line["budget"] for line in lines} == {0.25, 0.5, 0.75, 1} and len(lines) == 30
+    for budget in (0.25, 1):
+        losses = [line["distill_loss"] for line in lines if line["budget"] == budget]
+        assert losses[-1] < losses[0]
+
+
+def test_an_interrupted_run_continues_as_if_nothing_had_been(folder, tmp_path, capsys):
+    more = ("--train", "all", "--gradient-checkpointing", "--checkpointing-steps", 2)
+    whole = finetune(folder, tmp_path / "a", *more, "--max-train-steps", 4)
+    finetune(folder, tmp_path / "b", *more, "--max-train-steps", 2)
+    resumed = finetune(folder, tmp_path / "b", *more, "--max-train-steps", 4)
+    assert "continuing after step 2" in capsys.readouterr().out
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    original = tiny("QwenImageTransformer2DModel")
+    weights = dict(original.named_parameters())
+    moved = {k for k, v in weights.items() if not torch.equal(v, whole[k])}
+    assert "transformer_blocks.0.attn.to_q.weight" in moved
+    assert torch.equal(velocity(original), velocity(tiny("QwenImageTransformer2DModel")))
+    load(original, tmp_path / "b" / "elit.safetensors")
+    assert all(torch.equal(v, whole[k]) for k, v in original.state_dict().items())
+    options = ("--transformer", folder / "QwenImageTransformer2DModel", "--data-dir", folder / "data")
+    again = (*options, "--output-dir", tmp_path / "b", *SHAPE_OPTIONS, *PRECISION, *STEPS, *more)
+    refused(finetune_diffusers.main, capsys, [*again, "--group-size", 4], "--group-size 4", "--group-size 2")
+
+
+def test_what_does_not_fit(folder, tmp_path, capsys):
+    def check(*culprits, data=folder / "data", name=folder / "SD3Transformer2DModel", options=()):
+        places = ("--transformer", name, "--data-dir", data, "--output-dir", tmp_path / "run")
+        argv = [*places, *SHAPE_OPTIONS, *PRECISION, *STEPS, *options]
+        refused(finetune_diffusers.main, capsys, argv, *culprits)
+        assert not (tmp_path / "run").exists()
+
+    def data(name, **tensors):
+        (tmp_path / name).mkdir()
+        tensors = {k: v for k, v in (features(8) | tensors).items() if v is not None}
+        save_file(tensors, tmp_path / name / "a.safetensors")
+        return tmp_path / name
+
+    check("read_after 1", "write_after 9", "has 4 blocks", options=("--write-after", 9))
+    check("--read-after 3", "less than --write-after 3", options=("--read-after", 3))
+    check("--train all needs float32", options=("--train", "all", "--dtype", "bfloat16"))
+    check("--group-size 3", "4×8 tokens", options=("--group-size", 3))
+    check("--batch-size 13", "12 samples", options=("--batch-size", 13))
+    check("no configuration", name=tmp_path / "none")
+    check("holds no .safetensors", data=tmp_path)
+    check("--cfg-prob 0.1", "null.safetensors", data=data("without-null"))
+    check("holds no text", data=data("without-text", text=None))
+    check("text of 13 features; the transformer takes 12", data=data("wide", text=torch.zeros(8, 5, 13)))
+    check("latents of 3 channels", "takes 4", data=data("channels", latents=torch.zeros(8, 3, *SHAPE[1:])))
+    check("pooled of 0 features", data=data("without-pooled", pooled=None))
+    check("latents is 8×4×8×16", "one row a sample", data=data("rows", text=torch.zeros(7, 5, 12)))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.safetensors").write_bytes(b"no tensors")
+    check("a.safetensors: cannot be read", data=tmp_path / "broken")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    check("is a UNet2DModel; choose", name=tmp_path / "other")

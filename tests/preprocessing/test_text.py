@@ -1,0 +1,278 @@
+"""Captions as data: where they are read from, their features, loose and packed, interrupted, and on several processes."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from runs import make_latents
+from sets import content, picture, refused, save
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from common.errors import UserError
+from common.file_tree import FileTree
+from common.tensor_files import npy_array
+from data.captions import TextFeatures, caption_of, read_captions, text_folder, text_name
+from data.dataset import open_latents
+from dataset_tools import main
+from models.text_encoders import TextRecord, load_text_encoder
+from models.vae import VAERecord
+from preprocessing import text as text_module
+
+RECORD = VAERecord("some/vae", None, 2, 4, 0.5, 0.0)
+COUNTS = [1, 3, 2, 1, 2, 4, 1]
+CAPTIONS = [[f"a {['red', 'green', 'blue'][j % 3]} Fisch {i}, café" for j in range(n)] for i, n in enumerate(COUNTS)]
+NAMES = [f"00000/img{i:08d}.png" for i in range(len(COUNTS))]
+OPTIONS = ("--encoder=words", "--length=4", "--batch-size=2")
+
+
+def make_set(folder):
+    """Latents and images of 7 captioned pictures."""
+    make_latents(folder, len(COUNTS), RECORD, labels=False)
+    for i, name in enumerate(NAMES):
+        save(folder / "images" / name, picture(16, 16, seed=i))
+    (folder / "images/captions.json").write_text(json.dumps({"captions": [*zip(NAMES, CAPTIONS, strict=True)]}))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_set(tmp_path / "set")
+
+
+def encode(data, *more):
+    main(["text", f"--source={data}", *OPTIONS, *more])
+    return {name: file for name, file in content(text_folder(data)).items() if "text" in name or "null" in name}
+
+
+def test_features_of_each_caption_loose_and_packed(data, capsys):
+    files = encode(data)
+    assert "14 caption(s) are longer than --length 4 and were cut; of one, 'café' is lost" in capsys.readouterr().err
+    encoder = load_text_encoder("words", 4)
+    latents = open_latents(data)
+    loose = TextFeatures(text_folder(data), latents)
+    for i, texts in enumerate(CAPTIONS):
+        array = npy_array(files[text_name(i)])
+        assert array.dtype == np.float16 and array.shape == (COUNTS[i], 4, 64)
+        for row, caption in zip(array, texts, strict=True):
+            assert np.array_equal(row, encoder.encode([caption]).features[0].numpy().astype(np.float16))
+    first = npy_array(files[text_name(0)])[0]
+    assert not np.array_equal(first[0], first[1]) and not np.array_equal(first, npy_array(files[text_name(1)])[0])
+    assert json.loads(files["text.json"]) == {
+        "encoder": "words", "sha256": encoder.record.sha256, "length": 4, "width": 64, "pooled": 0, "padding": "zeros",
+        "count": sum(COUNTS), "dtype": "float16",
+    }  # fmt: skip
+    assert torch.equal(loose.null.features, torch.zeros(4, 64)) and loose.null.pooled is None
+    main(["check", str(data)])
+    refused(capsys, ["text", f"--source={data}", *OPTIONS], "holds finished text features")
+
+    encode(data, "--packed")
+    assert text_folder(data).name == "packed" and open_latents(data).path.name == "vae-sd"
+    packed = TextFeatures(text_folder(data), latents)
+    assert isinstance(packed._bins[0], np.memmap)
+    for i, n in enumerate(COUNTS):
+        assert torch.equal(packed.read(i).features, loose.read(i).features)
+        chosen = packed.read(i, lambda count: count - 1).features
+        assert torch.equal(chosen, loose.read(i).features[n - 1])
+    main(["pack", f"--source={data}/vae-sd", f"--dest={data}/packed"])
+    main(["check", str(data)])
+    assert "sound" in capsys.readouterr().out
+
+
+def test_a_step_takes_the_same_caption_anywhere():
+    chosen = [caption_of(0, n, place, 5) for n in range(40) for place in range(5)]
+    assert min(np.bincount(chosen, minlength=5)) > 20 and chosen[:5] == [caption_of(0, 0, place, 5) for place in range(5)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bytes_do_not_depend_on_processes_and_stops(tmp_path, monkeypatch, packed):
+    whole = encode(make_set(tmp_path / "whole"), *["--packed"] * packed)
+    data, fill, ranks = make_set(tmp_path / "parts"), text_module._fill, []
+
+    def of_two(dest, prompts, encode, cut, state, workers):
+        """Both processes' shares, the second one's only when the first was stopped before the end, and is run again."""
+        ranks.append(len(ranks))
+        share = SimpleNamespace(process_index=len(ranks) - 1, num_processes=2, is_main_process=False)
+        fill(dest, prompts, encode, cut, share, workers)
+        if len(ranks) == 1:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(text_module, "_fill", of_two)
+    with pytest.raises(KeyboardInterrupt):
+        encode(data, *["--packed"] * packed)
+    assert text_folder(data) is None
+    parts = encode(data, *["--packed"] * packed)
+    assert parts.keys() == whole.keys() and all(parts[name] == whole[name] for name in whole)
+    assert not list(data.rglob("*.tmp")) and not list(data.rglob("*unfinished*"))
+
+
+def test_a_stopped_run_of_another_encoder_is_not_continued(data, monkeypatch, capsys):
+    monkeypatch.setattr(text_module, "_fill", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(data)
+    refused(capsys, ["text", f"--source={data}", *OPTIONS, "--length=5"], "another length (4, not 5)", "text-unfinished")
+
+
+def coco(file_names):
+    images = [{"id": 70 - i, "file_name": name} for i, name in enumerate(file_names)]
+    pairs = [(70 - i, text) for i, texts in enumerate(CAPTIONS) for text in texts]
+    annotations = [{"id": 5 + n, "image_id": image, "caption": f"{text}\n"} for n, (image, text) in enumerate(pairs)]
+    return json.dumps({"images": images, "annotations": annotations[::-1], "licenses": []})
+
+
+def test_captions_of_coco_and_of_text_files(data):
+    images = data / "images"
+    expected = dict(zip(NAMES, CAPTIONS, strict=True))
+    assert read_captions(FileTree(images)) == expected
+    (images / "captions.json").unlink()
+    for i, texts in enumerate(CAPTIONS):
+        (images / NAMES[i]).with_suffix(".txt").write_text("\n".join(texts) + "\n\n")
+    (images / "skipped.txt").write_text("no caption\n")
+    assert read_captions(FileTree(images)) == expected
+    for names in ([f"img{i:08d}.png" for i in range(7)], [f"COCO_{i:012d}.jpg" for i in range(7)]):
+        (images / "captions_val2014.json").write_text(coco(names))
+        assert read_captions(FileTree(images)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "culprits"),
+    [
+        ("captions.json", {"captions": [["a.png", ["x"]], *zip(NAMES, CAPTIONS, strict=True)]}, ["1 caption(s)", "a.png"]),
+        ("captions.json", {"captions": [[NAMES[0], ["x"]]]}, ["6 image(s) without a caption", f"{', '.join(NAMES[1:4])} …"]),
+        ("captions.json", {"captions": [[n, [" "]] for n in NAMES]}, ["7 image(s) with an empty caption", NAMES[0]]),
+        ("captions.json", {"captions": [[NAMES[0], "x"]]}, ["captions.json", "is not [image name, [caption, …]]"]),
+        ("captions.json", {"captions": [[NAMES[0], ["x"]]] * 2}, ["twice"]),
+        ("captions.json", {"labels": None}, ["captions.json", "must hold"]),
+        ("captions_x.json", {"images": [{"id": 1}]}, ["captions_x.json", "not COCO's captions"]),
+        ("captions_x.json", {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, ["captions of 1 images", "7"]),
+        ("other.json", {}, ["holds no captions", "captions.json"]),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_captions_that_do_not_fit(data, capsys, name, text, culprits):
+    (data / "images/captions.json").unlink()
+    (data / "images" / name).write_text(json.dumps(text))
+    refused(capsys, ["text", f"--source={data}", *OPTIONS], *culprits)
+    assert not (data / "text").exists()
+
+
+def test_check_finds_broken_features(data, capsys):
+    encode(data)
+    second, third = (data / "text" / text_name(i) for i in (1, 2))
+    second.write_bytes(second.read_bytes()[:-7])
+    np.save(third, np.full((3, 4, 64), np.nan, np.float16))
+    with pytest.raises(SystemExit):
+        main(["check", str(data)])
+    out = capsys.readouterr().out
+    assert f"text: {second}: missing or broken" in out and f"text: {third}: holds values that are not finite" in out
+    (data / "text/null.npy").unlink()
+    with pytest.raises(SystemExit):
+        main(["check", str(data)])
+    assert "null.npy: missing" in capsys.readouterr().out
+
+
+# The encoders, by tiny random models of transformers.
+
+WORDS = ["a", "red", "green", "blue", "fisch", "cat", "on", "mat"]
+
+
+def save_tokenizer(folder, start=None, end="</s>", pad="</s>"):
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<unk>", end, pad, *([start] if start else []), *WORDS]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(token, vocabulary[token]) for token in dict.fromkeys((end, *([start] if start else [])))]
+    template = f"{start} $A {end}" if start else f"$A {end}"
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=pad, unk_token="<unk>").save_pretrained(folder)
+    return vocabulary
+
+
+SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def clip(folder, cls, **options):
+    torch.manual_seed(len(options))
+    cls(CLIPTextConfig(**SMALL, max_position_embeddings=9, projection_dim=6, eos_token_id=1, **options)).save_pretrained(folder)
+
+
+def test_clip_sees_the_padding_and_others_do_not(tmp_path):
+    vocabulary = save_tokenizer(tmp_path / "clip", start="<s>")
+    clip(tmp_path / "clip", CLIPTextModel)
+    prompts = ["red cat on a mat", "cat", ""] * 25  # more than go through at once
+    encoder = load_text_encoder(str(tmp_path / "clip"), 8)
+    found = encoder.encode(prompts)
+    ids = [vocabulary[w] for w in ("<s>", "cat", "</s>", *["</s>"] * 5)]
+    with torch.no_grad():
+        expected = CLIPTextModel.from_pretrained(tmp_path / "clip")(torch.tensor([ids])).last_hidden_state
+    torch.testing.assert_close(found.features[1:2], expected, rtol=1e-5, atol=1e-5)
+    assert encoder.record.padding == "end token" and found.pooled is None and found.features.shape == (75, 8, 16)
+    assert encoder.cut("red cat on a mat") == "" and encoder.cut("red cat on a mat a blue mat") == "blue mat"
+
+    save_tokenizer(tmp_path / "bert", pad="<pad>")
+    torch.manual_seed(0)
+    BertModel(BertConfig(**SMALL, max_position_embeddings=12)).save_pretrained(tmp_path / "bert")
+    encoder = load_text_encoder(str(tmp_path / "bert"), 8)
+    found = encoder.encode(prompts).features
+    assert found.shape == (75, 8, 16) and encoder.record.padding == "zeros" and not found[1, 2:].any() and found[1, :2].all()
+    torch.testing.assert_close(found[1], encoder.encode(["cat"]).features[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"--length 13: .* has 12 positions"):
+        load_text_encoder(str(tmp_path / "bert"), 13)
+    for file in (tmp_path / "bert").glob("token*"):
+        file.unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_text_encoder(str(tmp_path / "bert"), 8)
+
+
+def test_sd3_joins_three_encoders(tmp_path):
+    for number, pad in (("", "</s>"), ("_2", "!"), ("_3", "<pad>")):
+        save_tokenizer(tmp_path / f"tokenizer{number}", start=None if number == "_3" else "<s>", pad=pad)
+    for number in ("", "_2"):
+        clip(tmp_path / f"text_encoder{number}", CLIPTextModelWithProjection, **({"hidden_act": "gelu"} if number else {}))
+    with pytest.raises(UserError, match="text_encoder_3/"):
+        load_text_encoder(str(tmp_path), 5)
+    T5EncoderModel(T5Config(vocab_size=20, d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).save_pretrained(
+        tmp_path / "text_encoder_3"
+    )
+    encoder = load_text_encoder(str(tmp_path), 5)
+    text = encoder.encode(["red cat", "a mat"])
+    assert text.features.shape == (2, 9 + 5, 40) and text.pooled.shape == (2, 12)
+    assert (encoder.record.length, encoder.record.width, encoder.record.pooled) == (14, 40, 12)
+    assert text.features[:, :9, :32].all() and not text.features[:, :9, 32:].any() and text.features[:, 9:].all()
+    model = CLIPTextModelWithProjection.from_pretrained(tmp_path / "text_encoder_2")
+    ids = torch.tensor([[3, 5, 9, 1, *[2] * 5]])  # <s> red cat </s> and the padding
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True)
+    torch.testing.assert_close(text.features[:1, :9, 16:32], expected.hidden_states[-2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text.pooled[:1, 6:], expected.text_embeds, rtol=1e-5, atol=1e-5)
+
+
+def test_other_encoders_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such folder"):
+        load_text_encoder(str(tmp_path / "none"), 8)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"--encoder some/clip: no such folder, and not to be had from the hub: .*; give a folder"
+    ):
+        load_text_encoder("some/clip", 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_text_encoder(str(tmp_path / "empty"), 8)
+    a, b = (TextRecord("clip", digest * 64, 77, 768, 0, "end token") for digest in "ab")
+    with pytest.raises(UserError, match=f"data: .* {'a' * 64}.* checkpoint: .* {'b' * 64}"):
+        a.check_same(b, "data", "checkpoint")
+    a.check_same(a, "data", "checkpoint")
+    with pytest.raises(UserError, match=r"text\.json: not a record"):
+        TextRecord.from_dict({"encoder": "clip"}, "text.json")
