@@ -109,7 +109,8 @@ def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
             f"kill {done:2}: {len(before):2} cells before, {len(after):2} after{' (came to its end)' if is_over else ''}",
             flush=True,
         )
-    os.waitpid(start([*argv, "--dest", str(dest)], log), 0)
+    if status := os.waitpid(start([*argv, "--dest", str(dest)], log), 0)[1]:
+        return [f"the last run ended with {os.waitstatus_to_exitcode(status)}:\n{log.read_text()[-2000:]}"]
     found = {key: figures for key, (_, figures) in cells_of(dest).items()}
     print(f"kills: {done}, {unfinished} of them inside a cell; cells done again: {again}")
     findings += [f"{again} whole cells were done again"] if again else []
