@@ -222,7 +222,18 @@ train.Trainer.run, train.Trainer.train_step, train.Trainer.open = counting_run, 
 def test_four_processes_train_as_one_and_two_go_on_and_a_signal_to_one_ends_both(data, undisturbed, tmp_path):
     """The two go on to where the undisturbed run ends; and then reduce their gradients once for several micro-steps."""
     split, lasting = tmp_path / "split", tmp_path / "lasting"
-    many = ("--max-train-steps", 100_000, "--epochs", 100_000, "--gradient-accumulation-steps", 3, "--batch-size", 4)
+    many = (
+        "--max-train-steps",
+        100_000,
+        "--epochs",
+        100_000,
+        "--gradient-accumulation-steps",
+        3,
+        "--batch-size",
+        4,
+        "--ema-decay",
+        0,
+    )
     told = runs.train_on(
         (4, arguments(data, split, "--max-train-steps", 2), ""),
         (2, arguments(data, split, "--resume-step", -1), ""),
@@ -238,6 +249,8 @@ def test_four_processes_train_as_one_and_two_go_on_and_a_signal_to_one_ends_both
     stopped = status(lasting)
     assert stopped["state"] == "preempted" and stopped["step"] == steps >= 3
     assert reductions == buckets >= steps
+    state = final_state(lasting, stopped["step"])
+    assert_same_tensors(state["ema"]["0"], state["model"])  # an average of decay 0 is the weights themselves
     assert final_state(lasting, steps)["step"] == steps
     assert told[3] == f"{128 + signal.SIGUSR1} {128 + signal.SIGUSR1}"
 
