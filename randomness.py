@@ -8,7 +8,8 @@ that any process can make just its own share. Results do not depend on device, p
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,26 @@ class Draws:
             return x if isinstance(x, float) else to_device(x, device)
 
         return Draws(**{k: move(v) for k, v in vars(self).items()})
+
+    def pin_memory(self) -> "Draws":
+        """The same draws in memory that a GPU can copy from without waiting; a data loader calls it, outside the main thread."""
+        rebuild, (flat, *others) = self.__reduce__()
+        return rebuild(flat.pin_memory(), *others)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """One tensor goes from a data worker to the training process, which would take time for each of many."""
+        values = [v for v in vars(self).values() if isinstance(v, Tensor)]
+        tensors = [*values, *self.coarse_noise]
+        flat = torch.cat([x.flatten() for x in tensors])
+        return split_draws, (flat, [tuple(x.shape) for x in tensors], self.level, self.stage)
+
+
+def split_draws(flat: Tensor, shapes: Sequence[Sequence[int]], level: float, stage: float) -> Draws:
+    """The draws whose tensors, of these shapes, lie one after the other in `flat` as `Draws.__reduce__` puts them."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    views = [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+    posterior, noise, uniform, normals, drop, stage_normal, *coarse = views
+    return Draws(posterior, noise, uniform, normals, drop, level, stage, coarse, stage_normal)
 
 
 def training_draws(

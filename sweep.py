@@ -124,6 +124,8 @@ def generate_line(point: Point, given: dict[str, Any]) -> str:
     words = ["python", "generate.py", "--ckpt", point.ckpt]
     by_hand = {name: given[name] for name in names(GenerateConfig, images=True) if name in given and name not in AXES}
     values = {name: options[name] for name in ("global_seed", *AXES) if name in options}
+    if "num_steps_per_scale" in values:
+        del values["num_steps"]
     everything: dict[str, Any] = by_hand | values | {"num_fid_samples": point.count}
     for name, value in everything.items():
         if value == getattr(defaults, name) and name not in ("cfg_scale", "num_steps", "global_seed"):

@@ -9,13 +9,15 @@ round after round; times are medians. CPU or GPU; any checkpoint of a model with
 import argparse
 import math
 import statistics
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.sampling import in_turn
+from benchmarks.sampling import Job, in_turn
 from benchmarks.train_step import CLOCKS
 from common.errors import UserError, cli_main
 from common.tables import markdown_table
@@ -36,9 +38,9 @@ def draw(loaded: Session, count: int) -> Tensor:
 def variants(loaded: Session, args: argparse.Namespace) -> dict[str, Session]:
     """Name → a session of its options; those without a cache are named by their number of steps."""
 
-    def options(**changes: object) -> Session:
-        values = vars(loaded.config) | {"core_cache": 0.0, "num_steps": args.num_steps} | changes
-        return loaded.with_options(GenerateConfig(**values)).fresh()
+    def options(**changes: Any) -> Session:
+        changes = {"core_cache": 0.0, "num_steps": args.num_steps} | changes
+        return loaded.with_options(replace(loaded.config, **changes)).fresh()
 
     rules = {"time": args.time, "head": args.head}
     return {f"{n} steps": options(num_steps=n) for n in sorted({args.num_steps, *args.fewer_steps}, reverse=True)} | {
@@ -90,12 +92,15 @@ def main(argv: list[str] | None = None) -> None:
         f"{config.model}, {args.count} images, cfg {args.cfg_scale:g}, {session.device_name(device)}, {args.clock} clock, "
         f"PyTorch {torch.__version__}, medians of {args.repeats} rounds\n"
     )
-    many = draw(
-        loaded.with_options(GenerateConfig(**vars(config) | {"core_cache": 0.0, "num_steps": args.many_steps})), args.count
-    )
-    rms = {name: (draw(s, args.count) - many).square().mean().sqrt().item() for name, s in sessions.items()}
-    jobs = {name: partial(draw, s, args.count) for name, s in sessions.items()}
+    many = draw(loaded.with_options(replace(config, core_cache=0.0, num_steps=args.many_steps)), args.count)
+    found: dict[str, Tensor] = {}
+
+    def run(name: str) -> None:
+        found[name] = draw(sessions[name], args.count)
+
+    jobs: dict[str, Job] = {name: partial(run, name) for name in sessions}
     times = {name: statistics.median(t) for name, t in in_turn(jobs, args.repeats, 0, device, CLOCKS[args.clock]).items()}
+    rms = {name: (latents - many).square().mean().sqrt().item() for name, latents in found.items()}
     curve = {times[name]: rms[name] for name in sessions if name.endswith("steps")}
     rows = []
     for name, s in sessions.items():

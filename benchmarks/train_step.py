@@ -56,10 +56,10 @@ class Line(NamedTuple):
         low, measured, high = (quantile(self.ratios, q) for q in (0.25, 0.5, 0.75))
         quotient = measured / self.predicted
         verdict = "ok" if self.least <= quotient <= self.bound else "MISSED"
-        return f"{self.name:36} {measured:8.3f}  {low:6.3f}–{high:.3f} {self.predicted:8.3f} {quotient:9.3f} {self.bound:7.2f}  {verdict}"
+        return f"{self.name:46} {measured:8.3f}  {low:6.3f}–{high:.3f} {self.predicted:8.3f} {quotient:9.3f} {self.bound:7.2f}  {verdict}"
 
 
-HEADER = f"{'':36} {'measured':>8}  {'quartiles':>12} {'FLOPs':>8} {'quotient':>9} {'bound':>7}"
+HEADER = f"{'':46} {'measured':>8}  {'quartiles':>12} {'FLOPs':>8} {'quotient':>9} {'bound':>7}"
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -315,9 +315,9 @@ def main(argv: list[str] | None = None) -> None:
     if difference is not None:
         print(f"same velocity from SiT and the plain stack: relative difference {difference:.1e}")
     print()
-    print(f"{'milliseconds':36} {'step':>8} {'update':>8} {'forward':>8}")
+    print(f"{'milliseconds':46} {'step':>8} {'update':>8} {'forward':>8}")
     for name, parts in times.items():
-        print(f"{name:36} " + " ".join(f"{1000 * statistics.median(v):8.1f}" for v in parts.values()))
+        print(f"{name:46} " + " ".join(f"{1000 * statistics.median(v):8.1f}" for v in parts.values()))
     print(f"\n{HEADER}")
     for line in lines:
         print(line)

@@ -114,9 +114,10 @@ def curves_plot(
     `labels`: of the axes x and y, and the title. `front`: points of the Pareto front, ringed and joined. `stars`: single points, by label.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(7, 4.5), dpi=160, layout="constrained")
+    is_crowded = len(curves) > 4  # the legend then stands beside the axes
+    figure = Figure(figsize=(9.5 if is_crowded else 7, 4.5), dpi=160, layout="constrained")
     axis = _plain_axis(figure.subplots(), *labels)
     colours = iter([BLUE, ORANGE, GREEN, "#8a5fb0", "#b5443a", "#3aa0a8", "#a8932f", "#c76f9e"])
     if front:
@@ -138,13 +139,16 @@ def curves_plot(
             axis.errorbar(x, y, spread, color=style["color"], linestyle="none", capsize=3, linewidth=1, zorder=2)
     for (label, points), colour in zip((stars or {}).items(), ("#b5443a", GREEN), strict=False):
         axis.plot(*zip(*points, strict=True), color=colour, marker="*", markersize=12, linestyle="none", label=label, zorder=4)
-    values = [x for curve in curves for x in curve.x]
+    values = [x for curve in curves for x in curve.x] + [x for x, _ in front]
     if min(values) > 0 and max(values) > 5 * min(values):
         axis.set_xscale("log")
-        axis.set_xticks(_spaced(sorted({*values})))
-        axis.xaxis.set_major_formatter(ScalarFormatter())
+        ticks = _spaced(sorted({*values}))
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.legend(frameon=False, fontsize=8)
+    if is_crowded:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    else:
+        axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.utils.deterministic
@@ -35,7 +36,8 @@ def set_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS adds in an order that changes
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs time
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # a check that costs time
 
 
 def set_attention(cudnn: bool) -> None:

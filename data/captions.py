@@ -10,7 +10,7 @@ Captions are also taken from COCO's captions_*.json, or from `.txt` files beside
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ class TextFeatures:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def read(self, index: int, choose: Any = None) -> Text:
+    def read(self, index: int, choose: Callable[[int], int] | None = None) -> Text:
         """Features of image `index` in float32: of all its captions, (n, L, E), or of the one that choose(n) names, (L, E)."""
         if self._first is not None:
             first, last = self._first[index : index + 2].tolist()

@@ -14,16 +14,21 @@ from common.file_tree import FileTree, read_regular
 from common.files import DataError, decode_name, encode_name, parse_json
 from common.image_files import image_names, read_image
 from data import remote
-from data.captions import PACKED_FILES, RECORD_FILE
+from data.captions import PACKED_FILES, RECORD_FILE, TextFeatures, text_folder
+from data.coco_layout import CocoLatents, CocoText, coco_folder
 from data.latent_files import LatentFiles, format_shape, pair_key, pair_keys
 from data.packed import INDEX_FILE, PackedLatents
 from models.vae import VAERecord
 
 STATS_FILE = "latent_stats.json"
 
+Latents = LatentFiles | PackedLatents | CocoLatents
 
-def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str = "--data-dir") -> LatentFiles | PackedLatents:
+
+def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str = "--data-dir") -> Latents:
     """The latents in a data folder: `packed/` (or the folder itself), `vae-sd/` or `vae-sd.zip`, the first that is there.
+
+    A folder in the layout of U-ViT's and REPA's COCO features is read as it is.
 
     `data_dir` may be remote, e.g. `s3://bucket/folder`: packed latents are then copied to `cache_dir` first. `option`: how errors
     name a remote folder.
@@ -35,7 +40,19 @@ def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str
         return PackedLatents(data_dir)
     if (data_dir / "packed").is_dir() and not _holds_text_alone(data_dir / "packed"):
         return PackedLatents(data_dir / "packed")
+    if (folder := coco_folder(data_dir)) is not None:
+        return CocoLatents(folder)
     return LatentFiles(_part(data_dir, "vae-sd", "`dataset_tools.py encode` makes it"))
+
+
+def open_text(data_dir: str | Path, latents: Latents) -> TextFeatures | CocoText:
+    """The features of the captions in a data folder, of the images that `latents` are of. Raises UserError where there are none."""
+    if isinstance(latents, CocoLatents):
+        return CocoText(latents)
+    folder = text_folder(data_dir)
+    if folder is None:
+        raise UserError(f"{data_dir}: holds no text features, no text/ with {RECORD_FILE}; `dataset_tools.py text` makes them")
+    return TextFeatures(folder, latents)
 
 
 class LatentDataset(Dataset):
@@ -124,7 +141,7 @@ class LatentDataset(Dataset):
         return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
-def paired_images(images: FileTree, latents: LatentFiles | PackedLatents) -> np.ndarray:
+def paired_images(images: FileTree, latents: Latents) -> np.ndarray:
     """The image's name (bytes) for each latent: that of the same sub-folder and number. `UserError` where there is none."""
     pairs = pair_keys(images, image_names(images.names()))
     names = []
@@ -137,7 +154,7 @@ def paired_images(images: FileTree, latents: LatentFiles | PackedLatents) -> np.
     return np.array(names)
 
 
-def channel_record(data_dir: str | Path, latents: LatentFiles | PackedLatents) -> VAERecord:
+def channel_record(data_dir: str | Path, latents: Latents) -> VAERecord:
     """The record of the latents, with the mean and deviation of each channel that `dataset_tools.py stats` wrote beside them."""
     where = f"{data_dir}/{STATS_FILE}"
     try:

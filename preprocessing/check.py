@@ -15,7 +15,8 @@ from common.files import check_output, decode_name, file_sha256, make_folder
 from config.tool_options import CheckConfig
 from data import latent_files, remote
 from data.captions import RECORD_FILE, TextFeatures, has_captions, read_captions, text_folder
-from data.dataset import LatentDataset, paired_images
+from data.coco_layout import CocoLatents
+from data.dataset import LatentDataset, Latents, open_text, paired_images
 from data.packed import PackedLatents, checksums, read_index
 from preprocessing.source import prefetch
 
@@ -26,9 +27,6 @@ SHOWN = 20  # problems printed of each kind
 
 
 GRID = 8  # latents decoded by --sample-grid
-
-
-Latents = latent_files.LatentFiles | PackedLatents
 
 
 def check(config: CheckConfig) -> None:
@@ -55,8 +53,8 @@ def check(config: CheckConfig) -> None:
         images = images_of(config.source)
         if images is not None:
             check_images(images, dataset, threads, problems)
-        if (folder := text_folder(config.source)) is not None:
-            check_text(folder, images, latents, threads, problems)
+        if isinstance(latents, CocoLatents) or text_folder(config.source) is not None:
+            check_text(config.source, images, latents, threads, problems)
     try:
         dataset.check()
         print_classes(latents.labels)
@@ -172,21 +170,19 @@ def check_images(images: FileTree, dataset: LatentDataset, threads: ThreadPoolEx
             problems.add("image", text)
 
 
-def check_text(
-    folder: Path, images: FileTree | None, latents: Latents, threads: ThreadPoolExecutor, problems: Problems
-) -> None:
+def check_text(source: str, images: FileTree | None, latents: Latents, threads: ThreadPoolExecutor, problems: Problems) -> None:
     """Each image has as many text features as captions; readable, of the recorded shape, finite."""
     try:
-        features = TextFeatures(folder, latents)
+        features = open_text(source, latents)
         captions = read_captions(images) if images is not None and has_captions(images) else None
     except UserError as error:
         problems.add("text", str(error))
         return
     record = features.record
-    print(f"{folder}: text features of {record.length} × {record.width}, {features.dtype}, by {record.encoder}")
+    print(f"{len(features)} images with text features of {record.length} × {record.width}, by {record.encoder}")
     wanted = None if captions is None else [len(texts) for texts in captions.values()]
     if wanted is not None and len(wanted) != len(features):
-        problems.add("text", f"{folder}: features of {len(features)} images, but {len(wanted)} have captions")
+        problems.add("text", f"{source}: features of {len(features)} images, but {len(wanted)} have captions")
         return
 
     def of_block(block: range) -> tuple[int, list[str]]:
@@ -206,8 +202,8 @@ def check_text(
         total += n
         for text in found:
             problems.add("text", text)
-    if total != features.content["count"]:
-        problems.add("text", f"{folder}: features of {total} captions; {RECORD_FILE} says {features.content['count']}")
+    if isinstance(features, TextFeatures) and total != features.content["count"]:
+        problems.add("text", f"{features.folder}: features of {total} captions; {RECORD_FILE} says {features.content['count']}")
 
 
 def print_classes(labels: np.ndarray | None) -> None:

@@ -10,8 +10,8 @@ from common.errors import UserError
 from common.files import write_atomically
 from config.tool_options import StatsConfig
 from data import remote
-from data.dataset import STATS_FILE, open_latents
-from preprocessing.check import Latents, blocks
+from data.dataset import STATS_FILE, Latents, open_latents
+from preprocessing.check import blocks
 from preprocessing.source import prefetch
 
 

@@ -216,54 +216,53 @@ def _l1(x: Tensor) -> Tensor:
 
 
 class CoreCaches:
-    """Makes the cached networks of a sampler's runs; times are embedded once, so that later runs wait for no device.
+    """Makes the cached networks of a sampler's runs; times are embedded once, so that later runs wait for no device."""
 
-    Args:
-        model: the model, in eval mode.
-        guide: the network that guides it, if another does.
-    """
-
-    def __init__(self, model: nn.Module, guide: nn.Module | None):
-        self.networks = {False: model, True: guide}
+    def __init__(self):
         self._changes: dict[tuple[bool, tuple[float, ...]], list[float]] = {}
 
     def cached(
-        self, config: GenerateConfig | InferenceTool, guidance: Guidance, evaluations: Sequence[tuple[float, ...]], drawn: Drawn
+        self,
+        config: GenerateConfig | InferenceTool,
+        model: nn.Module,
+        guidance: Guidance,
+        evaluations: Sequence[tuple[float, ...]],
+        drawn: Drawn,
     ) -> tuple[nn.Module, Guidance]:
         """Model and guidance of one run of a sampler.
 
         Args:
             config: threshold, rule and blocks before the core.
+            model: in eval mode; the same in all runs, as is the guide.
             guidance: of the run, with the guide's network where there is one.
             evaluations: the time of each velocity evaluation, in the sampler's order.
             drawn: where the passes are counted.
         """
         run = [guidance.passes(*times) for times in evaluations]
         always = {*range(2 if config.heun else 1), len(run) - 1}
+        networks = {False: model} if guidance.guide is None else {False: model, True: guidance.guide}
         decided = {}
         for role in range(max(map(len, run))):
             own = [e for e, passes in enumerate(run) if role < len(passes)]
             passes = [run[e][role] for e in own]
             changes = None
             if config.cache_rule == "time":
-                changes = self.changes(passes[0].guide, tuple(evaluations[e][0] for e in own))
+                changes = self._changes_of(networks, passes[0].guide, tuple(evaluations[e][0] for e in own))
             ran = must_run(
                 [p.budget for p in passes], changes, config.core_cache, {i for i, e in enumerate(own) if e in always}
             )
             decided[role] = dict(zip(own, ran, strict=True))
+        made = {}
+        for guide, network in networks.items():
+            # The option is that of the model; a guide has its default.
+            blocks = cast(Backbone, network).core_blocks(None if guide else config.cache_after)
+            made[guide] = CachedCore(network, blocks, list(calls(run, guide, decided)), config.core_cache, drawn)
+        return made[False], guidance._replace(guide=made.get(True))
 
-        def network(guide: bool) -> nn.Module:
-            # The option is that of the model; a guide of another depth has its default.
-            blocks = cast(Backbone, self.networks[guide]).core_blocks(None if guide else config.cache_after)
-            plan = list(calls(run, guide, decided))
-            return CachedCore(cast(nn.Module, self.networks[guide]), blocks, plan, config.core_cache, drawn)
-
-        return network(False), guidance if guidance.guide is None else guidance._replace(guide=network(True))
-
-    def changes(self, guide: bool, times: tuple[float, ...]) -> list[float]:
+    def _changes_of(self, networks: dict[bool, nn.Module], guide: bool, times: tuple[float, ...]) -> list[float]:
         """`time_changes` of a network between these times, in float32 or better."""
         if (guide, times) not in self._changes:
-            network = cast(Backbone, self.networks[guide])
+            network = cast(Backbone, networks[guide])
             t = torch.tensor(times, dtype=torch.float32, device=next(network.parameters()).device)
             with torch.autocast(t.device.type, enabled=False):
                 self._changes[guide, times] = time_changes(network.time_embedding(t).double().cpu())

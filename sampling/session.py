@@ -112,7 +112,7 @@ class Session:
         vae_sha256: of the VAE's weights.
         shape: (C, h, w) of the VAE latents.
         guide: the network that guides the model, in eval mode, if another does.
-        caches: of its sampler's runs, where the options ask for a core cache.
+        caches: of its sampler's runs.
         drawn: what it has drawn with a core cache, and with which passes; sessions of other options have it in common.
     """
 
@@ -122,7 +122,7 @@ class Session:
     vae_sha256: str | None
     shape: tuple[int, int, int]
     guide: nn.Module | None = None
-    caches: CoreCaches | None = None
+    caches: CoreCaches = field(default_factory=CoreCaches)
     drawn: Drawn = field(default_factory=Drawn)
 
     def with_options(self, config: Options) -> "Session":
@@ -186,9 +186,9 @@ class Session:
     def networks(self, guidance: Guidance) -> tuple[nn.Module, Guidance]:
         """The model for one run of the sampler, and the guidance with the guide's network; with caches where the options ask for them."""
         guidance = self.with_guide(guidance)
-        if not self.config.core_cache or self.caches is None:
+        if not self.config.core_cache:
             return self.model, guidance
-        return self.caches.cached(self.config, guidance, self.flow.evaluations(), self.drawn)
+        return self.caches.cached(self.config, self.model, guidance, self.flow.evaluations(), self.drawn)
 
     def starting_noise(self, seed: int, indices: Sequence[int]) -> Any:
         """The noise that the images `indices` start from, on the model's device: a state of the flow."""
@@ -221,7 +221,7 @@ def load(config: Options, weights: Weights, device: torch.device, vaes: dict | N
     model, guide = networks
     side = config.resolution // weights.record.downsample_factor
     shape = (weights.record.latent_channels, side, side)
-    return Session(config, model, vae, record.sha256, shape, guide, CoreCaches(model, guide))
+    return Session(config, model, vae, record.sha256, shape, guide)
 
 
 # ------------------------------------------------------------------------------------------------ the inference tools

@@ -12,6 +12,7 @@ from config.parsing import flag
 from config.rules import names
 from config.sweep_options import AXES, DEFAULTS
 from config.values import coerce, kinds
+from flows import flow_of
 from samplers import parse_budget
 
 Values = dict[str, Any]  # option of generate.py → value
@@ -66,7 +67,8 @@ def base_config(config: Any, ckpt: str) -> GenerateConfig:
 
 def canonical(config: GenerateConfig) -> GenerateConfig:
     """The same images by options in one spelling: those that have no effect are the defaults, and a budget of 1 is the full one."""
-    idle = (*(OF_GUIDANCE if config.cfg_scale == 1 else ()), *(() if config.core_cache else OF_CACHE))
+    ignored = [name for name in flow_of(config).ignored_options if name in AXES]
+    idle = (*(OF_GUIDANCE if config.cfg_scale == 1 else ()), *(() if config.core_cache else OF_CACHE), *ignored)
     changes: Values = {name: getattr(GenerateConfig(), name) for name in idle}
     if config.inference_budget is not None:
         budget = parse_budget(config.inference_budget)

@@ -54,6 +54,7 @@ class Store:
         self.folder = Path(dest) / "cells"
         self._warn = warn
         self._damaged: set[Path] = set()
+        self._said_no_locks = False
 
     def path(self, key: str) -> Path:
         """The file of a cell."""
@@ -92,13 +93,19 @@ class Store:
     def lock(self, key: str) -> FolderLock | None:
         """Keep other jobs from doing a cell; None where one of them is doing it."""
         try:
-            lock = FolderLock(self.folder / f"{key}.lock", self.folder, self._warn)
+            lock = FolderLock(self.folder / f"{key}.lock", self.folder, self._warn_once)
         except Busy:
             return None
         except OSError as error:
             raise UserError(f"--dest {self.folder.parent}: cannot be used: {error.strerror}") from None
         remove_leftovers(self.folder, lambda name: name == f"{key}.json")
         return lock
+
+    def _warn_once(self, message: str) -> None:
+        """A file system without locks has none for any cell."""
+        if not self._said_no_locks:
+            self._warn(message)
+        self._said_no_locks = True
 
 
 def _is_whole(record: Record) -> bool:

@@ -14,12 +14,13 @@ from checkpoint.weights import Weights, meta_model
 from common.errors import UserError
 from common.files import check_folder
 from common.logging import warn
-from common.precision import supported_precision
 from config.options import Architecture, GenerateConfig
+from config.parsing import flag
 from config.sweep_options import AXES
 from config.tool_options import MetricOptions
 from flows import flow_of
 from metrics.scoring import Scorer
+from samplers import parse_budget
 from sampling import checks, core_cache, cost, session
 from sampling.image_folder import settings
 from sampling.session import Session
@@ -27,7 +28,7 @@ from sweeping.axes import OF_GUIDE, Values, axes_of, base_config, canonical, com
 from sweeping.results import parse_bound
 
 # Options that decide which weights are loaded: cells that share them are done one after the other.
-LOADED = ("weights", *OF_GUIDE)
+LOADED = ("weights", "mixed_precision", *OF_GUIDE)
 BEST = 3  # cells that --coarse scores in full
 
 
@@ -86,12 +87,11 @@ class Plan:
     """
 
     def __init__(self, config: Any, given: Values, points: Sequence[Values], state: PartialState):
-        self.config, self.state = config, state
+        self.config, self.given, self.state = config, given, state
         self.device = torch.device(state.device or "cpu")
         self.vaes: dict = {}
         self.scorers: dict[str, Scorer] = {}
         self.sources: list[Source] = []
-        self._precisions: dict[str, str] = {}
         architecture = {f.name for f in dataclasses.fields(Architecture)}
         by_hand = {name: points[0].get(name, given[name]) for name in given if name in architecture}
         refs = config.ref if len(config.ref) > 1 else config.ref * len(config.ckpt)
@@ -110,17 +110,23 @@ class Plan:
     def _source(self, ckpt: str, ref: str, points: Sequence[Values], by_hand: Values) -> Source:
         base = base_config(self.config, ckpt)
         first = dataclasses.replace(base, **points[0])
+        session.set_precision(first, self.device)
         weights = session.read_checkpoint(first, by_hand)
+        for option, reason in flow_of(first).ignored_options.items():
+            if option in self.given:
+                warn(f"{flag(option)} has no effect: {reason}")
         unique: dict[str, GenerateConfig] = {}
         for values in points:
             config = dataclasses.replace(base, **values)
             resolve_architecture(config, by_hand, weights, ckpt)
             checks.check_generation_model(config)
             core_cache.check(config, weights)
-            config.mixed_precision = self._precision(config.mixed_precision)
+            config.mixed_precision = first.mixed_precision  # what the device can do
             config = canonical(config)
             unique.setdefault(str(_effective(config)), config)
         configs = list(unique.values())
+        budgets = [parse_budget(config.inference_budget) for config in configs]
+        checks.warn_of_budgets(first, [budget for budget in budgets if isinstance(budget, float)])
         guide = meta_model(weights.guide, configs[0].guide_ckpt or "") if weights.guide else None
         gflops = [flops / 1e9 for flops in cost.flops_per_image(configs, meta_model(weights, ckpt), guide)]
         run = weights.config.get("exp_name") or configs[0].model
@@ -132,12 +138,6 @@ class Plan:
         if len(self.config.ckpt) > 1 or len({_loaded(values) for values in points}) > 1:
             source.weights = None
         return source
-
-    def _precision(self, mixed_precision: str) -> Any:
-        """What the device can do; a warning is given once."""
-        if mixed_precision not in self._precisions:
-            self._precisions[mixed_precision] = supported_precision(mixed_precision, self.device.type == "cpu")
-        return self._precisions[mixed_precision]
 
     def _check_resolutions(self) -> None:
         by_ref: dict[str, Source] = {}

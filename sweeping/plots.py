@@ -44,7 +44,7 @@ def write_plots(points: Sequence[Point], dest: Path) -> list[Path]:
 
 def steps_of(values: dict[str, Any]) -> int:
     """The sampler's steps, over all stages of DFM."""
-    return values["num_steps"] if "num_steps" in values else sum(values["num_steps_per_scale"])
+    return sum(values["num_steps_per_scale"]) if "num_steps_per_scale" in values else values["num_steps"]
 
 
 def pareto_front(points: Sequence[Point], metric: str) -> list[tuple[float, float]]:
@@ -78,10 +78,26 @@ def _by_guidance(points: Sequence[Point], metric: str, x_of: Of) -> list[Curve]:
     curves = []
     for key, group in grouped([point for point in points if is_guided(point.values)], names).items():
         start = plain.get(tuple(shown(group[0].values.get(name)) for name in rest), [])
-        label = ", ".join(f"{name} {value}" for name, value in zip(names, key, strict=True))
+        label = _label(dict(zip(names, key, strict=True)))
         curves.append((best(group)[0].figures[metric].mean, _curve(label, [*start, *group], metric, x_of)))
     sign = -1 if metric in HIGHER_IS_BETTER else 1
     return [curve for _, curve in sorted(curves, key=lambda pair: sign * pair[0])[:MOST_CURVES]]
+
+
+def _label(values: dict[str, str]) -> str:
+    """A few options, as briefly as a legend wants them: `budget 0.25, steps 50, t 0.1–0.7`."""
+    short = {"inference_budget": "budget", "num_steps": "steps", "unconditional_inference_budget": "guiding budget"}
+    interval = [values[name] for name in ("guidance_low", "guidance_high") if name in values]
+    parts = [
+        f"{short.get(name, name)} {'full' if name == 'inference_budget' and value == 'none' else value}"
+        for name, value in values.items()
+        if name not in ("guidance_low", "guidance_high")
+    ]
+    if len(interval) == 2:
+        parts.append(f"t {interval[0]}–{interval[1]}")
+    elif interval:
+        parts.append(f"t {'from' if 'guidance_low' in values else 'to'} {interval[0]}")
+    return ", ".join(parts)
 
 
 def _curve(label: str, points: Sequence[Point], metric: str, x_of: Of, is_reference: bool = False) -> Curve:

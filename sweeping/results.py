@@ -167,7 +167,7 @@ def _side_by_side(points: Sequence[Point], varying: Sequence[str]) -> str:
         values = group[0].values
         rows.append(
             [*(shown(values.get(name)) for name in rest), f"{group[0].count:,}"]
-            + [side.figures[m].__str__() if side and m in side.figures else "" for m in metrics for side in pair]
+            + [str(side.figures[m]) if side and m in side.figures else "" for m in metrics for side in pair]
             + [f"{side.gflops:.4g}" if side else "" for side in pair]
             + [guidance_text(guided[0].values) if guided else ""]
         )

@@ -126,7 +126,8 @@ def test_options_named_in_the_text_exist():
     for page in PAGES:
         for span in re.findall(r"`([^`]+)`", read(page)[0]):
             for option in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", span):
-                assert option in known or option.replace("_", "-") in known, f"{page.name}: {option}"
+                positive = re.sub("^--no-", "--", option)
+                assert {option, option.replace("_", "-"), positive} & known, f"{page.name}: {option}"
 
 
 @pytest.mark.parametrize(("page", "words"), list(commands()), ids=lambda v: v.name if isinstance(v, Path) else " ".join(v)[:60])

@@ -1,5 +1,7 @@
 """Every draw belongs to an index: the same for any process count and batch size, different for any other index."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -152,3 +154,14 @@ def test_order_belongs_to_seed_and_epoch():
 def test_places_of_one_generator_do_not_overlap():
     streams = [generator("any", 0, 0, place).integers(2**63, size=2000) for place in (0, 1, 2, 2**32)]
     assert len(np.unique(np.concatenate(streams))) == 8000
+
+
+def test_draws_travel_between_processes_in_one_piece():
+    draws = training_draws(3, 5, range(2, 6), SHAPE, further_shapes=[(2, 3, 3)])
+    copy = pickle.loads(pickle.dumps(draws))
+    for name, value in vars(draws).items():
+        other = getattr(copy, name)
+        for a, b in zip(value, other, strict=True) if isinstance(value, list) else [(value, other)]:
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+    moved = draws.to(torch.device("meta"))
+    assert moved.noise.is_meta and moved.noise.shape == draws.noise.shape and moved.level == draws.level

@@ -3,17 +3,18 @@
 import dataclasses
 import math
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common.distributed import end_with_parent
 from common.early_signals import SIGNALS
 from config.options import TrainConfig
 from data.dataset import LatentDataset
-from randomness import epoch_order
+from randomness import Draws, epoch_order, split_draws
 
 DATA_POSITION = "data_position"  # in checkpoints
 
@@ -51,21 +52,34 @@ def total_steps(config: TrainConfig, progress: Progress, num_samples: int) -> in
     return min(config.max_train_steps, progress.step + remaining // config.gradient_accumulation_steps)
 
 
+class Batch(list[int]):
+    """The indices of the samples of one forward, the `forward`th of the run."""
+
+    def __init__(self, indices: Iterable[int], forward: int):
+        super().__init__(indices)
+        self.forward = forward
+
+    def __reduce__(self) -> tuple:
+        return Batch, (list(self), self.forward)
+
+
 class StepBatches:
     """For each place from `start` up to `stop` in the data order, the indices of this process's slice of the global batch.
 
     The order of an epoch is a permutation from (seed, epoch); its last partial batch is dropped.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, batch_slice: range, seed: int, start: int, stop: int):
-        """start, stop: places in the data order, in global batches from the start of the first epoch."""
+    def __init__(
+        self, num_samples: int, batch_size: int, batch_slice: range, seed: int, start: int, stop: int, forward: int = 0
+    ):
+        """start, stop: places in the data order, in global batches from the start of the first epoch. forward: that of `start`."""
         self.num_samples, self.batch_size, self.batch_slice = num_samples, batch_size, batch_slice
-        self.seed, self.start, self.stop = seed, start, stop
+        self.seed, self.start, self.stop, self.forward = seed, start, stop, forward
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Batch]:
         per_epoch = self.num_samples // self.batch_size
         order = epoch = None
         for n in range(self.start, self.stop):
@@ -73,19 +87,53 @@ class StepBatches:
                 epoch = n // per_epoch
                 order = epoch_order(self.seed, epoch, self.num_samples)
             first = n % per_epoch * self.batch_size
-            yield order[first + self.batch_slice.start : first + self.batch_slice.stop].tolist()
+            indices = order[first + self.batch_slice.start : first + self.batch_slice.stop].tolist()
+            yield Batch(indices, self.forward + n - self.start)
 
 
-def create_loader(dataset: LatentDataset, batches: StepBatches, num_workers: int, device: torch.device) -> DataLoader:
+class StepItems(dict[str, Any]):
+    """A batch with its draws, which travel from a data worker in the same piece of memory: the training process opens no more of them."""
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        others = dict(self)
+        moments, draws = others.pop("moments"), others.pop("draws")
+        _, (flat, *form) = draws.__reduce__()
+        return _unpack_items, (torch.cat([moments.flatten(), flat]), moments.shape, form, others)
+
+
+def _unpack_items(flat: Tensor, shape: torch.Size, form: Sequence[Any], others: dict[str, Any]) -> dict[str, Any]:
+    moments, draws = flat[: shape.numel()].view(shape), split_draws(flat[shape.numel() :], *form)
+    return {**others, "moments": moments, "draws": draws}
+
+
+class StepData(Dataset):
+    """The samples of a forward with its draws, both made where the data is read: in the data workers, if there are any."""
+
+    def __init__(self, dataset: LatentDataset, draw: Callable[[int], Draws]):
+        self.dataset, self.draw = dataset, draw
+
+    def __getitems__(self, batch: Batch) -> dict[str, Any]:
+        """The collated samples, and under "draws" what `draw` gives for the forward."""
+        return StepItems(default_collate(self.dataset.__getitems__(batch)), draws=self.draw(batch.forward))
+
+
+def create_loader(
+    dataset: LatentDataset, draw: Callable[[int], Draws], batches: StepBatches, num_workers: int, device: torch.device
+) -> DataLoader:
     """The loader of a process's batches, whose memory a GPU can copy from without waiting."""
     return DataLoader(
-        dataset,
-        batch_sampler=batches,
+        StepData(dataset, draw),
+        batch_sampler=cast(Any, batches),
+        collate_fn=cast(Any, _as_it_is),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
         worker_init_fn=init_data_worker,
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def init_data_worker(_: int) -> None:

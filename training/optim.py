@@ -86,7 +86,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decays: list[float]):
         self.models = {f"{d:g}": copy.deepcopy(model).eval().requires_grad_(False) for d in decays}
-        self.sources = [p.detach() for p in model.parameters()]
+        self.sources = list(model.parameters())  # not their storage: DDP gives them another one
         self.updates: list[tuple[Callable, list[nn.Parameter]]] = [
             (get_ema_multi_avg_fn(d), list(m.parameters())) for d, m in zip(decays, self.models.values(), strict=True)
         ]

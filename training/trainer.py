@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,8 +135,10 @@ class Trainer:
         self.total_steps = total_steps(config, self.progress, len(data.dataset))
         self.step = self.saved_step = progress.step
         place = (len(data.dataset), config.batch_size, self.batch_slice, config.seed)
-        batches = StepBatches(*place, self._data_position(self.step), self._data_position(max(self.step, self.total_steps)))
-        self.loader = create_loader(data.dataset, batches, config.num_workers, self.accelerator.device)
+        start, stop = (self._data_position(step) for step in (self.step, max(self.step, self.total_steps)))
+        batches = StepBatches(*place, start, stop, forward=self.step * config.gradient_accumulation_steps)
+        draw = partial(self.flow.draws, config.seed, batch_slice=self.batch_slice, shape=data.shape)
+        self.loader = create_loader(data.dataset, draw, batches, config.num_workers, self.accelerator.device)
 
     def _data_position(self, step: int) -> int:
         """The batches of the data order before optimizer step `step`."""
@@ -225,13 +228,12 @@ class Trainer:
                     with self.speed.untimed():
                         self.score(preemption)
 
-    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
+    def train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimizer step; the host waits for the device nowhere."""
         config, accelerator = self.config, self.accelerator
-        accumulation = config.gradient_accumulation_steps
-        for micro in range(accumulation):
+        for _ in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(self.model):
-                accelerator.backward(self.forward((self.step - 1) * accumulation + micro, next(batches)))
+                accelerator.backward(self.forward(next(batches)))
                 if accelerator.sync_gradients:
                     norm = torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
                     skip = self.stats.step(norm)
@@ -242,10 +244,10 @@ class Trainer:
         self.schedule.step()
         self.ema.update()
 
-    def forward(self, n: int, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss of this process's images in forward `n` (counted over micro-steps)."""
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Mean loss of this process's images in one forward, with its draws."""
         config, device = self.config, self.accelerator.device
-        draws = self.flow.draws(config.seed, n, self.batch_slice, self.data.shape).to(device)
+        draws = batch["draws"].to(device)
         moments, y = (batch[k].to(device, non_blocking=True) for k in ("moments", "label"))
         x = sample_latents(moments, draws.posterior, self.data.record)
         y = drop_conditions(self.model, y, draws, config.cfg_prob)

@@ -20,6 +20,7 @@ from checkpoint import training_state, weights
 from config.options import GenerateConfig, TrainConfig
 from config.parsing import parse, require_options
 from experiments_updated import digit_classifier, quickstart_guidance, quickstart_report
+from experiments_updated.studies import backbones_report
 from models.elit import budget_to_k, mask_levels, mask_to_budget
 from models.vae import VAERecord
 from sampling import cost as cost_module
@@ -162,6 +163,27 @@ def test_benchmark_of_other_backbones(capsys):
     ]
     predicted = [float(line.split()[-4]) for line in lines]
     assert all(1 < full < 1.3 and low < 1 for full, low in zip(predicted[::2], predicted[1::2], strict=True))
+
+
+def test_the_study_of_backbones_pairs_each_model_with_its_elit(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    losses = {"U-ViT-Ti-2": rng.random((1, 9)), "ELIT-U-ViT-Ti-2": rng.random((2, 9))}
+    for name, of_model in losses.items():
+        budgets = [0.25, 1.0] if "ELIT" in name else [None]
+        figures = {"parameters": 1_000_000, "gflops_per_forward": 0.5, "fid": 2.0, "digits_in_class": 0.1}
+        rows = [
+            {"model": name, "budget": b, "held_out_loss": x.mean(), **figures} for b, x in zip(budgets, of_model, strict=True)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        np.savez(tmp_path / f"{name}.npz", losses=of_model, samples=np.zeros((len(budgets), 3, 8, 8, 3), np.uint8))
+    backbones_report.summarize(tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [(row[0], row[2]) for row in cells] == [("U-ViT-Ti-2", ""), ("ELIT-U-ViT-Ti-2", "1"), ("ELIT-U-ViT-Ti-2", "1/4")]
+    plain, low = losses["U-ViT-Ti-2"][0], losses["ELIT-U-ViT-Ti-2"][0]
+    assert cells[2][5] == f"{(low - plain).mean():+.4f} ± {np.std(low - plain, ddof=1) / 3:.4f}"
+    assert (tmp_path / "samples.png").is_file() and len(json.loads((tmp_path / "results.json").read_text())) == 3
 
 
 def test_sampling_benchmark_prints_every_line(capsys):

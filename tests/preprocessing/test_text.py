@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.file_tree import FileTree
 from common.tensor_files import npy_array
 from data.captions import TextFeatures, caption_of, read_captions, text_folder, text_name
-from data.dataset import open_latents
+from data.dataset import LatentDataset, open_latents, open_text
 from dataset_tools import main
 from models.text_encoders import TextRecord, load_text_encoder
 from models.vae import VAERecord
@@ -181,6 +181,39 @@ def test_check_finds_broken_features(data, capsys):
     with pytest.raises(SystemExit):
         main(["check", str(data)])
     assert "null.npy: missing" in capsys.readouterr().out
+
+
+def test_the_coco_features_of_u_vit_are_read_as_they_are(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    moments = rng.standard_normal((12, 8, 4, 4)).astype(np.float32)
+    texts = rng.standard_normal((12, 2, 7, 6)).astype(np.float32)
+    moments[3, 4, 0, 0] = -100  # a log-variance beyond diffusers' clamp
+    (tmp_path / "train").mkdir()
+    for i in range(12):
+        np.save(tmp_path / f"train/{i}.npy", moments[i])
+        for k in range(1 + (i > 9)):
+            np.save(tmp_path / f"train/{i}_{k}.npy", texts[i, k])
+    with pytest.raises(UserError, match=r"empty_context\.npy: missing"):
+        open_text(tmp_path, open_latents(tmp_path))
+    np.save(tmp_path / "empty_context.npy", texts[0, 1])
+    dataset = LatentDataset(tmp_path)
+    text = open_text(tmp_path, dataset.latents)
+    for i in (0, 3, 11):
+        mean, log_variance = moments[i, :4], np.maximum(moments[i, 4:], -30)
+        expected = np.concatenate([mean, np.sqrt(np.exp(log_variance.astype(np.float64)))])
+        np.testing.assert_allclose(dataset[i]["moments"].numpy(), expected, rtol=1e-6)
+    assert len(dataset) == len(text) == 12 and dataset.labels is None
+    assert np.array_equal(text.null.features, texts[0, 1])
+    assert np.array_equal(text.read(11).features, texts[11]) and text.read(2).features.shape == (1, 7, 6)
+    assert np.array_equal(text.read(11, lambda n: n - 1).features, texts[11, 1])
+    main(["check", str(tmp_path)])
+    assert "sound" in capsys.readouterr().out
+    (tmp_path / "train/5_0.npy").unlink()
+    with pytest.raises(UserError, match=r"1 image\(s\) without a caption: 5"):
+        open_text(tmp_path, open_latents(tmp_path))
+    (tmp_path / "train/4.npy").unlink()
+    with pytest.raises(UserError, match="11 images"):
+        open_latents(tmp_path)
 
 
 # The encoders, by tiny random models of transformers.

@@ -20,7 +20,7 @@ from models.backbone import Backbone, Stream
 from models.conditioning import Text
 from samplers import Guidance, Pass
 from sampling import cost, session
-from sampling.core_cache import CachedCore, Call, CoreCaches, Drawn, must_run
+from sampling.core_cache import CachedCore, Call, Drawn, must_run
 from sampling.session import Session
 
 LABELS = torch.arange(20) % CLASSES
@@ -39,7 +39,7 @@ def drawing(model: nn.Module, **options) -> Session:
     options = {"model": "ELIT-SiT-Ti/2", "num_steps": 6, "cfg_scale": 3.0, "core_cache": 0.1, "cache_rule": "head"} | options
     side = model.input_size
     config = GenerateConfig(**options)
-    return Session(config, model, None, None, (4, side, side), None, CoreCaches(model, None))  # type: ignore[arg-type]
+    return Session(config, model, None, None, (4, side, side))  # type: ignore[arg-type]
 
 
 def latents(drawn: Session, indices) -> torch.Tensor:
@@ -196,7 +196,7 @@ def test_rows_that_run_and_rows_that_reuse(name):
 @pytest.mark.parametrize("rule", ["head", "time"])
 def test_flops_are_those_of_what_ran(elit, rule):
     drawn = drawing(elit, cache_rule=rule, core_cache=0.2, num_steps=6, inference_budget="0.25@1.0-0.5,1.0@0.5-0.0")
-    drawn.caches.changes(False, tuple(1 - i / 6 for i in range(6)))  # embeds the times, once
+    drawn.networks(session.guidance(drawn.config))  # embeds the times, once
     with FlopCounterMode(display=False) as counted:
         latents(drawn, range(3))
     # Read's queries are projected once for a batch.

@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,7 +99,7 @@ def test_a_cell_is_generate_and_evaluate(folder, whole, tmp_path):
 def test_two_processes_give_the_same_and_two_jobs_share_the_work(folder, whole, tmp_path):
     """One job of two processes and one of one, in one folder, with another batch size."""
     port = f"--master_port={runs.free_port()}"
-    argv = arguments(folder, tmp_path, *AXES, "--per-proc-batch-size", 3)
+    argv = arguments(folder, tmp_path, *AXES)
     environment = runs.environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])}
     launched = runs.command_line("torchrun", "--nproc_per_node=2", port, str(ROOT / "sweep.py"), *argv)
     job = subprocess.Popen(launched, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -109,7 +107,9 @@ def test_two_processes_give_the_same_and_two_jobs_share_the_work(folder, whole, 
     out, err = job.communicate()
     assert job.returncode == 0, err
     for key, figures in figures_of(whole).items():
-        assert figures_of(tmp_path)[key] == pytest.approx(figures, rel=1e-6)
+        # Another batch size may round a pixel to its neighbour, which shows in the FID of so few images.
+        tolerance = 1e-6 if cells_of(tmp_path)[key]["batch_size"] == 4 else 1e-5
+        assert figures_of(tmp_path)[key] == pytest.approx(figures, rel=tolerance)
     processes = [cell["processes"] for cell in cells_of(tmp_path).values()]
     assert len(processes) == CELLS and 2 in processes and f"{CELLS} in {tmp_path}" in out
     assert not list((tmp_path / "cells").glob("*.lock"))
@@ -200,6 +200,20 @@ def test_axes_from_yaml_and_other_weights(folder, tmp_path):
     assert {(o["heun"], o["global_seed"], o["num_samples"]) for o in options} == {(True, 3, 4)}
 
 
+def test_core_cache_and_guides_are_axes(folder, tmp_path):
+    axes = ("--core-cache", 0, 0.9, "--cache-rule", "time", "head", "--guide-ckpt", "none", folder / "sit.pt", "--num-steps", 5)
+    swept(folder, tmp_path, "--cfg-scale", 1, 2, *axes, "--num-fid-samples", 4, "--metrics", "is")
+    cells = [cell["options"] | cell for cell in cells_of(tmp_path).values()]
+    assert len(cells) == 3 * (1 + 2)  # of the caches; without guidance, and guided by the model itself or by another
+    assert sum("guide_sha256" in cell for cell in cells) == 3
+    for guided in (1, 2):
+        same = [c for c in cells if c["cfg_scale"] == guided and "guide_sha256" not in c]
+        plain, *cached = [c["gflops_per_image"] for c in sorted(same, key=lambda c: c["core_cache"])]
+        assert len(cached) == 2 and max(cached) < plain  # what ran
+    with (tmp_path / "sweep.csv").open() as file:
+        assert {row["guide_ckpt"] for row in csv.DictReader(file)} == {"none", str(folder / "sit.pt")}
+
+
 @pytest.mark.parametrize(
     ("more", "culprits"),
     [
@@ -254,18 +268,24 @@ def test_the_evaluation_script_does_another_scale_anew(folder, tmp_path):
     train.write_text("exp_name: made\nmodel: ELIT-SiT-Ti/2\nresolution: 32\nnum_classes: 5\nelit_group_size: 2\n")
     generation.write_text("num_fid_samples: 6\nnum_steps: 2\ncfg_scale: 1.0\n")
     script = ROOT / "experiments_updated" / "evaluation" / "eval.sh"
-    environment = runs.environment() | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
+    torchrun = tmp_path / "bin" / "torchrun"  # tells its arguments
+    torchrun.parent.mkdir()
+    torchrun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    torchrun.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{torchrun.parent}:{os.environ['PATH']}",
         "EVALUATE": "--features runs:colour_features --metrics fid is",
-        "NPROC": "1",
+        "RESULTS": str(tmp_path / "results"),
+        "NPROC": "3",
     }
     for scale, clean in ((2, ""), (6, "--clean")):
-        done = subprocess.run(
+        told = subprocess.run(
             ["bash", script, *([clean] if clean else []), train, generation, folder / "0000007.pt", folder / "ref.npz", "0.5"],
-            env=environment | {"GENERATE": f"--cfg-scale {scale}"}, cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+            env=environment | {"GENERATE": f"--cfg-scale {scale}"}, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+        assert told[:3] == ["--standalone", "--nproc_per_node=3", str(ROOT / "sweep.py")]
+        sweep.main(told[3:])
+        runs.reset_accelerate()
     rows = list(csv.DictReader((tmp_path / "results" / "sweep.csv").open()))
     assert sorted((row["cfg_scale"], row["inference_budget"], row["num_samples"]) for row in rows) == [
         ("2", "0.5", "6"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +18,9 @@ from checkpoint import training_state
 from common.errors import UserError
 from config.options import TrainConfig
 from models.vae import SD_VAE
+from randomness import training_draws
 from training import resume
-from training.data_order import DATA_POSITION, Progress, StepBatches, total_steps
+from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.run_data import RunData
 from training.run_dir import RunDir
 from training.setup import check, ema_warnings, resolve
@@ -193,3 +195,21 @@ def test_checks_change_nothing(capsys):
     resolved = resolve(config)
     assert (resolved.mixed_precision, resolved.allow_change) == ("no", ["batch_size", "data_labels"])
     assert dataclasses.asdict(config) == before and "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_arrive_with_the_draws_of_their_forward(workers):
+    """Made in the data workers, where there are any; a run that begins in between counts its forwards on."""
+
+    class Samples:
+        def __getitems__(self, indices):
+            return [{"moments": torch.full((4, 3, 3), float(i)), "label": i} for i in indices]
+
+    batches = StepBatches(20, 4, range(1, 3), 0, start=7, stop=10, forward=5)
+    draw = partial(training_draws, 3, batch_slice=range(1, 3), shape=(2, 3, 3), further_shapes=[(2, 1, 1)])
+    loaded = list(create_loader(Samples(), draw, batches, workers, torch.device("cpu")))
+    assert [batch["label"].tolist() for batch in loaded] == list(batches)
+    for n, batch in enumerate(loaded):
+        assert batch["moments"][:, 0, 0, 0].tolist() == batch["label"].tolist()
+        for name, value in vars(draw(5 + n)).items():
+            torch.testing.assert_close(getattr(batch["draws"], name), value, rtol=0, atol=0)

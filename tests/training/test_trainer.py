@@ -33,7 +33,7 @@ from loss import active_stage
 from randomness import epoch_order, training_draws
 from training import data_order, run_dir, setup, trainer, validation
 from training.data_order import StepBatches
-from training.optim import learning_rate_factor
+from training.optim import EMA, learning_rate_factor
 
 pytestmark = pytest.mark.slow
 
@@ -347,9 +347,9 @@ def poison(monkeypatch, steps):
     """The gradient of these steps is not finite, though the loss is."""
     forward = trainer.Trainer.forward
 
-    def poisoned(self, n, batch):
-        loss = forward(self, n, batch)
-        return loss + (next(self.model.parameters()).sum() * float("inf") if n + 1 in steps else 0)
+    def poisoned(self, batch):
+        loss = forward(self, batch)
+        return loss + (next(self.model.parameters()).sum() * float("inf") if self.step in steps else 0)
 
     monkeypatch.setattr(trainer.Trainer, "forward", poisoned)
 
@@ -430,6 +430,17 @@ def test_averaged_weights_follow_every_step(data, tmp_path):
             expected = d * expected + (1 - d) * state["model"][name].double()
             torch.testing.assert_close(state["ema"][decay][name].double(), expected, rtol=0, atol=1e-7)
     assert not torch.equal(states[3]["ema"]["0.5"][name], states[3]["ema"]["0.9"][name])
+
+
+def test_averaged_weights_follow_parameters_whose_storage_is_replaced():
+    """As DDP does it when a model is prepared for several processes."""
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model, [0.0])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+        parameter.data.add_(1)
+    ema.update()
+    assert_same_tensors(ema.first.state_dict(), model.state_dict())
 
 
 def test_accumulation_averages_its_micro_steps(data, tmp_path):
