@@ -99,12 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     features = [_features(classifier, row.images) for row in rows]  # (n, 4, 64), and the classes (n, 4), each
     reference = digit_classifier.statistics(classifier, val_digits)
     bootstrap = _bootstrap([f for f, _ in features], reference)  # (resamplings, rows)
-    figures, rates = _figures(config, val_digits, rows), _images_per_second(rows)
+    sets = {f"row-{i}": _digits(row.images) for i, row in enumerate(rows)}
+    figures, rates = digit_figures(config, val_digits, sets), _images_per_second(rows)
     fids = [f["fid"] for f in figures]
     # Cheap guidance draws with the weights of the row before it, and has no loss of its own.
     measured = [row for row in rows if not row.config.unconditional_inference_budget]
     losses = dict(zip((row.name for row in measured), _losses(measured), strict=True))
-    full = next(i for i, row in enumerate(rows) if row.name == _name(config.budgets[-1]))
+    full = next(i for i, row in enumerate(rows) if row.name == name_of_budget(config.budgets[-1]))
     results = []
     for i, row in enumerate(rows):
         result = {
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
             result |= {"held_out_loss_difference": mean, "held_out_loss_difference_standard_error": error}
         results.append(result)
     steps = _neighbours(config, rows, losses, fids, bootstrap)
-    training = [_training(row) for row in rows if row.name in ("SiT", _name(config.budgets[-1]))]
+    training = [_training(row) for row in rows if row.name in ("SiT", name_of_budget(config.budgets[-1]))]
     text = "\n\n".join([_table(results, rows[full].name), _steps_table(steps), _training_table(training)])
     print(text)
     (out / "table.md").write_text(text + "\n")
@@ -145,10 +146,10 @@ def check_options(config: ReportConfig) -> None:
 def _rows(config: ReportConfig, weights: Weights) -> list[Row]:
     """The baseline, the budgets, and the full one with cheap guidance at the lowest."""
     loaded = session.load(config, weights, session.device())
-    elastic: list[tuple[str, dict[str, Any]]] = [(_name(b), {"inference_budget": str(b)}) for b in config.budgets]
+    elastic: list[tuple[str, dict[str, Any]]] = [(name_of_budget(b), {"inference_budget": str(b)}) for b in config.budgets]
     low = config.budgets[0]
     cheap = {"inference_budget": str(config.budgets[-1]), "unconditional_inference_budget": low}
-    elastic.append((f"{_name(config.budgets[-1])}, cheap CFG at {_name(low)}", cheap))
+    elastic.append((f"{name_of_budget(config.budgets[-1])}, cheap CFG at {name_of_budget(low)}", cheap))
     rows = []
     if config.baseline_ckpt is not None:
         plain = dataclasses.replace(config, ckpt=config.baseline_ckpt, exp_name=None)
@@ -156,14 +157,15 @@ def _rows(config: ReportConfig, weights: Weights) -> list[Row]:
         resolve_architecture(plain, {}, plain_weights, config.baseline_ckpt)
         generate.name_run(plain, plain_weights)
         plain_loaded = session.load(plain, plain_weights, session.device())
-        rows.append(Row("SiT", plain, plain_loaded, plain_weights, _samples(plain)))
+        rows.append(Row("SiT", plain, plain_loaded, plain_weights, read_samples(plain)))
     for name, changes in elastic:
         options = dataclasses.replace(config, **changes)
-        rows.append(Row(name, options, loaded, weights, _samples(options)))
+        rows.append(Row(name, options, loaded, weights, read_samples(options)))
     return rows
 
 
-def _samples(config: ReportConfig) -> np.ndarray:
+def read_samples(config: ReportConfig) -> np.ndarray:
+    """What generate.py drew by these options, uint8 (n, H, W, 3)."""
     folder = image_folder.images_folder(config)
     path = folder.with_name(folder.name + ".npz")
     if not path.is_file():
@@ -189,11 +191,11 @@ def _losses(rows: list[Row]) -> list[np.ndarray]:
     for model in dict.fromkeys(id(row.loaded) for row in rows):
         same = [row for row in rows if id(row.loaded) == model]
         config = dataclasses.replace(same[0].config, budgets=[row.budget for row in same])
-        losses += list(_val_losses(config, same[0].loaded, same[0].weights))
+        losses += list(held_out_losses(config, same[0].loaded, same[0].weights))
     return losses
 
 
-def _val_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.ndarray:
+def held_out_losses(config: ReportConfig, loaded: Session, weights: Weights) -> np.ndarray:
     """Velocity loss of each held-out canvas at each budget (budgets, canvases), over a few fixed draws of time and noise.
 
     Times as in training: its weighting and shift. Of DFM the mean over the stages.
@@ -247,17 +249,16 @@ def _mean_and_error(differences: np.ndarray) -> tuple[float, float]:
     return float(differences.mean()), float(differences.std(ddof=1) / len(differences) ** 0.5)
 
 
-def _figures(config: ReportConfig, val_digits: torch.Tensor, rows: list[Row]) -> list[dict]:
-    """evaluate.py's JSON for each set of samples: their digits against the held-out ones, in the classifier's features."""
+def digit_figures(config: ReportConfig, val_digits: torch.Tensor, sets: dict[str, torch.Tensor]) -> list[dict]:
+    """evaluate.py's JSON for each set of digits (n, 3, 32, 32) against the held-out ones, in the classifier's features."""
     folder = Path(config.output_dir) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[digit_classifier.WEIGHTS_VARIABLE] = str(Path(config.output_dir) / "classifier.pt")
-    sets = {"held-out": val_digits} | {f"row-{i}": _digits(row.images) for i, row in enumerate(rows)}
-    for name, digits in sets.items():
+    for name, digits in {"held-out": val_digits, **sets}.items():
         images = digits.permute(0, 2, 3, 1).numpy()
         write_npz(folder / f"{name}.npz", images.shape, images)
     evaluated = []
-    for name in list(sets)[1:]:
+    for name in sets:
         reference, npz, figures = (str(folder / file) for file in ("held-out.npz", f"{name}.npz", f"{name}.json"))
         evaluate.main([reference, npz, "--features", "experiments_updated.digit_classifier:factory", "--output", figures])
         evaluated.append(json.loads(Path(figures).read_text()))
@@ -269,7 +270,7 @@ def _neighbours(
 ) -> list[dict[str, Any]]:
     """What each step in compute gains: losses and FID of one row less those of the next, with their standard errors."""
     place = {row.name: i for i, row in enumerate(rows)}
-    names = [_name(b) for b in config.budgets]
+    names = [name_of_budget(b) for b in config.budgets]
     pairs = [*itertools.pairwise(names), *((names[-1], name) for name in place if name not in names)]
     steps = []
     for a, b in pairs:
@@ -301,7 +302,8 @@ def _training_table(training: list[dict[str, Any]]) -> str:
     return markdown_table(["trained on one core", "steps", "TFLOPs", "seconds"], lines)
 
 
-def _name(budget: float) -> str:
+def name_of_budget(budget: float) -> str:
+    """As a fraction where it is one."""
     return f"1/{round(1 / budget)}" if budget < 1 and (1 / budget).is_integer() else f"{budget:g}"
 
 

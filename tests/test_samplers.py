@@ -391,7 +391,8 @@ CHEAP = {"cfg_scale": 2.0, "unconditional_inference_budget": 0.25}
 )
 def test_the_host_never_waits_for_the_device(name, options, guided):
     with torch.device("meta"):
-        model = models.create_model(name, input_size=8, elit_group_size=2, num_classes=5, depth=3).eval()
+        small = {"input_size": 8, "num_classes": 5, "depth": 3, "head_depth": 1, "tail_depth": 1}
+        model = models.create_model(name, elit_group_size=2, **small).eval()
     config = GenerateConfig(model=name, num_steps=3, **({"cfg_scale": 1.0} | options | guided))
     labels = torch.tensor([1, 4])
     with NoWaiting(), NoNewTensors():

@@ -447,9 +447,9 @@ def diverge(monkeypatch, first, last=math.inf):
     """The gradients of the steps first … last are not finite."""
     forward = trainer.Trainer.forward
 
-    def poisoned(self, n, batch):
-        loss = forward(self, n, batch)
-        return loss + (next(self.model.parameters()).sum() * float("inf") if first <= n + 1 <= last else 0)
+    def poisoned(self, batch):
+        loss = forward(self, batch)
+        return loss + (next(self.model.parameters()).sum() * float("inf") if first <= self.step <= last else 0)
 
     monkeypatch.setattr(trainer.Trainer, "forward", poisoned)
 

@@ -19,7 +19,7 @@ from common import tensor_files
 from flows import FlowMatching
 from loss import training_times
 from models.vae import decode, load_vae, to_uint8
-from randomness import epoch_order, image_noise, training_draws
+from randomness import epoch_order, image_labels, image_noise, training_draws
 from samplers import euler_maruyama_sampler, euler_sampler, evaluation_times
 from training import validation
 
@@ -96,7 +96,7 @@ def test_from_images_to_images(tmp_path, monkeypatch, kind, options):
     shift = config["time_shift"]
     assert shift == (3.0 if options[:1] == ("--time-shift",) else 1.0)
     noise = image_noise(0, range(3), (channels, 4, 4))
-    labels = generate.image_labels(0, range(3), 2)
+    labels = image_labels(0, range(3), 2)
     times = [shift * t / (1 + (shift - 1) * t) for t in (1, 2 / 3, 1 / 3, 0)]
     state_ = noise.double()
     for t, t_next in itertools.pairwise(times):

@@ -46,11 +46,12 @@ def make_vae(folder: Path) -> VAERecord:
 
 
 def make_latents(
-    data_dir: Path, count: int, record: VAERecord | None, labels: bool = True, seed: int = 0, side: int = SIDE
+    data_dir: Path, count: int, record: VAERecord | None, labels: bool = True, seed: int = 0, side: int | None = None
 ) -> Path:
     """A data set in the published layout, of random moments."""
     folder = data_dir / "vae-sd" / "00000"
     folder.mkdir(parents=True)
+    side = side or SIDE
     rng = np.random.default_rng(seed)
     entries = []
     for i in range(count):

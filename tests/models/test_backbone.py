@@ -12,6 +12,7 @@ from models.costs import mean_forward_flops, projector_flops
 from models.elit import Elastic
 
 SMALL = {"input_size": 8, "num_classes": 5, "hidden_size": 32, "depth": 4, "num_heads": 4}
+ELIT = {"elit_group_size": 2, "head_depth": 1, "tail_depth": 1}
 
 
 class Own(Backbone):
@@ -70,7 +71,7 @@ def test_a_backbone_without_an_interface_has_no_budget():
 
 @pytest.mark.parametrize("name", ["SiT-Ti/2", "ELIT-SiT-Ti/2", "DFM-SiT-Ti/2"])
 def test_models_cast_by_the_methods_of_a_module(name):
-    options = SMALL | ({"elit_group_size": 2} if "ELIT" in name else {})
+    options = SMALL | (ELIT if "ELIT" in name else {})
     model = models.create_model(name, **options)
     assert model.half() is model
     assert {p.dtype for p in model.parameters()} == {torch.float16}
@@ -79,7 +80,7 @@ def test_models_cast_by_the_methods_of_a_module(name):
 
 @pytest.mark.parametrize("name", ["SiT-Ti/2", "ELIT-SiT-Ti/2", "DFM-SiT-Ti/2", "DFM-ELIT-SiT-Ti/2"])
 def test_example_inputs_are_what_the_model_takes(name):
-    options = SMALL | {"input_size": (8, 16)} | ({"elit_group_size": 2} if "ELIT" in name else {})
+    options = SMALL | {"input_size": (8, 16)} | (ELIT if "ELIT" in name else {})
     model = models.create_model(name, **options).double()
     x, t, y = model.example_inputs(3)
     velocity = model(x, t, y)
@@ -103,7 +104,7 @@ def test_an_elastic_models_errors_name_its_own_options():
         ({"elit_read_depth": 0}, "elit_read_depth 0: must be at least 1"),
     ):
         with pytest.raises(UserError, match=f"^{words}"):
-            models.create_model("ELIT-SiT-Ti/2", **(SMALL | {"elit_group_size": 2} | wrong))
+            models.create_model("ELIT-SiT-Ti/2", **(SMALL | ELIT | wrong))
 
 
 def test_projector_flops_are_counted_product_by_product():
