@@ -78,8 +78,8 @@ def arguments(data: Path, run_dir: Path, steps: int) -> list[str]:
     return [str(part) for name, value in options.items() for part in ("--" + name, value)]
 
 
-def start(argv: list[str], log: Path) -> int:
-    """Fork a process that runs train.py, with everything imported already; returns its id."""
+def start(argv: list[str], log: Path, main: Callable[[list[str]], object] = train.main) -> int:
+    """Fork a process that runs a script, train.py unless told otherwise, with everything imported already; returns its id."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -87,7 +87,7 @@ def start(argv: list[str], log: Path) -> int:
             with log.open("a") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            train.main(argv)
+            main(argv)
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1

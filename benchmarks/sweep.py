@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import sweep
+from benchmarks.kill_resume import start
 from common.errors import cli_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,24 +31,6 @@ AXES = ("--cfg-scale", "1", "2", "4", "--inference-budget", "0.0625", "0.25", "-
 CELLS = 12
 BOUND = 0.8  # of the time per cell over that of generate.py and evaluate.py
 SCALES = (2.0, 4.0, 6.0)
-
-
-def start(argv: list[str], log: Path) -> int:
-    """Fork a process that runs sweep.py, with everything imported already; returns its id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with log.open("a") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            sweep.main(argv)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        finally:
-            os._exit(code)
-    return child
 
 
 def ended(child: int) -> bool:
@@ -75,7 +58,7 @@ def cells_of(dest: Path) -> dict[str, tuple[int, dict]]:
 def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
     """The first part. Returns what was wrong."""
     rng, log, findings = np.random.default_rng(seed), root / "log.txt", []
-    os.waitpid(start([*argv, "--dest", str(root / "whole")], log), 0)
+    os.waitpid(start([*argv, "--dest", str(root / "whole")], log, sweep.main), 0)
     cells = cells_of(root / "whole")
     whole = {key: figures for key, (_, figures) in cells.items()}
     if len(whole) != CELLS:
@@ -91,7 +74,7 @@ def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
                 path.unlink()
             before = cells_of(dest)
         begin = time.time()
-        child = start([*argv, "--dest", str(dest)], log)
+        child = start([*argv, "--dest", str(dest)], log, sweep.main)
         # One in five before it works at cells, the others inside a cell: the first, second or third.
         early, whole_before = rng.random() < 0.2, len(before) + int(rng.integers(3))
         while not early and not (len(files(dest)) >= whole_before and in_cell(dest, begin)) and not ended(child):
@@ -109,7 +92,7 @@ def attack(argv: list[str], root: Path, kills: int, seed: int) -> list[str]:
             f"kill {done:2}: {len(before):2} cells before, {len(after):2} after{' (came to its end)' if is_over else ''}",
             flush=True,
         )
-    if status := os.waitpid(start([*argv, "--dest", str(dest)], log), 0)[1]:
+    if status := os.waitpid(start([*argv, "--dest", str(dest)], log, sweep.main), 0)[1]:
         return [f"the last run ended with {os.waitstatus_to_exitcode(status)}:\n{log.read_text()[-2000:]}"]
     found = {key: figures for key, (_, figures) in cells_of(dest).items()}
     print(f"kills: {done}, {unfinished} of them inside a cell; cells done again: {again}")
