@@ -38,11 +38,10 @@ from experiments_updated import digit_classifier
 from flows import flow_of
 from metrics import frechet_distance
 from metrics.images import write_npz
-from models.costs import mean_forward_flops
 from sampling import cost, image_folder, session
 from sampling.images import draw, labels_of
 from sampling.session import Session
-from training.setup import trained_budgets
+from training.budgets import mean_training_flops
 
 TIMED_IMAGES, TIMED_ROUNDS = 10, 2
 VAL_REPEATS = 2  # noise and times drawn for each held-out canvas
@@ -287,7 +286,7 @@ def _training(row: Row) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     options = TrainConfig(**{k: v for k, v in row.weights.config.items() if k in names})
     images = row.weights.step * options.batch_size * options.gradient_accumulation_steps
-    forward = mean_forward_flops(row.loaded.model, trained_budgets(options))  # pyright: ignore[reportArgumentType], a Backbone
+    forward = mean_training_flops(options, row.loaded.model)
     seconds = 0.0
     for line in (Path(row.config.ckpt).parent.parent / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)

@@ -17,12 +17,14 @@ from config.options import TrainConfig
 from config.parsing import parse
 from flows import flow_of
 from loss import Projecting, alignment_loss
+from models.costs import mean_forward_flops
 from models.encoders import load_encoders
 from models.vae import SD_VAE, VAERecord
 from training import optim, plan
+from training.budgets import trained_budgets
 from training.memory import activation_bytes, state_bytes
-from training.plan import Plan, mean_forward_flops
-from training.setup import build_model, trained_budgets
+from training.plan import Plan
+from training.setup import build_model
 
 COUNT = 24
 RECORD = VAERecord("v", None, 4, 4, 0.5, 0.0)
