@@ -2,7 +2,7 @@
 # STEPS=n: another length of training. SEEDS="0 1": the seeds. RUNS=FOLDER: where models are kept. Killed, a study goes on from there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-STUDY=$(basename "$0" .sh) OUT=${1:-quickstart} STEPS=${STEPS:-600} SEEDS=${SEEDS:-0 1}
+STUDY=$(basename "$0" .sh) OUT=${1:-quickstart} STEPS=${STEPS:-400} SEEDS=${SEEDS:-0 1}
 RUNS=${RUNS:-$OUT/studies-$STEPS}
 ALL=(--elit-min-mask-prob 0 --elit-max-mask-prob 0.9375) # all 16 budgets
 START=$SECONDS

@@ -1,6 +1,6 @@
 """Canvases with their patches spread over a grid of four times the tokens, zeros between them (the paper's Figure 2).
 
-    python experiments_updated/studies/spread.py --source quickstart/data/train --dest quickstart/studies-600/spread/train
+    python experiments_updated/studies/spread.py --source quickstart/data/train --dest quickstart/studies-400/spread/train
 
 Patches of 2×2 latents stand at every second place of both axes.
 """
