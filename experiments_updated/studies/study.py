@@ -128,16 +128,17 @@ class Run:
         order: of the latents in each group, of which a budget keeps the first.
         """
 
-        def compute() -> dict[str, Any]:
+        def compute(budget: float | None) -> dict[str, Any]:
             _, weights, loaded = self.opened(step)
             if self.is_spread:
                 loaded = dataclasses.replace(loaded, model=_RealPatches(loaded.model))
             with reordered(loaded.model, order):
-                losses, times = losses_of_draws(self.val_data_dir, budgets, loaded, weights)
-            return {"losses": (4 if self.is_spread else 1) * losses.mean(dim=2).double().numpy(), "times": times.numpy()}
+                losses, times = losses_of_draws(self.val_data_dir, [budget], loaded, weights)
+            return {"losses": (4 if self.is_spread else 1) * losses[:, 0, 0].double().numpy(), "times": times.numpy()}
 
-        kept = self.kept("losses", [step or self.steps[-1], list(budgets), order], compute)
-        return kept["losses"], kept["times"]
+        step = step or self.steps[-1]
+        found = [self.kept("losses", [step, b, order], functools.partial(compute, b)) for b in budgets]
+        return np.stack([f["losses"] for f in found], axis=1), found[0]["times"]
 
     def samples(self, step: int | None = None, **options: Any) -> dict[str, np.ndarray]:
         """Of samples by `options` of generate.py: `fid` and share of `digits_in_class`, `gflops` of an image, the first ten `canvases`."""
