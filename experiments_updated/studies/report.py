@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _runs(name: str, config: StudyConfig) -> list[Run]:
+    if (Path(config.runs) / name).is_dir():
+        return [Run(name, None, config)]
     seeds = [path.name.removeprefix(f"{name}-") for path in Path(config.runs).glob(f"{name}-*") if path.is_dir()]
     seeds = sorted(int(seed) for seed in seeds if seed.isdecimal())
     if not seeds:

@@ -40,7 +40,7 @@ def gather_patches(x: Tensor) -> Tensor:
 @cli_main
 def main(argv: list[str] | None = None) -> None:
     """The command: a folder of loose latents → another one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Spreads the patches of a data set over four times the tokens.")
     parser.add_argument("--source", required=True, help="data set with vae-sd/")
     parser.add_argument("--dest", required=True, help="new data set; what is there already stays")
     options = parser.parse_args(argv)

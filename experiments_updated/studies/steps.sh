@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Fewer latents or fewer steps? A sweep over both, and over the core cache, of a model trained at all 16 budgets.
+# Fewer latents or fewer steps? A sweep over both, and over the core cache, of the quick start's model.
 . "$(dirname "$0")/common.sh"
-train elit-all --model ELIT-SiT-Ti/2 "${ALL[@]}"
-DIGIT_CLASSIFIER=$RUNS/classifier.pt python sweep.py --ckpt "$RUNS/elit-all-${SEEDS%% *}/checkpoints/$(printf %07d "$STEPS").pt" \
-    --ref "$OUT/data/val/images" --features experiments_updated.digit_classifier:factory --metrics fid --num-fid-samples 200 \
-    --cfg-scale 1.5 --inference-budget 0.0625 0.25 1 --num-steps 5 10 20 --core-cache none 0.5 --dest "$RUNS/steps"
-cp "$RUNS/steps/fid_vs_gflops.png" experiments_updated/studies/results/steps.png
-cp "$RUNS/steps/sweep.md" experiments_updated/studies/results/steps.md
+quickstart
+export DIGIT_CLASSIFIER=$OUT/classifier.pt
+python sweep.py --ckpt "$CKPT" --ref "$OUT/data/val/images" --features experiments_updated.digit_classifier:factory \
+    --metrics fid --num-fid-samples "${SAMPLES:-200}" --cfg-scale 1.5 --inference-budget 0.0625 0.25 1 --num-steps 5 10 20 \
+    --core-cache none 0.5 --dest "$OUT/steps"
+cp "$OUT/steps/fid_vs_gflops.png" "$RESULTS/steps.png"
+cp "$OUT/steps/sweep.md" "$RESULTS/steps.md"
+cp "$OUT/steps/sweep.csv" "$RESULTS/steps.csv"

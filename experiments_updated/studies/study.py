@@ -50,11 +50,11 @@ class StudyConfig:
 
 
 class Run:
-    """A trained model of a study: the run folder NAME-SEED, and figures of its averaged weights at a step (default: the last)."""
+    """A trained model of a study: the run folder NAME-SEED, or NAME, and figures of its averaged weights at a step (default: the last)."""
 
-    def __init__(self, name: str, seed: int, config: StudyConfig):
+    def __init__(self, name: str, seed: int | None, config: StudyConfig):
         self.name, self.seed, self.config = name, seed, config
-        self.folder = Path(config.runs) / f"{name}-{seed}"
+        self.folder = Path(config.runs) / (name if seed is None else f"{name}-{seed}")
         self.steps = list(training_state.saved_steps(self.folder / "checkpoints"))
         if not self.steps:
             raise UserError(f"--models {name}: no checkpoint in {self.folder}; run the study's script")
