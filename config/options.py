@@ -62,6 +62,9 @@ class Architecture:
         images=True,
         model=True,
     )
+    elit_init: Literal["published", "spread"] = option(
+        "elit", "published", "start of Read and Write; spread: for runs of a few thousand steps", resume="free", images=False
+    )
     elit_max_mask_prob: float | None = option(
         "elit", None, "largest share of latents masked in training", ge=0, le=1, resume="changeable", images=False
     )

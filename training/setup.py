@@ -40,7 +40,7 @@ def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
 
 def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Backbone:
     """The model that the options describe, on latents of the VAE `record`, freshly initialised."""
-    return models.create_model(
+    model = models.create_model(
         config.model,
         input_size=config.resolution // record.downsample_factor,
         in_channels=record.latent_channels,
@@ -50,6 +50,9 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Ba
         z_dims=z_dims,
         **model_options(dataclasses.asdict(config)),
     )
+    if isinstance(model, Elastic) and config.elit_init == "spread":
+        model.interface.spread()
+    return model
 
 
 def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
