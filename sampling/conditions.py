@@ -299,8 +299,6 @@ def check_options(config: GenerateConfig | InferenceTool) -> None:
     """Refuse prompts that are none; nothing is loaded."""
     if config.prompt and config.prompts:
         raise UserError("--prompt and --prompts: give the one or the other")
-    if config.prompt and (empty := [i for i, text in enumerate(config.prompt, 1) if not text.strip()]):
-        raise UserError(f"--prompt: number {empty[0]} is empty")
     if config.prompts is not None and not Path(config.prompts).is_dir():
         read_prompts(config.prompts)
 
