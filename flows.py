@@ -23,6 +23,7 @@ import samplers
 from common.errors import UserError
 from loss import PathType, active_stage, dfm_loss, flow_matching_loss, interpolate, stage_times, training_times
 from models.conditioning import Condition, map_condition
+from models.dfm import DFMSiT
 from models.pyramid import decompose, recompose
 from models.vae import VAERecord, decode, decode_stages, sample_latents
 from randomness import Draws, pyramid_noise, sde_noise, to_device, training_draws
@@ -85,7 +86,6 @@ class FlowMatching:
 
     ignored_options: ClassVar[dict[str, str]] = {}  # options that have no effect when given by hand, with the reason
     caches_core: ClassVar[bool] = True  # whether a step of the sampler may reuse what the core added in an earlier one
-    leaves_parameters_unused: ClassVar[bool] = False  # whether a forward may use only some of the parameters (for DDP)
 
     @property
     def foreign_options(self) -> set[str]:
@@ -124,6 +124,10 @@ class FlowMatching:
     def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
         """The condition of a forward with these draws."""
         return LossCondition(budget)
+
+    def unused_parameters(self, model: nn.Module, condition: LossCondition) -> list[nn.Parameter]:
+        """Those of `model` that a loss under this condition does not depend on."""
+        return []
 
     def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
         """The loss under a condition; otherwise as `loss`."""
@@ -266,7 +270,6 @@ class DFM(FlowMatching):
 
     ignored_options: ClassVar[dict[str, str]] = {"num_steps": "a DFM model is sampled with --num-steps-per-scale"}
     caches_core: ClassVar[bool] = False  # a stage that starts changes what the core sees, whatever the times say
-    leaves_parameters_unused: ClassVar[bool] = True  # the final layers of the stages after the active one
 
     @override
     def check_training(self) -> None:
@@ -301,6 +304,11 @@ class DFM(FlowMatching):
     @override
     def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
         return LossCondition(budget, active_stage(draws.stage, self.stage_weights))
+
+    @override
+    def unused_parameters(self, model: nn.Module, condition: LossCondition) -> list[nn.Parameter]:
+        assert isinstance(model, DFMSiT) and condition.stage is not None
+        return list(model.final_layer.projections[condition.stage + 1 :].parameters())
 
     @override
     def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:

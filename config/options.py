@@ -217,6 +217,12 @@ class TrainConfig(ScoreOptions, Architecture):
         "torch.compile the blocks and the parts around them (default: on CUDA; --no-compile: nowhere)",
         resume="free",
     )
+    comm_dtype: Literal["fp32", "bf16"] = option(
+        "system", "fp32", "type in which gradients are summed over the processes", resume="changeable"
+    )
+    bucket_cap_mb: int = option(
+        "system", 25, "MiB of gradients that are summed over the processes at a time", ge=1, le=2**20, resume="free"
+    )
     gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     max_skipped_steps: int = option(
         "train", 50, "stop once so many steps in a row had a gradient that is not finite", ge=1, resume="free"

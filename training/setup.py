@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, broadcast_object_list
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    DynamoBackend,
+    broadcast_object_list,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +36,10 @@ from training import scores
 from training.optim import EMA
 from training.profiler import parse_steps
 from training.resume import ALLOWED
+
+
+# The type that gradients are summed in over the processes → accelerate's hook of DDP for it.
+COMM_HOOKS = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
 def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
@@ -73,8 +83,9 @@ def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_
     if message := broadcast_object_list(problem)[0]:
         raise UserError(message)
     made = init_from(weights, model, dataclasses.asdict(config), path)
-    for target in (model, *ema.models.values()):
-        target.load_state_dict(made.state_dict, strict=False)
+    model.load_state_dict(made.state_dict, strict=False)
+    for decay in ema.decays:
+        ema.assign(decay, model)
     if is_main:
         print(made.summary(), flush=True)
     return made.summary()
@@ -164,10 +175,12 @@ class DDPOptions(DistributedDataParallelKwargs):
     forward_sync_buffers: bool | None = None
 
 
-def ddp_options(find_unused_parameters: bool) -> DDPOptions:
+def ddp_options(config: TrainConfig) -> DDPOptions:
     """Buffers are fixed tables here, the same in every process: no forward needs to copy them."""
     is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    options = DDPOptions(gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters)
+    options = DDPOptions(
+        gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_cap_mb, comm_hook=COMM_HOOKS[config.comm_dtype]
+    )
     setattr(options, "forward_sync_buffers" if is_new else "broadcast_buffers", False)
     return options
 
@@ -183,7 +196,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
     )
     # Accelerate takes no subclass as an argument.
-    accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # pyright: ignore[reportAttributeAccessIssue]
+    accelerator.ddp_handler = ddp_options(config)  # pyright: ignore[reportAttributeAccessIssue]
     check_accelerator(accelerator, config)
     set_tf32(config.allow_tf32)
     if config.deterministic:

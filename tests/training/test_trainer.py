@@ -453,7 +453,7 @@ def test_averaged_weights_follow_parameters_whose_storage_is_replaced():
         parameter.data = parameter.data.clone()
         parameter.data.add_(1)
     ema.update()
-    assert_same_tensors(ema.first.state_dict(), model.state_dict())
+    assert_same_tensors(ema.model().state_dict(), model.state_dict())
 
 
 def test_accumulation_averages_its_micro_steps(data, tmp_path):
