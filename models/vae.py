@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
+from common.hub import fetch_once
 from common.torchvision_shim import import_torchvision
 from models.dfm import recompose
 
@@ -209,11 +210,17 @@ def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     files = ["config.json", "vae/config.json"]
-    try:
+
+    def fetch(**options: bool) -> Path:
         for weights in WEIGHT_FILES:  # the second: older repositories
-            folder = _inside_pipeline(Path(snapshot_download(repository, allow_patterns=[*files, weights, f"vae/{weights}"])))
+            patterns = [*files, weights, f"vae/{weights}"]
+            folder = _inside_pipeline(Path(snapshot_download(repository, allow_patterns=patterns, **options)))
             if (folder / weights).is_file():
                 break
+        return folder
+
+    try:
+        folder = fetch_once(repository, fetch)
     except Exception as error:  # network, authentication, no such repository, no space …
         reason = first_line(error)
         raise UserError(

@@ -67,7 +67,7 @@ def clip_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter],
 def clip_in_step(parameters: list[nn.Parameter], optimizer: AdamW, max_norm: float) -> Tensor:
     """The norm of the gradients, by whose excess over `max_norm` the fused step divides them."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    setattr(optimizer, "grad_scale", ((norm + 1e-6) / max_norm).clamp(min=1.0))  # AdamW reads it, though it declares none
+    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # pyright: ignore[reportAttributeAccessIssue], which AdamW reads
     return norm
 
 

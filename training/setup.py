@@ -16,7 +16,10 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from torch import nn
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 import models
 from checkpoint import reading
@@ -36,7 +39,6 @@ from training import scores
 from training.optim import EMA
 from training.profiler import parse_steps
 from training.resume import ALLOWED
-
 
 # The type that gradients are summed in over the processes → accelerate's hook of DDP for it.
 COMM_HOOKS = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
@@ -173,6 +175,16 @@ class DDPOptions(DistributedDataParallelKwargs):
     """DDP's keyword arguments, with the one that PyTorch 2.13 has in place of `broadcast_buffers`."""
 
     forward_sync_buffers: bool | None = None
+
+    @override
+    def register_comm_hook(self, model: DistributedDataParallel) -> None:
+        """As accelerate, but on any backend: PyTorch permits its own hook on CUDA alone."""
+        if self.comm_hook == DDPCommunicationHookType.BF16:
+            model.register_comm_hook(None, _sum_in_bf16)
+
+
+def _sum_in_bf16(group: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return bf16_compress_hook(group, bucket)
 
 
 def ddp_options(config: TrainConfig) -> DDPOptions:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,7 +47,9 @@ class Trainer:
         self.accelerator = accelerator = setup.create_accelerator(config)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
-        config = resume.with_recorded_split(config, self.run_dir)
+        (config,) = broadcast_object_list(
+            [resume.with_recorded_split(config, self.run_dir) if self.run_dir.is_main else config]
+        )
         self.data = open_data(config, accelerator.num_processes)
         local = config.batch_size // accelerator.num_processes
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
@@ -148,12 +151,14 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         """Resume from a training state."""
         where = training_state.step_path(self.run_dir.checkpoints, state["step"])
-        model = self.accelerator.unwrap_model(self.model)
+        model, shared = self.accelerator.unwrap_model(self.model), partial(resume.shared, accelerator=self.accelerator)
         for decay in self.ema.decays:  # one that is new starts from the weights, as in a new run
-            load_state_dict(model, state["ema"].get(decay, state["model"]), where)
+            load_state_dict(model, shared(state["ema"].get(decay, state["model"])), where)
             self.ema.assign(decay, model)
-        load_state_dict(model, state["model"], where)
-        load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
+        load_state_dict(model, shared(state["model"]), where)
+        load_optimizer(
+            self.optimizer.optimizer, self.accelerator.scaler, state | {"optimizer": shared(state["optimizer"])}, where
+        )
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
         self._go_to(Progress.of_state(state, len(self.data.dataset)))
