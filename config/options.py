@@ -299,6 +299,12 @@ class Sampling(GuideOptions, CoreCacheOptions):
     compile: bool = option(
         "system", False, "torch.compile the model's parts: slower to start; one graph for all budgets", images=False
     )
+    cuda_graphs: bool | None = option(
+        "system",
+        None,
+        "replay the model's forwards from CUDA graphs (default: of up to 8 images at a time; --no-cuda-graphs: never)",
+        images=False,
+    )
 
 
 @dataclasses.dataclass
@@ -324,6 +330,7 @@ class GenerateConfig(Sampling, Architecture):
     unconditional_inference_budget: float | None = option(
         "guidance", None, "ELIT: budget of the guiding pass (cheap guidance)", gt=0, le=1, images=True, folder=(3, "uncond")
     )
+    no_png: bool = option("output", False, "write the .npz alone, and no PNG files", images=False)
     preview: bool = option(
         "output", False, "DFM: also write each coarser stage's images, as soon as they are ready", images=False
     )
