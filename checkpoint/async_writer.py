@@ -30,13 +30,13 @@ class HostMemory:
         self._block = np.empty(size, np.uint8)
         self._registered = 0
         if pinned and size:
-            runtime, address = torch.cuda.cudart(), self._block.ctypes.data
+            runtime, address = _cuda_runtime(), self._block.ctypes.data
             if runtime.cudaHostRegister(address, size, 0) == runtime.cudaError.success:  # else copies wait, and that is all
                 self._registered = address
 
     def __del__(self) -> None:
         if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
+            _cuda_runtime().cudaHostUnregister(self._registered)
 
     def take(self, like: Tensor) -> Tensor:
         """The next tensor of this shape and type, on the host."""
@@ -45,6 +45,10 @@ class HostMemory:
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
         return torch.frombuffer(self._block, dtype=like.dtype, count=like.numel(), offset=start).view(like.shape)
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()
 
 
 def _room(tensor: Tensor) -> int:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common.errors import UserError, first_line
 from common.files import cache_folder, check_name, lock
@@ -59,7 +59,7 @@ def local_file(path: str | Path) -> Path:
 
     folder, _, name = file.rpartition("/")
 
-    def fetch(**options: bool) -> Path:
+    def fetch(**options: Any) -> Path:
         local = Path(hf_hub_download(f"{owner}/{repository}", file, **options))
         if name == PRETRAINED:  # pushed by `push_to_hub`, it has its configuration beside it
             with contextlib.suppress(EntryNotFoundError):

@@ -224,7 +224,7 @@ def _folder(name: str) -> Path:
 
     files = ["config.json", "vae/config.json"]
 
-    def fetch(**options: bool) -> Path:
+    def fetch(**options: Any) -> Path:
         for weights in WEIGHT_FILES:  # the second: older repositories
             patterns = [*files, weights, f"vae/{weights}"]
             folder = _inside_pipeline(Path(snapshot_download(repository, allow_patterns=patterns, **options)))

@@ -153,7 +153,7 @@ class EMA:
     def update(self) -> None:
         """Let each average follow the weights by one step."""
         if self._own:
-            weights = [self.sources[name] for name in self._own]
+            weights: list[Tensor] = [self.sources[name] for name in self._own]
             for average, part in self._updates:
                 average(list(part.values()), weights, None)
 

@@ -16,7 +16,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from torch import nn
-from torch.distributed import GradBucket
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
