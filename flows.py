@@ -23,7 +23,6 @@ import samplers
 from common.errors import UserError
 from loss import PathType, active_stage, dfm_loss, flow_matching_loss, interpolate, stage_times, training_times
 from models.conditioning import Condition, map_condition
-from models.dfm import DFMSiT
 from models.pyramid import decompose, recompose
 from models.vae import VAERecord, decode, decode_stages, sample_latents
 from randomness import Draws, pyramid_noise, sde_noise, to_device, training_draws
@@ -124,10 +123,6 @@ class FlowMatching:
     def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
         """The condition of a forward with these draws."""
         return LossCondition(budget)
-
-    def unused_parameters(self, model: nn.Module, condition: LossCondition) -> list[nn.Parameter]:
-        """Those of `model` that a loss under this condition does not depend on."""
-        return []
 
     def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
         """The loss under a condition; otherwise as `loss`."""
@@ -304,11 +299,6 @@ class DFM(FlowMatching):
     @override
     def condition(self, draws: Draws, budget: float | None = None) -> LossCondition:
         return LossCondition(budget, active_stage(draws.stage, self.stage_weights))
-
-    @override
-    def unused_parameters(self, model: nn.Module, condition: LossCondition) -> list[nn.Parameter]:
-        assert isinstance(model, DFMSiT) and condition.stage is not None
-        return list(model.final_layer.projections[condition.stage + 1 :].parameters())
 
     @override
     def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from common.errors import first_line
+from common.logging import warn
+
 FEW_IMAGES = 8  # up to so many at a time, graphs are used by default
 MOST_GRAPHS = 64  # of one model; each keeps the memory of a forward
 
@@ -48,7 +51,7 @@ class GraphedModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.module = model
-        self._replays: dict[Any, Replay] = {}
+        self._replays: dict[Any, Callable[[Sequence[Tensor]], Any]] = {}
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """As the model's."""
@@ -67,7 +70,11 @@ class GraphedModel(nn.Module):
         if key not in self._replays:
             if len(self._replays) == MOST_GRAPHS:
                 self._replays.clear()
-            self._replays[key] = Replay(call, tensors)
+            try:
+                self._replays[key] = Replay(call, tensors)
+            except RuntimeError as error:  # no memory for it, or something that waits
+                warn(f"no CUDA graph of this forward, which runs without: {first_line(error)}")
+                self._replays[key] = call
         return self._replays[key](tensors)
 
 

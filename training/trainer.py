@@ -267,7 +267,7 @@ class Trainer:
         self.speed.add(config.batch_size, budget)
         loss = losses.mean()
         if self.accelerator.num_processes > 1:
-            loss = self.idle.touch(loss, self.flow.unused_parameters(self.accelerator.unwrap_model(self.model), condition))
+            loss = self.idle.touch(loss, self.accelerator.unwrap_model(self.model).unused_parameters(condition.stage))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
             images = batch["image"].to(device, non_blocking=True)
             with self.accelerator.autocast():

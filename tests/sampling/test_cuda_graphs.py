@@ -55,9 +55,16 @@ def test_the_stages_of_a_pyramid_are_graphs_of_their_own(recorded):
     assert recorded.Replay.made == 2
 
 
-def test_the_least_used_memory_is_bounded(recorded, monkeypatch):
+def test_so_many_graphs_are_kept_at_most(recorded, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
     graphed = GraphedModel(torch.nn.Identity())
     for size in (1, 2, 3, 3, 1):
         assert len(graphed(torch.ones(size))) == size
     assert recorded.Replay.made == 4
+
+
+def test_what_cannot_be_recorded_runs_without_and_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(cuda_graphs, "Replay", lambda *_: (_ for _ in ()).throw(RuntimeError("operation not permitted")))
+    graphed = GraphedModel(torch.nn.Identity())
+    assert [graphed(torch.full((1,), x)).item() for x in (1.0, 2.0)] == [1.0, 2.0]
+    assert capsys.readouterr().err.count("operation not permitted") == 1
