@@ -13,6 +13,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
+    InitProcessGroupKwargs,
     broadcast_object_list,
 )
 from torch import nn
@@ -25,7 +26,7 @@ import models
 from checkpoint import reading
 from checkpoint.init_from import init_from
 from checkpoint.weights import model_options
-from common.distributed import check_world_size
+from common.distributed import LONG_WAIT, check_world_size
 from common.errors import UserError, did_you_mean
 from common.files import check_name
 from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
@@ -206,6 +207,8 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
+        # One process works out the scores.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONG_WAIT)] if config.eval_steps else None,
     )
     # Accelerate takes no subclass as an argument.
     accelerator.ddp_handler = ddp_options(config)  # pyright: ignore[reportAttributeAccessIssue]

@@ -190,6 +190,8 @@ def test_time_memory_and_batch_of_several_processes(data, tmp_path, capsys):
     assert "batch       8 = 1 processes × 8 × 1" in one and "batch       8 = 2 processes × 4 × 1" in two
     rates = [float(re.search(r"([\d,]+) images/s", text)[1].replace(",", "")) for text in (one, two)]
     assert rates[1] == pytest.approx(2 * rates[0], rel=0.01)
+    averages = [float(re.search(r"EMA +([\d.]+) MiB", text)[1]) for text in (one, two)]
+    assert averages[1] == pytest.approx(averages[0] / 2, rel=0.01)  # each process keeps its part
 
 
 def test_a_launcher_s_processes_print_one_plan(data, tmp_path, capsys, monkeypatch):
