@@ -85,7 +85,6 @@ class FlowMatching:
 
     ignored_options: ClassVar[dict[str, str]] = {}  # options that have no effect when given by hand, with the reason
     caches_core: ClassVar[bool] = True  # whether a step of the sampler may reuse what the core added in an earlier one
-    leaves_parameters_unused: ClassVar[bool] = False  # whether a forward may use only some of the parameters (for DDP)
 
     @property
     def foreign_options(self) -> set[str]:
@@ -266,7 +265,6 @@ class DFM(FlowMatching):
 
     ignored_options: ClassVar[dict[str, str]] = {"num_steps": "a DFM model is sampled with --num-steps-per-scale"}
     caches_core: ClassVar[bool] = False  # a stage that starts changes what the core sees, whatever the times say
-    leaves_parameters_unused: ClassVar[bool] = True  # the final layers of the stages after the active one
 
     @override
     def check_training(self) -> None:

@@ -223,6 +223,12 @@ class TrainConfig(ScoreOptions, Architecture):
         "torch.compile the blocks and the parts around them (default: on CUDA; --no-compile: nowhere)",
         resume="free",
     )
+    comm_dtype: Literal["fp32", "bf16"] = option(
+        "system", "fp32", "type in which gradients are summed over the processes", resume="changeable"
+    )
+    bucket_cap_mb: int = option(
+        "system", 25, "MiB of gradients that are summed over the processes at a time", ge=1, le=2**20, resume="free"
+    )
     gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     max_skipped_steps: int = option(
         "train", 50, "stop once so many steps in a row had a gradient that is not finite", ge=1, resume="free"
@@ -299,6 +305,12 @@ class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
     compile: bool = option(
         "system", False, "torch.compile the model's parts: slower to start; one graph for all budgets", images=False
     )
+    cuda_graphs: bool | None = option(
+        "system",
+        None,
+        "replay the model's forwards from CUDA graphs (default: of up to 8 images at a time; --no-cuda-graphs: never)",
+        images=False,
+    )
 
 
 @dataclasses.dataclass
@@ -324,6 +336,7 @@ class GenerateConfig(Sampling, Architecture):
     unconditional_inference_budget: float | None = option(
         "guidance", None, "ELIT: budget of the guiding pass (cheap guidance)", gt=0, le=1, images=True, folder=(3, "uncond")
     )
+    no_png: bool = option("output", False, "write the .npz alone, and no PNG files", images=False)
     preview: bool = option(
         "output", False, "DFM: also write each coarser stage's images, as soon as they are ready", images=False
     )

@@ -159,6 +159,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         x = torch.zeros(batch_size, self.in_channels, rows, columns, device=weight.device, dtype=weight.dtype)
         return x, torch.zeros(batch_size, device=weight.device), self.example_condition(batch_size)
 
+    def unused_parameters(self, active_stage: int | None) -> list[nn.Parameter]:
+        """Those that a forward with this active stage (None: one without stages) leaves out."""
+        return []
+
     def compiled_parts(self) -> list[nn.Module]:
         """What `torch.compile` gets, each called by its forward alone: the blocks, and the parts around them that know no budget."""
         parts = (getattr(self, name, None) for name in ("x_embedder", "t_embedder", "y_embedder", "final_layer"))

@@ -40,13 +40,18 @@ def projector_flops(model: nn.Module) -> int:
 
 
 def mean_forward_flops(model: Backbone, budgets: Sequence[float | None]) -> float:
-    """FLOPs of one image's forward, the mean over the budgets, which training draws evenly.
+    """FLOPs of one image's forward, the mean over the budgets, which training draws evenly."""
+    return float(np.mean(forward_flops(model, budgets)))
+
+
+def forward_flops(model: Backbone, budgets: Sequence[float | None]) -> list[int]:
+    """FLOPs of one image's forward at each of the budgets.
 
     In the latents per group k, Linears are linear and attention is quadratic, and so they are in ⌈k/m⌉ where blocks merge m
     latents: three or five counts tell all others.
     """
     if len(budgets) <= 3:
-        return float(np.mean([count_flops(model, b) for b in budgets]))
+        return [count_flops(model, b) for b in budgets]
     interface = model.interface
     assert isinstance(interface, LatentInterface)
     J = interface.latents_per_group
@@ -58,7 +63,7 @@ def mean_forward_flops(model: Backbone, budgets: Sequence[float | None]) -> floa
         if np.linalg.matrix_rank(terms[[*known, i]]) > len(known):
             known.append(i)
     counts = np.array([count_flops(model, budgets[i]) for i in known], dtype=np.float64)
-    return float((terms @ np.linalg.lstsq(terms[known], counts, rcond=None)[0]).mean())
+    return np.rint(terms @ np.linalg.lstsq(terms[known], counts, rcond=None)[0]).astype(np.int64).tolist()
 
 
 def _on_meta(model: nn.Module) -> Backbone:

@@ -15,6 +15,7 @@ import math
 import re
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
 from common.files import cache_folder, write_atomically
+from common.hub import fetch_once
 from models.conditioning import Text
 from randomness import generator, normal
 
@@ -259,7 +261,8 @@ def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return Path(fetch_once(name, partial(snapshot_download, name, allow_patterns=patterns)))
     except Exception as error:  # no network, no such repository, no space …
         raise UserError(
             f"--encoder {name}: no such folder, and not to be had from the hub: {first_line(error)}; give a folder, or minilm"

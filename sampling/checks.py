@@ -5,6 +5,8 @@ Those of the options alone run before a checkpoint is read or downloaded, the ot
 
 from collections.abc import Sequence
 
+import torch
+
 import models
 from common.errors import UserError
 from common.logging import warn
@@ -23,6 +25,10 @@ def check_options(config: Options, cfg_scales: Sequence[float] | None = None) ->
     for name in BUDGETS:
         _parsed(_flag(name), getattr(config, name))
     check_sampler(config.mode, config.heun)
+    if config.cuda_graphs and not torch.cuda.is_available():
+        raise UserError("--cuda-graphs: requires CUDA, which this machine does not have; leave it out")
+    if config.cuda_graphs and config.core_cache:
+        raise UserError("--cuda-graphs: with --core-cache no two steps run the same; leave one of them out")
     guides.check_options(config)
     conditions.check_options(config)
     for changes in [{}] if cfg_scales is None else [{"cfg_scale": scale, "guide_label": None} for scale in cfg_scales]:

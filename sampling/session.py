@@ -27,6 +27,7 @@ from samplers import Guidance, parse_budget
 from sampling import conditions, core_cache, guides
 from sampling.conditions import Conditions, Labels
 from sampling.core_cache import CoreCaches, Drawn
+from sampling.cuda_graphs import FEW_IMAGES, Graphs
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -116,6 +117,7 @@ class Session:
         guide: the network that guides the model, in eval mode, if another does.
         caches: of its sampler's runs.
         conditions: what images are drawn from, labels or prompts.
+        graphs: CUDA graphs of its networks.
         drawn: what it has drawn with a core cache, and with which passes; sessions of other options have it in common.
     """
 
@@ -126,6 +128,7 @@ class Session:
     shape: tuple[int, int, int]
     guide: nn.Module | None = None
     caches: CoreCaches = field(default_factory=CoreCaches)
+    graphs: Graphs = field(default_factory=Graphs)
     drawn: Drawn = field(default_factory=Drawn)
     conditions: Conditions = field(default_factory=Labels)
 
@@ -172,8 +175,8 @@ class Session:
         Raises:
             UserError: some are not finite; it names the first such image.
         """
-        model, guidance = self.networks(guidance)
-        if model is not self.model:
+        model, guidance = self.networks(guidance, len(indices))
+        if self.config.core_cache:
             self.drawn.images += len(indices)
         with self.autocast():
             latents = self.flow.sample(model, self.shape, seed, indices, y, guidance, on_stage)
@@ -191,12 +194,23 @@ class Session:
         """The guidance, with the guide's network where another network guides."""
         return guidance._replace(guide=self.guide) if guidance.guide_label else guidance
 
-    def networks(self, guidance: Guidance) -> tuple[nn.Module, Guidance]:
-        """The model for one run of the sampler, and the guidance with the guide's network; with caches where the options ask for them."""
+    def networks(self, guidance: Guidance, images: int) -> tuple[nn.Module, Guidance]:
+        """The model for one run of the sampler, and the guidance with the guide's network; with what speeds them up.
+
+        images: drawn by the run.
+        """
         guidance = self.with_guide(guidance)
         if not self.config.core_cache:
-            return self.model, guidance
+            if not self.uses_graphs(images):
+                return self.model, guidance
+            guide = None if guidance.guide is None else self.graphs.of(guidance.guide)
+            return self.graphs.of(self.model), guidance._replace(guide=guide)
         return self.caches.cached(self.config, self.model, guidance, self.flow.evaluations(), self.drawn)
+
+    def uses_graphs(self, images: int) -> bool:
+        """Whether forwards of so many images are replayed from CUDA graphs."""
+        requested = images <= FEW_IMAGES if self.config.cuda_graphs is None else self.config.cuda_graphs
+        return requested and self.device.type == "cuda"
 
     def starting_noise(self, seed: int, indices: Sequence[int]) -> Any:
         """The noise that the images `indices` start from, on the model's device: a state of the flow."""

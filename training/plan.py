@@ -142,12 +142,13 @@ class Plan:
         ends = sorted(set(self.budgets[:1] + self.budgets[-1:]), key=lambda b: -(b or 1))
         activations = [activation_bytes(config, self.record, self.encoders, local, b, self.text) for b in ends]
         encoders = sum(p.numel() * p.element_size() for e in self.encoders for p in e.parameters())
-        total = state.weights + state.gradients + state.optimizer + state.ema + activations[0] + encoders
+        ema = -(-state.ema // self.processes)  # each keeps its part
+        total = state.weights + state.gradients + state.optimizer + ema + activations[0] + encoders
         self.say(
             "memory",
             f"{format_gib(total)} per process and {local} images, {config.mixed_precision}; kernels' workspace not counted",
         )
-        names = {"weights": state.weights, "gradients": state.gradients, "AdamW": state.optimizer, "EMA": state.ema}
+        names = {"weights": state.weights, "gradients": state.gradients, "AdamW": state.optimizer, "EMA": ema}
         if encoders:
             names["encoders"] = encoders
         for name, size in names.items():

@@ -57,6 +57,7 @@ def sampling_options(config: TrainConfig, budget: float | None, processes: int =
         tf32=config.allow_tf32,
         vae=config.vae,
         per_proc_batch_size=min(32, max(1, config.batch_size // processes)),
+        cuda_graphs=False,  # the weights change, and a signal is noticed between layers
     )
 
 

@@ -8,15 +8,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, broadcast_object_list
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch import nn
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 import models
 from checkpoint import reading
 from checkpoint.init_from import init_from
 from checkpoint.weights import model_options
-from common.distributed import check_world_size
+from common.distributed import LONG_WAIT, check_world_size
 from common.errors import UserError, did_you_mean
 from common.files import check_name
 from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
@@ -32,6 +42,9 @@ from training.optim import EMA
 from training.profiler import parse_steps
 from training.resume import ALLOWED
 from training.run_data import takes_text
+
+# The type that gradients are summed in over the processes → accelerate's hook of DDP for it.
+COMM_HOOKS = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
 def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
@@ -80,8 +93,9 @@ def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_
     if message := broadcast_object_list(problem)[0]:
         raise UserError(message)
     made = init_from(weights, model, dataclasses.asdict(config), path)
-    for target in (model, *ema.models.values()):
-        target.load_state_dict(made.state_dict, strict=False)
+    model.load_state_dict(made.state_dict, strict=False)
+    for decay in ema.decays:
+        ema.assign(decay, model)
     if is_main:
         print(made.summary(), flush=True)
     return made.summary()
@@ -171,11 +185,23 @@ class DDPOptions(DistributedDataParallelKwargs):
 
     forward_sync_buffers: bool | None = None
 
+    @override
+    def register_comm_hook(self, model: DistributedDataParallel) -> None:
+        """As accelerate, but on any backend: PyTorch permits its own hook on CUDA alone."""
+        if self.comm_hook == DDPCommunicationHookType.BF16:
+            model.register_comm_hook(None, _sum_in_bf16)
 
-def ddp_options(find_unused_parameters: bool) -> DDPOptions:
+
+def _sum_in_bf16(group: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return bf16_compress_hook(group, bucket)
+
+
+def ddp_options(config: TrainConfig) -> DDPOptions:
     """Buffers are fixed tables here, the same in every process: no forward needs to copy them."""
     is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    options = DDPOptions(gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters)
+    options = DDPOptions(
+        gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_cap_mb, comm_hook=COMM_HOOKS[config.comm_dtype]
+    )
     setattr(options, "forward_sync_buffers" if is_new else "broadcast_buffers", False)
     return options
 
@@ -189,9 +215,11 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
+        # One process works out the scores.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONG_WAIT)] if config.eval_steps else None,
     )
     # Accelerate takes no subclass as an argument.
-    accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # pyright: ignore[reportAttributeAccessIssue]
+    accelerator.ddp_handler = ddp_options(config)  # pyright: ignore[reportAttributeAccessIssue]
     check_accelerator(accelerator, config)
     set_tf32(config.allow_tf32)
     if config.deterministic:

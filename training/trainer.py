@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from models.layers import narrow_linears
 from models.vae import sample_latents
 from training import resume, scores, setup, trackers
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
-from training.optim import EMA, create_optimizer, create_schedule, load_optimizer
+from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
 from training.profiler import StepProfiler
 from training.run_data import open_data
@@ -48,7 +49,9 @@ class Trainer:
         self.accelerator = accelerator = setup.create_accelerator(config)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
-        config = resume.with_recorded_split(config, self.run_dir)
+        (config,) = broadcast_object_list(
+            [resume.with_recorded_split(config, self.run_dir) if self.run_dir.is_main else config]
+        )
         self.data = open_data(config, accelerator.num_processes)
         local = config.batch_size // accelerator.num_processes
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
@@ -62,10 +65,11 @@ class Trainer:
             self.model.set_null_text(*self.data.dataset.text.null)
         self.config = self.run_dir.config = setup.with_split(config, self.model)
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
-        self.speed = Speed(self.model, targets, accelerator.num_processes, peak)
+        self.speed = Speed(self.model, self.budgets, targets, accelerator.num_processes, peak)
         kinds = dict.fromkeys("loss" + condition.metric_suffix for condition in self.flow.conditions(self.budgets))
         losses = ["loss", *(kind for kind in kinds if kind != "loss"), *(["alignment_loss"] if targets else [])]
         self.stats = TrainingStats(losses, accelerator.device)
+        self.idle = IdleParameters()
         self.step = self.saved_step = 0
 
     # ------------------------------------------------------------------------------------------------------ set-up
@@ -122,7 +126,7 @@ class Trainer:
         encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
         self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
         self.model.to(device)
-        self.ema = EMA(self.model, config.ema_decay)
+        self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
         if config.gradient_checkpointing:
             models.checkpoint_blocks(self.model)
         if device.type == "cuda" if config.compile is None else config.compile:
@@ -151,10 +155,14 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         """Resume from a training state."""
         where = training_state.step_path(self.run_dir.checkpoints, state["step"])
-        load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], where)
-        for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
-            load_state_dict(model, state["ema"].get(decay, state["model"]), where)
-        load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
+        model, shared = self.accelerator.unwrap_model(self.model), partial(resume.shared, accelerator=self.accelerator)
+        for decay in self.ema.decays:  # one that is new starts from the weights, as in a new run
+            load_state_dict(model, shared(state["ema"].get(decay, state["model"])), where)
+            self.ema.assign(decay, model)
+        load_state_dict(model, shared(state["model"]), where)
+        load_optimizer(
+            self.optimizer.optimizer, self.accelerator.scaler, state | {"optimizer": shared(state["optimizer"])}, where
+        )
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
         self._go_to(Progress.of_state(state, len(self.data.dataset)))
@@ -227,8 +235,8 @@ class Trainer:
                 if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or is_scored:
                     with self.speed.untimed():
                         self.save()
-                elif self.step == first and is_main:
-                    self.writer.copy(self.state())  # makes the memory, so that no checkpoint waits for it
+                elif self.step == first:
+                    self._reserve_memory()
                 if is_scored:
                     with self.speed.untimed():
                         self.score(preemption)
@@ -240,7 +248,8 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 accelerator.backward(self.forward(next(batches)))
                 if accelerator.sync_gradients:
-                    norm = torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+                    self.idle.drop_gradients()
+                    norm = clip_gradients(accelerator, self.model.parameters(), self.optimizer.optimizer, config.max_grad_norm)
                     skip = self.stats.step(norm)
                     if accelerator.scaler is None:  # which sets this itself
                         self.optimizer.optimizer.found_inf = skip  # fused AdamW then leaves weights and state as they are
@@ -263,6 +272,8 @@ class Trainer:
         self.stats.add(losses, times, "loss" + condition.metric_suffix)
         self.speed.add(config.batch_size, budget)
         loss = losses.mean()
+        if self.accelerator.num_processes > 1:
+            loss = self.idle.touch(loss, self.accelerator.unwrap_model(self.model).unused_parameters(condition.stage))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
             images = batch["image"].to(device, non_blocking=True)
             with self.accelerator.autocast():
@@ -302,7 +313,7 @@ class Trainer:
         self.validation_due = False
         if self.validation is None:
             return
-        model = self.validation.narrowed(self.ema.first)
+        model = self.validation.narrowed(self.ema.model())
         try:
             losses = self.validation.validate(model, lambda: preemption.signal > 0)
             grids = self.validation.sample_images(model, self.data.shape, lambda: preemption.signal > 0)
@@ -325,7 +336,7 @@ class Trainer:
         self.scores_due = True
         self.writer.wait()
         try:
-            values = self.scores.score(self.ema.first, self.step, lambda: preemption.signal > 0)
+            values = self.scores.score(self.ema.model(), self.step, lambda: preemption.signal > 0)
         except Interrupted:
             return
         self.scores_due = False
@@ -334,11 +345,11 @@ class Trainer:
         self.writer.keep_best(self.scores.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Everything that a resumed run needs; every process takes part."""
         scaler = self.accelerator.scaler
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "ema": {decay: model.state_dict() for decay, model in self.ema.models.items()},
+            "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -357,10 +368,17 @@ class Trainer:
         """checkpoints/{step}.pt, written in the background. A failing write harms none before it; the next one is as always."""
         self.stats.gather(self.accelerator)
         self.saved_step = self.step
+        state = self.state()
         if self.run_dir.is_main:
             good = self.step - int(self.stats.streak)  # the last step that was not skipped
-            self.writer.save(self.step, self.state(), good)
+            self.writer.save(self.step, state, good)
             log.info(f"step {self.step}: saving")
+
+    def _reserve_memory(self) -> None:
+        """Make the memory of the first checkpoint, so that it does not wait for it."""
+        state = self.state()
+        if self.run_dir.is_main:
+            self.writer.copy(state)
 
     def _finish_saving(self) -> None:
         """The last step's checkpoint, on the disk."""
