@@ -25,7 +25,6 @@ from flows import FLOWS, FlowMatching
 from metrics.images import write_npz
 from models.dfm import recompose
 from models.vae import load_vae
-from sampling import image_folder
 from sampling.conditions import labels_of
 from sampling.npz_writer import NpzWriter
 
