@@ -30,6 +30,7 @@ from sampling.image_folder import (
     open_folder,
     settings,
     stage_folders,
+    write_captions,
     write_npz,
 )
 from sampling.images import images
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """The command: options → `generate`."""
     config, given, weights = session.from_command_line(GenerateConfig, argv, "generate.py", check_options)
+    if weights.prompts is not None and "num_fid_samples" not in given:
+        config.num_fid_samples = len(weights.prompts)
     name_run(config, weights)
     check(config)
     end_with_launcher()
@@ -95,6 +98,8 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
         for other in gather_object([loaded.drawn])[1:] if config.core_cache else []:
             loaded.drawn.add(other)
         if state.is_main_process:
+            if weights.prompts is not None:
+                write_captions(images_folder(config), weights.prompts.texts, config.num_fid_samples)
             finish(config, loaded, drawn, seconds)
         state.wait_for_everyone()
     finally:

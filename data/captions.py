@@ -159,7 +159,7 @@ class TextFeatures:
     """
 
     def __init__(self, folder: str | Path, latents: LatentFiles | PackedLatents):
-        self.folder = Path(folder)
+        self.folder, self.latents = Path(folder), latents
         self.numbers = np.array([_number(latents, i) for i in range(len(latents))])
         self.record, self.content = read_record(self.folder)
         self.dtype = np.dtype(self.content["dtype"])

@@ -8,26 +8,17 @@ from torch import Tensor
 from common import precision
 from config.options import GenerateConfig
 from flows import OnStage
-from randomness import image_labels
 from sampling import session
 from sampling.session import Session
 
 OnStageOf = Callable[[Sequence[int], int, Tensor], None]  # (indices, stage, latents): `flows.OnStage` of a batch
 
 
-def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
-    """Class ids (B,) of the images `indices`: random by index, balanced, or cycling through a list."""
-    if config.class_labels == ["random"]:
-        return image_labels(config.global_seed, indices, config.num_classes)
-    cycle = range(config.num_classes) if config.class_labels == ["balanced"] else [int(c) for c in config.class_labels]
-    return torch.tensor([cycle[i % len(cycle)] for i in indices])
-
-
 def draw(loaded: Session, config: GenerateConfig, indices: Sequence[int], on_stage: OnStage | None = None) -> Tensor:
     """Images `indices` as uint8 (B, 3, H, W) by the options `config`. on_stage: see `FlowMatching.sample_state`."""
     sampled = loaded.with_options(config)
-    labels = labels_of(config, indices)
-    return sampled.decode(sampled.latents(session.guidance(config), config.global_seed, indices, labels, on_stage))
+    y = sampled.condition(indices)
+    return sampled.decode(sampled.latents(session.guidance(config), config.global_seed, indices, y, on_stage))
 
 
 def images(
