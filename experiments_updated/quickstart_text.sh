@@ -8,7 +8,7 @@ OUT=${1:-quickstart_text}
 ENCODER=${ENCODER:-minilm}
 CKPT=$OUT/quickstart_text/checkpoints/0002400.pt
 DATA=$OUT/data
-SAMPLES=(--config experiments_updated/generation/quickstart_text.yaml --sample-dir "$OUT/samples" --ckpt "$CKPT" --prompts "$DATA/prompts.txt")
+SAMPLES=(--ckpt "$CKPT" --prompts "$DATA/prompts.txt" --sample-dir "$OUT/samples" --cfg-scale 3 --num-steps 20 --per-proc-batch-size 24)
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }
 two() { OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 "$@"; }

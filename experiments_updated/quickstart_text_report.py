@@ -43,7 +43,9 @@ SHOWN = {"position": 3, "count": 2, "numerals": 1, "reordered": 1, "reworded": 1
 class ReportConfig(GenerateConfig):
     """Options of quickstart_text_report.py: those of the samples, and where to write."""
 
-    output_dir: str = option("output", "quickstart_text", "folder of text_budgets.png, text_table.md and text_results.json", images=False)
+    output_dir: str = option(
+        "output", "quickstart_text", "folder of text_budgets.png, text_table.md and text_results.json", images=False
+    )
     budgets: list[float] = option(
         "sample", [0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1, images=False
     )
@@ -131,7 +133,9 @@ def of_set(asked: list[dict[str, Any]], form: str, held_out: bool) -> list[int]:
     return [i for i, p in enumerate(asked) if (p["form"], p["held_out"]) == (form, held_out)]
 
 
-def scores(asked: list[dict[str, Any]], read: Sequence[Sequence[int]], control: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def scores(
+    asked: list[dict[str, Any]], read: Sequence[Sequence[int]], control: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
     """Of each set the mean share of quadrants as asked, its standard error over prompts, and the control's mean share.
 
     The control's canvases answer no prompt, so each is scored against every prompt of the set.

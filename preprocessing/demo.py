@@ -95,9 +95,7 @@ def captioned_demo(folder: str) -> None:
     Each has captions.json beside its images, a caption of every form; val has held-out combinations in held-out handwritings.
     prompts.json is what to draw and score after training, and prompts.txt its prompts, one a line.
     """
-    names = {
-        split: [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)] for split, count in CAPTIONED_CANVASES.items()
-    }
+    names = {split: [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)] for split, count in CAPTIONED_CANVASES.items()}
     files = [f"{split}/images/{name}" for split in names for name in (*names[split], CAPTIONS_FILE, LABEL_FILE)]
     making = {"command": "demo", "captions": True}
     with create(folder, making, [*files, PROMPTS_FILE, PROMPT_LINES_FILE], png_pixels) as dest:
@@ -110,9 +108,7 @@ def captioned_demo(folder: str) -> None:
                     if dest.existing(target) is None:
                         dest.write(target, png_bytes(captioned_canvas(digits[number], held_out, number)))
                     bar.update()
-                captions = [
-                    [name, [say(d) for say in CAPTIONS.values()]] for name, d in zip(of_split, digits, strict=True)
-                ]
+                captions = [[name, [say(d) for say in CAPTIONS.values()]] for name, d in zip(of_split, digits, strict=True)]
                 dest.write(f"{split}/images/{CAPTIONS_FILE}", json.dumps({"captions": captions}).encode())
                 dest.write(f"{split}/images/{LABEL_FILE}", json.dumps(label_file(of_split, None)).encode())
         prompts = demo_prompts()

@@ -11,8 +11,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from common.errors import UserError
 from randomness import generator
 
