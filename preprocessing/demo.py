@@ -62,7 +62,7 @@ def captioned_canvas(digits: Combination, held_out: bool, number: int, *, seed: 
     """Canvas `number` of the captioned ones, uint8 (64, 64): a random handwriting of each of its four digits."""
     images, labels = demo_digits(held_out)
     rng = generator("captioned canvas", seed, number, int(held_out))
-    return demo_canvas(np.stack([rng.choice(images[labels == digit]) for digit in digits]))
+    return demo_canvas(images[[rng.choice(np.flatnonzero(labels == digit)) for digit in digits]])
 
 
 DEMO_CANVASES_PER_CLASS = {"train": 500, "val": 50}
