@@ -66,8 +66,8 @@ def captioned_canvas(digits: Combination, held_out: bool, number: int, *, seed: 
 
 
 DEMO_CANVASES_PER_CLASS = {"train": 500, "val": 50}
-CAPTIONED_CANVASES = {"train": 5000, "val": 200}
-PROMPTS = 48  # of each form, seen and held out
+CAPTIONED_CANVASES = {"train": 4000, "val": 200}
+PROMPTS = 48  # of each form, seen and held out; half as many of each paraphrase
 PROMPTS_FILE, PROMPT_LINES_FILE = "prompts.json", "prompts.txt"
 
 
@@ -122,10 +122,10 @@ def demo_prompts() -> list[dict[str, Any]]:
 
     Each has its `prompt`, its `form` (a key of CAPTIONS or PARAPHRASES), whether its combination was `held_out`, and its `digits`.
     """
-    sets = [(form, say, held_out) for form, say in CAPTIONS.items() for held_out in (False, True)]
-    sets += [(form, say, True) for form, say in PARAPHRASES.items()]
+    sets = [(form, say, held_out, PROMPTS) for form, say in CAPTIONS.items() for held_out in (False, True)]
+    sets += [(form, say, True, PROMPTS // 2) for form, say in PARAPHRASES.items()]
     return [
         {"prompt": say(digits), "form": form, "held_out": held_out, "digits": digits}
-        for form, say, held_out in sets
-        for digits in drawn(held_out, PROMPTS)
+        for form, say, held_out, count in sets
+        for digits in drawn(held_out, count)
     ]

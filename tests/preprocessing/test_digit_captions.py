@@ -82,7 +82,7 @@ def test_a_tenth_of_the_combinations_is_held_out_with_all_arrangements():
 def test_shares_of_real_canvases_and_of_shuffled_ones():
     asked = drawn(True, 60)
     canvases = np.stack([demo.captioned_canvas(digits, True, n) for n, digits in enumerate(asked)])
-    classifier = digit_classifier.train_classifier(epochs=2)
+    classifier = digit_classifier.train_classifier(epochs=1)
     read = quickstart_text_report.read_digits(classifier, torch.from_numpy(canvases)[:, None].expand(-1, 3, -1, -1))
     for form, chance in (("position", 0.1), ("count", 0.31)):
         shares = [
@@ -118,7 +118,7 @@ def test_demo_makes_data_folders(folder, tmp_path):
         digits = drawn(held_out, len(captions))
         assert list(captions.values()) == [[say(d) for say in CAPTIONS.values()] for d in digits]
     prompts = json.loads((folder / "prompts.json").read_text())["prompts"]
-    assert [p["prompt"] for p in prompts] == (folder / "prompts.txt").read_text().splitlines() and len(prompts) == 2 * 7
+    assert [p["prompt"] for p in prompts] == (folder / "prompts.txt").read_text().splitlines() and len(prompts) == 2 * 4 + 3
     assert {p["form"] for p in prompts} == {*CAPTIONS, *PARAPHRASES} and all(len(p["digits"]) == 4 for p in prompts)
     main(["encode", f"--source={folder}/val/images", f"--dest={tmp_path}/vae-sd", "--vae=experiments_updated/quickstart_vae"])
     assert json.loads((tmp_path / "vae-sd/dataset.json").read_text())["labels"] is None
@@ -160,7 +160,7 @@ def test_report(folder, tmp_path, monkeypatch, capsys):
     low, full = json.loads((tmp_path / "text_results.json").read_text())["budgets"]
     assert low["gflops_per_forward"] < full["gflops_per_forward"] and full["budget"] == 1
     assert [(s["form"], s["held_out"], s["prompts"]) for s in full["sets"]] == [
-        *((form, held_out, 2) for form in CAPTIONS for held_out in (False, True)), *((form, True, 2) for form in PARAPHRASES)
+        *((form, held_out, 2) for form in CAPTIONS for held_out in (False, True)), *((form, True, 1) for form in PARAPHRASES)
     ]  # fmt: skip
     assert all(0 <= s[k] <= 1 for s in full["sets"] for k in ("as_asked", "null_prompt"))
     table = (tmp_path / "text_table.md").read_text()
