@@ -73,6 +73,7 @@ class DemoConfig:
     """Options of dataset_tools.py demo: the digit canvases of the quick start."""
 
     dest: str = option("files", ..., "new folder, for train/ and val/ with a folder per digit")
+    captions: bool = option("files", False, "four different digits and captions of them: data folders train/ and val/")
 
 
 @dataclasses.dataclass

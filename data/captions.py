@@ -3,7 +3,8 @@
     images/captions.json   {"captions": [["00000/img00000000.png", ["two sevens …", "…"]], …]}
     text/                  00000/img-text-00000000.npy (captions of the image, L, E), 00000/img-pooled-….npy (captions, P)
                            null.npy (L, E), null-pooled.npy (P): the empty prompt;  text.json: what they are, written last
-    packed/                the same as text.bin (captions, L, E), pooled.bin, text.idx (first caption of each image), mapped
+    packed/                the same as text.bin (captions, L, E), pooled.bin, text.idx (first caption of each image), mapped;
+                           text.json has the SHA-256 of these files, too
 
 Captions are also taken from COCO's captions_*.json, or from `.txt` files beside the images, one a line.
 """
@@ -263,6 +264,20 @@ def read_record(folder: Path) -> tuple[TextRecord, dict[str, Any]]:
     if type(content.get("count")) is not int or content["count"] < 1 or content.get("dtype") not in ("float16", "float32"):
         raise UserError(f"{where}: count must be a positive whole number and dtype float16 or float32")
     return record, content
+
+
+def packed_checksums(content: bytes, where: str) -> dict[str, str]:
+    """File → SHA-256 of the packed features that `content`, a text.json, describes. Raises UserError, which begins with `where`."""
+    record = parse_json(content, where)
+    files = record.get("files") if isinstance(record, dict) else None
+    wanted = {NULL_FILE, BIN_FILE, INDEX_FILE}
+    if isinstance(files, dict) and record.get("pooled"):
+        wanted |= {NULL_POOLED_FILE, POOLED_BIN_FILE}
+    if not isinstance(files, dict) or files.keys() != wanted:
+        raise UserError(f"{where}: names no packed files with their SHA-256; write them with `dataset_tools.py text --packed`")
+    if not all(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in files.values()):
+        raise UserError(f"{where}: every SHA-256 must be 64 hexadecimal digits")
+    return files
 
 
 def text_folder(data_dir: str | Path) -> Path | None:

@@ -46,10 +46,15 @@ def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str
     return LatentFiles(_part(data_dir, "vae-sd", "`dataset_tools.py encode` makes it"))
 
 
-def open_text(data_dir: str | Path, latents: Latents) -> TextFeatures | CocoText:
-    """The features of the captions in a data folder, of the images that `latents` are of. Raises UserError where there are none."""
+def open_text(
+    data_dir: str | Path, latents: Latents, cache_dir: str | None = None, option: str = "--data-dir"
+) -> TextFeatures | CocoText:
+    """The features of the captions in a data folder, of the images that `latents` are of. Raises UserError where there are none.
+
+    Remote ones must be packed, and are copied as the latents are; see `open_latents`.
+    """
     if remote.is_remote(data_dir):
-        raise UserError(f"{data_dir}: text features are read from local folders only")
+        return TextFeatures(remote.local_text(str(data_dir), cache_dir, option), latents)
     if isinstance(latents, CocoLatents):
         return CocoText(latents)
     folder = text_folder(data_dir)
@@ -79,7 +84,7 @@ class LatentDataset(Dataset):
     ):
         self.data_dir = data_dir
         self.latents = open_latents(data_dir, cache_dir, option)
-        self.text = open_text(data_dir, self.latents) if text else None
+        self.text = open_text(data_dir, self.latents, cache_dir, option) if text else None
         self.record, self.shape = self.latents.record, self.latents.shape
         channels = 2 * self.record.latent_channels
         if len(self.shape) != 3 or self.shape[0] != channels:
