@@ -22,7 +22,7 @@ import models
 import samplers
 from common.errors import UserError
 from loss import PathType, active_stage, dfm_loss, flow_matching_loss, interpolate, stage_times, training_times
-from models.conditioning import Condition, map_condition
+from models.conditioning import Condition, condition_of, map_condition
 from models.pyramid import decompose, recompose
 from models.vae import VAERecord, decode, decode_stages, sample_latents
 from randomness import Draws, pyramid_noise, sde_noise, to_device, training_draws
@@ -85,7 +85,6 @@ class FlowMatching:
 
     ignored_options: ClassVar[dict[str, str]] = {}  # options that have no effect when given by hand, with the reason
     caches_core: ClassVar[bool] = True  # whether a step of the sampler may reuse what the core added in an earlier one
-    leaves_parameters_unused: ClassVar[bool] = False  # whether a forward may use only some of the parameters (for DDP)
 
     @property
     def foreign_options(self) -> set[str]:
@@ -159,12 +158,12 @@ class FlowMatching:
 
         Args:
             model: the model.
-            batch: "moments" (B, 2C, h, w) and "label" (B,) of the samples.
+            batch: "moments" (B, 2C, h, w) and labels or text of the samples.
             indices: of the samples in the held-out set.
             record: of the VAE that made them.
             conditions: of `conditions`.
         """
-        moments, y = batch["moments"], batch["label"]
+        moments, y = batch["moments"], condition_of(batch)
         draws = self.val_draws(indices, (moments.shape[1] // 2, *moments.shape[2:])).to(moments.device)
         x = sample_latents(moments, draws.posterior, record)
         return torch.stack([self.loss_under(condition, model, x, draws, y).losses for condition in conditions])
@@ -275,7 +274,6 @@ class DFM(FlowMatching):
 
     ignored_options: ClassVar[dict[str, str]] = {"num_steps": "a DFM model is sampled with --num-steps-per-scale"}
     caches_core: ClassVar[bool] = False  # a stage that starts changes what the core sees, whatever the times say
-    leaves_parameters_unused: ClassVar[bool] = True  # the final layers of the stages after the active one
 
     @override
     def check_training(self) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from config.rules import option
-from config.sampling_options import CoreCacheOptions, GuideOptions
+from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
 
 
@@ -61,6 +61,9 @@ class Architecture:
         resume="same",
         images=True,
         model=True,
+    )
+    elit_init: Literal["published", "spread"] = option(
+        "elit", "published", "start of Read and Write; spread: for runs of a few thousand steps", resume="free", images=False
     )
     elit_max_mask_prob: float | None = option(
         "elit", None, "largest share of latents masked in training", ge=0, le=1, resume="changeable", images=False
@@ -195,6 +198,9 @@ class TrainConfig(ScoreOptions, Architecture):
     weighting: Literal["uniform", "lognormal"] = option(
         "path", "uniform", "distribution of the training times", resume="changeable"
     )
+    condition: Literal["labels", "text"] | None = option(
+        "data", None, "what the model is conditioned on (default: text for MMDiT, else labels; U-ViT takes both)", resume="same"
+    )
     latent_norm: Literal["vae", "channel"] = option(
         "data",
         "vae",
@@ -220,6 +226,12 @@ class TrainConfig(ScoreOptions, Architecture):
         None,
         "torch.compile the blocks and the parts around them (default: on CUDA; --no-compile: nowhere)",
         resume="free",
+    )
+    comm_dtype: Literal["fp32", "bf16"] = option(
+        "system", "fp32", "type in which gradients are summed over the processes", resume="changeable"
+    )
+    bucket_cap_mb: int = option(
+        "system", 25, "MiB of gradients that are summed over the processes at a time", ge=1, le=2**20, resume="free"
     )
     gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     max_skipped_steps: int = option(
@@ -254,7 +266,7 @@ class TrainConfig(ScoreOptions, Architecture):
 
 
 @dataclasses.dataclass
-class Sampling(GuideOptions, CoreCacheOptions):
+class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
     ckpt: str = option(
@@ -297,6 +309,12 @@ class Sampling(GuideOptions, CoreCacheOptions):
     compile: bool = option(
         "system", False, "torch.compile the model's parts: slower to start; one graph for all budgets", images=False
     )
+    cuda_graphs: bool | None = option(
+        "system",
+        None,
+        "replay the model's forwards from CUDA graphs (default: of up to 8 images at a time; --no-cuda-graphs: never)",
+        images=False,
+    )
 
 
 @dataclasses.dataclass
@@ -307,7 +325,7 @@ class GenerateConfig(Sampling, Architecture):
     exp_name: str | None = option("output", None, "name of the run (default: the checkpoint's)", images=False)
     global_seed: int = option("sample", 0, "seed of noise and labels", ge=0, images=True)
     per_proc_batch_size: int = option("system", 32, "images per batch and process", ge=1, le=10**6, images=False)
-    num_fid_samples: int = option("output", 50000, "number of images", ge=1, le=10**7, images=False)
+    num_fid_samples: int = option("output", 50000, "number of images (with prompts: one of each)", ge=1, le=10**7, images=False)
     class_labels: list[str] = option(
         "sample", ["random"], "random, balanced, or class ids to cycle through", images=True, folder=(8, "labels")
     )
@@ -322,6 +340,7 @@ class GenerateConfig(Sampling, Architecture):
     unconditional_inference_budget: float | None = option(
         "guidance", None, "ELIT: budget of the guiding pass (cheap guidance)", gt=0, le=1, images=True, folder=(3, "uncond")
     )
+    no_png: bool = option("output", False, "write the .npz alone, and no PNG files", images=False)
     preview: bool = option(
         "output", False, "DFM: also write each coarser stage's images, as soon as they are ready", images=False
     )

@@ -1,11 +1,12 @@
 """The budgets that training meets (ELIT, arXiv 2603.12245): drawn for each forward, or by the time of each image."""
 
-from torch import Tensor, nn, tensor
+from torch import Tensor, tensor
 
 import models
 from common.errors import UserError
 from config.options import TrainConfig
 from loss import share_of_times
+from models.backbone import Backbone
 from models.costs import mean_forward_flops
 from models.elit import EPS, mask_levels, mask_to_budget
 from samplers import BudgetSchedule
@@ -54,7 +55,7 @@ def trained_budgets(config: TrainConfig) -> list[float | None]:
     return [mask_to_budget(m, J) for m in mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)]
 
 
-def mean_training_flops(config: TrainConfig, model: nn.Module) -> float:
+def mean_training_flops(config: TrainConfig, model: Backbone) -> float:
     """FLOPs of one image's forward, the mean over training; a backward pass is two forwards."""
     budgets, schedule = trained_budgets(config), budget_schedule(config)
     if schedule is None:

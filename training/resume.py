@@ -4,7 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import models
 from checkpoint import records, training_state
@@ -36,6 +40,9 @@ LENGTH = names(TrainConfig, resume="changeable", when="schedule")
 DATA_SIZE, DATA_LABELS = "data_size", "data_labels"  # no options, but changed by --data-dir; recorded in checkpoints
 
 
+SMALL = 2**12  # bytes of a tensor that goes with the rest of a state
+
+
 VALIDATION_DUE = "validation_due"  # in checkpoints: a signal came while their step was validated
 
 
@@ -48,9 +55,10 @@ def format_option(value: Any) -> str:
 
 
 def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
-    """The training state to resume from, the same in every process; None for a new run.
+    """The training state to resume from; None for a new run.
 
-    Rank 0 verifies the file and the others follow, so that all of them take the same.
+    Rank 0 alone reads and verifies the file. In the other processes tensors of more than `SMALL` bytes are on the meta device;
+    `shared` brings them there.
     """
     step, state, problem = resume_step, None, ""
     if not step:
@@ -63,13 +71,31 @@ def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
                 state = _checked(state, training_state.step_path(folder, state["step"]))
         except UserError as error:
             state, problem = None, str(error)
-    step, problem = broadcast_object_list([state and state["step"], problem])
+    outline = tree_map(lambda x: x.to("meta") if _is_large(x) else x, state)
+    outline, problem = broadcast_object_list([outline, problem])
     if problem:
         raise UserError(problem)
-    if run_dir.is_main or step is None:
-        return state
-    path = training_state.step_path(run_dir.checkpoints, step)
-    return _checked(tensor_files.load(path), path)
+    return state if run_dir.is_main else outline
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.nbytes > SMALL
+
+
+def shared(part: Any, accelerator: Accelerator) -> Any:
+    """A part of the state that `load_state` gave, with the tensors of rank 0 in every process; all of them take part."""
+    if accelerator.num_processes == 1:
+        return part
+
+    def share(value: Any) -> Any:
+        if not _is_large(value):
+            return value
+        at = {"dtype": value.dtype, "device": accelerator.device}
+        tensor = torch.empty(value.shape, **at) if value.is_meta else value.contiguous().to(**at)
+        torch.distributed.broadcast(tensor, 0)
+        return tensor
+
+    return tree_map(share, part)
 
 
 def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -106,6 +132,8 @@ def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, ru
             _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)
     if data.record != state["vae"]:
         raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
+    if (text := data.text_record) is not None and state[records.TEXT] is not None:
+        text.check_same(state[records.TEXT], f"--data-dir {config.data_dir}", f"the run in {run_dir.path}")
     _check_data(config, state, data, run_dir)
     _check_length(config, state, len(data.dataset), run_dir)
 

@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
 import models
 from checkpoint import async_writer, training_state
+from checkpoint.records import TEXT
 from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
 from common.errors import UserError
@@ -20,6 +22,7 @@ from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
+from models.conditioning import NullText, condition_of
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
@@ -27,7 +30,7 @@ from randomness import to_device
 from training import resume, scores, setup, trackers
 from training.budgets import budget_schedule, rows_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
-from training.optim import EMA, create_optimizer, create_schedule, load_optimizer
+from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
 from training.profiler import StepProfiler
 from training.run_data import open_data
@@ -48,7 +51,9 @@ class Trainer:
         self.accelerator = accelerator = setup.create_accelerator(config)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
-        config = resume.with_recorded_split(config, self.run_dir)
+        (config,) = broadcast_object_list(
+            [resume.with_recorded_split(config, self.run_dir) if self.run_dir.is_main else config]
+        )
         self.data = open_data(config, accelerator.num_processes)
         local = config.batch_size // accelerator.num_processes
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
@@ -57,13 +62,16 @@ class Trainer:
         self.encoder_names = encoder_names(config.enc_type, config.proj_coeff)
         targets = describe_encoders(self.encoder_names, config.resolution, grid)
         torch.manual_seed(config.seed)
-        self.model = setup.build_model(config, self.data.record, [target.z_dim for target in targets])
+        self.model = setup.build_model(config, self.data.record, [t.z_dim for t in targets], self.data.text_record)
+        if isinstance(self.model, NullText) and self.data.dataset.text is not None:
+            self.model.set_null_text(*self.data.dataset.text.null)
         self.config = self.run_dir.config = setup.with_split(config, self.model)
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
-        self.speed = Speed(self.model, targets, accelerator.num_processes, peak)
+        self.speed = Speed(self.model, self.budgets, targets, accelerator.num_processes, peak)
         kinds = dict.fromkeys("loss" + condition.metric_suffix for condition in self.flow.conditions(self.budgets))
         losses = ["loss", *(kind for kind in kinds if kind != "loss"), *(["alignment_loss"] if targets else [])]
         self.stats = TrainingStats(losses, accelerator.device)
+        self.idle = IdleParameters()
         self.step = self.saved_step = 0
 
     # ------------------------------------------------------------------------------------------------------ set-up
@@ -120,7 +128,7 @@ class Trainer:
         encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
         self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
         self.model.to(device)
-        self.ema = EMA(self.model, config.ema_decay)
+        self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
         if config.gradient_checkpointing:
             models.checkpoint_blocks(self.model)
         if device.type == "cuda" if config.compile is None else config.compile:
@@ -149,10 +157,14 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         """Resume from a training state."""
         where = training_state.step_path(self.run_dir.checkpoints, state["step"])
-        load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], where)
-        for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
-            load_state_dict(model, state["ema"].get(decay, state["model"]), where)
-        load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
+        model, shared = self.accelerator.unwrap_model(self.model), partial(resume.shared, accelerator=self.accelerator)
+        for decay in self.ema.decays:  # one that is new starts from the weights, as in a new run
+            load_state_dict(model, shared(state["ema"].get(decay, state["model"])), where)
+            self.ema.assign(decay, model)
+        load_state_dict(model, shared(state["model"]), where)
+        load_optimizer(
+            self.optimizer.optimizer, self.accelerator.scaler, state | {"optimizer": shared(state["optimizer"])}, where
+        )
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
         self._go_to(Progress.of_state(state, len(self.data.dataset)))
@@ -160,7 +172,8 @@ class Trainer:
     def _open_validation(self) -> Validation | None:
         if not self.config.sampling_steps or (self.step >= self.total_steps and not self.validation_due):
             return None
-        return Validation(self.config, self.accelerator, self.data.val_data, self.data.record)
+        data = self.data
+        return Validation(self.config, self.accelerator, data.val_data, data.record, data.conditions)
 
     def _is_scored_at(self, step: int) -> bool:
         every = self.config.eval_steps
@@ -224,8 +237,8 @@ class Trainer:
                 if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or is_scored:
                     with self.speed.untimed():
                         self.save()
-                elif self.step == first and is_main:
-                    self.writer.copy(self.state())  # makes the memory, so that no checkpoint waits for it
+                elif self.step == first:
+                    self._reserve_memory()
                 if is_scored:
                     with self.speed.untimed():
                         self.score(preemption)
@@ -237,7 +250,8 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 accelerator.backward(self.forward(next(batches)))
                 if accelerator.sync_gradients:
-                    norm = torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+                    self.idle.drop_gradients()
+                    norm = clip_gradients(accelerator, self.model.parameters(), self.optimizer.optimizer, config.max_grad_norm)
                     skip = self.stats.step(norm)
                     if accelerator.scaler is None:  # which sets this itself
                         self.optimizer.optimizer.found_inf = skip  # fused AdamW then leaves weights and state as they are
@@ -249,7 +263,7 @@ class Trainer:
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Mean loss of this process's images with their draws: of one forward, or of one for each budget of a schedule."""
         device, draws = self.accelerator.device, batch["draws"]
-        on_device = {k: batch[k].to(device, non_blocking=True) for k in ("moments", "label", "image") if k in batch}
+        on_device = {k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "draws"}
         on_device["draws"] = draws.to(device)
         if self.schedule_of_budgets is None:
             return self._forward(on_device, self.budgets[int(draws.level * len(self.budgets))])  # one for all processes
@@ -263,12 +277,14 @@ class Trainer:
     def _forward(self, batch: dict[str, Any], budget: float | None) -> Tensor:
         config, draws = self.config, batch["draws"]
         x = sample_latents(batch["moments"], draws.posterior, self.data.record)
-        y = drop_conditions(self.model, batch["label"], draws, config.cfg_prob)
+        y = drop_conditions(self.model, condition_of(batch), draws, config.cfg_prob)
         model = Projecting(self.model) if self.encoders else self.model
         losses, times, condition = self.flow.loss(model, x, draws, y, budget)
         self.stats.add(losses, times, "loss" + condition.metric_suffix)
         self.speed.add(len(x) * self.accelerator.num_processes, budget)
         loss = losses.mean()
+        if self.accelerator.num_processes > 1:
+            loss = self.idle.touch(loss, self.accelerator.unwrap_model(self.model).unused_parameters(condition.stage))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
             with self.accelerator.autocast():
                 features = [encoder(batch["image"]) for encoder in self.encoders]
@@ -307,7 +323,7 @@ class Trainer:
         self.validation_due = False
         if self.validation is None:
             return
-        model = self.validation.narrowed(self.ema.first)
+        model = self.validation.narrowed(self.ema.model())
         try:
             losses = self.validation.validate(model, lambda: preemption.signal > 0)
             grids = self.validation.sample_images(model, self.data.shape, lambda: preemption.signal > 0)
@@ -320,6 +336,7 @@ class Trainer:
             path = self.run_dir.samples / f"{self.step:07d}.png"
             with warn_if_unwritable(path):
                 save_samples(grids, path)
+                self.data.conditions.save_names(path.with_name("captions.txt"), len(grids[0]))
             trackers.log_images(self.accelerator, grids[self.flow.num_views - 1], self.step)
 
     def score(self, preemption: Preemption) -> None:
@@ -329,7 +346,7 @@ class Trainer:
         self.scores_due = True
         self.writer.wait()
         try:
-            values = self.scores.score(self.ema.first, self.step, lambda: preemption.signal > 0)
+            values = self.scores.score(self.ema.model(), self.step, lambda: preemption.signal > 0)
         except Interrupted:
             return
         self.scores_due = False
@@ -338,17 +355,18 @@ class Trainer:
         self.writer.keep_best(self.scores.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Everything that a resumed run needs; every process takes part."""
         scaler = self.accelerator.scaler
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "ema": {decay: model.state_dict() for decay, model in self.ema.models.items()},
+            "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "vae": self.data.record.to_dict(),
+            **({} if self.data.text_record is None else {TEXT: self.data.text_record.to_dict()}),
             resume.DATA_SIZE: len(self.data.dataset),
             resume.DATA_LABELS: self.data.labels_sha256,
             DATA_POSITION: self._data_position(self.step),
@@ -360,10 +378,17 @@ class Trainer:
         """checkpoints/{step}.pt, written in the background. A failing write harms none before it; the next one is as always."""
         self.stats.gather(self.accelerator)
         self.saved_step = self.step
+        state = self.state()
         if self.run_dir.is_main:
             good = self.step - int(self.stats.streak)  # the last step that was not skipped
-            self.writer.save(self.step, self.state(), good)
+            self.writer.save(self.step, state, good)
             log.info(f"step {self.step}: saving")
+
+    def _reserve_memory(self) -> None:
+        """Make the memory of the first checkpoint, so that it does not wait for it."""
+        state = self.state()
+        if self.run_dir.is_main:
+            self.writer.copy(state)
 
     def _finish_saving(self) -> None:
         """The last step's checkpoint, on the disk."""
