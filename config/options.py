@@ -188,6 +188,10 @@ class TrainConfig(ScoreOptions, Architecture):
         resume="changeable",
         distinct=True,
     )
+    elit_budget_schedule: str | None = option(
+        "elit", None, "budget of each image by its time t, e.g. 0.5@1.0-0.5,1.0@0.5-0.0 (default: drawn for each forward)",
+        resume="changeable",
+    )  # fmt: skip
     seed: int = option("train", 0, "seed of weights, order of the data and all draws", ge=0, resume="changeable")
     num_workers: int = option("data", 4, "data loading processes per training process", ge=0, le=1024, resume="free")
     prediction: Literal["v"] = option("path", "v", "what the model predicts: the velocity", resume="same")
