@@ -172,8 +172,7 @@ class Trainer:
     def _open_validation(self) -> Validation | None:
         if not self.config.sampling_steps or (self.step >= self.total_steps and not self.validation_due):
             return None
-        data = self.data
-        return Validation(self.config, self.accelerator, data.val_data, data.record, data.conditions)
+        return Validation(self.config, self.accelerator, self.data.val_data, self.data.record, self.data.conditions)
 
     def _is_scored_at(self, step: int) -> bool:
         every = self.config.eval_steps
