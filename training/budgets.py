@@ -1,6 +1,8 @@
 """The budgets that training meets (ELIT, arXiv 2603.12245): drawn for each forward, or by the time of each image."""
 
-from torch import Tensor, tensor
+from typing import cast
+
+from torch import Tensor, nn, tensor
 
 import models
 from common.errors import UserError
@@ -55,9 +57,9 @@ def trained_budgets(config: TrainConfig) -> list[float | None]:
     return [mask_to_budget(m, J) for m in mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)]
 
 
-def mean_training_flops(config: TrainConfig, model: Backbone) -> float:
+def mean_training_flops(config: TrainConfig, model: nn.Module) -> float:
     """FLOPs of one image's forward, the mean over training; a backward pass is two forwards."""
-    budgets, schedule = trained_budgets(config), budget_schedule(config)
+    budgets, schedule, model = trained_budgets(config), budget_schedule(config), cast(Backbone, model)
     if schedule is None:
         return mean_forward_flops(model, budgets)
     shares = dict.fromkeys(budgets, 0.0)
