@@ -54,7 +54,9 @@ def open_text(
     Remote ones must be packed, and are copied as the latents are; see `open_latents`.
     """
     if remote.is_remote(data_dir):
-        return TextFeatures(remote.local_text(str(data_dir), cache_dir, option), latents)
+        folder = remote.local_text(str(data_dir), cache_dir, option)
+        assert not isinstance(latents, CocoLatents)  # which is never remote
+        return TextFeatures(folder, latents)
     if isinstance(latents, CocoLatents):
         return CocoText(latents)
     folder = text_folder(data_dir)

@@ -26,9 +26,8 @@ from models.conditioning import NullText, condition_of, map_condition
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
-from randomness import to_device
 from training import resume, scores, setup, trackers
-from training.budgets import budget_schedule, rows_by_budget, trained_budgets
+from training.budgets import budget_schedule, parts_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
@@ -263,19 +262,13 @@ class Trainer:
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Mean loss of this process's images with their draws: of one forward, or of one for each budget of a schedule."""
         device, draws = self.accelerator.device, batch["draws"]
-        on_device = {k: batch[k].to(device, non_blocking=True) for k in ("moments", "image") if k in batch}
-        on_device["y"] = map_condition(lambda v: v.to(device, non_blocking=True), condition_of(batch))
-        on_device["draws"] = draws.to(device)
+        moved = {k: batch[k].to(device, non_blocking=True) for k in ("moments", "image") if k in batch}
+        moved["y"] = map_condition(lambda v: v.to(device, non_blocking=True), condition_of(batch))
+        moved["draws"] = draws.to(device)
         if self.schedule_of_budgets is None:
-            return self._forward(on_device, self.budgets[int(draws.level * len(self.budgets))])  # one for all processes
-        parts = []
-        for budget, rows in rows_by_budget(self.schedule_of_budgets, self.flow.times(draws)):
-            chosen, share = to_device(rows, device), len(rows) / len(self.batch_slice)
-            part = {k: v[chosen] for k, v in on_device.items() if k in ("moments", "image")}
-            part["y"] = map_condition(lambda v, chosen=chosen: v[chosen], on_device["y"])
-            part["draws"] = on_device["draws"].rows(chosen)
-            parts.append(share * self._forward(part, budget))
-        return torch.stack(parts).sum()
+            return self._forward(moved, self.budgets[int(draws.level * len(self.budgets))])  # one for all processes
+        parts = parts_by_budget(self.schedule_of_budgets, self.flow.times(draws), moved)
+        return torch.stack([share * self._forward(part, budget) for budget, share, part in parts]).sum()
 
     def _forward(self, batch: dict[str, Any], budget: float | None) -> Tensor:
         config, draws = self.config, batch["draws"]
