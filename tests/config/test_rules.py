@@ -48,7 +48,7 @@ def test_every_option_of_generation_says_whether_it_changes_the_images():
 
 
 def test_what_a_resumed_run_must_share():
-    assert set(SAME) == CHECKPOINT | {"latent_norm", "enc_type", "prediction", "encoder_depth"}
+    assert set(SAME) == CHECKPOINT | {"latent_norm", "condition", "enc_type", "prediction", "encoder_depth"}
     assert SAME[0] == "model"  # the first difference is reported
     assert set(CHANGEABLE) == {
         *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),
