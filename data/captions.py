@@ -144,6 +144,21 @@ def _lines(images: FileTree, name: str) -> list[str]:
         raise UserError(f"{images.where(name)}: is not UTF-8") from None
 
 
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file. Raises UserError where it is missing, empty, not UTF-8, or a line is empty."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts {path}: is not UTF-8") from None
+    except OSError as error:
+        raise UserError(f"--prompts {path}: no such file or data folder ({error.strerror})") from None
+    if not lines:
+        raise UserError(f"--prompts {path}: is empty; wanted: one prompt a line")
+    if empty := [i for i, line in enumerate(lines, 1) if not line.strip()]:
+        raise UserError(f"--prompts {path}: line {empty[0]} is empty; wanted: one prompt a line")
+    return [line.strip() for line in lines]
+
+
 class TextFeatures:
     """The encoded captions of a data folder, loose or packed.
 

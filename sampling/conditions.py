@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.files import cache_folder, write_atomically, write_json, written_aside
 from common.logging import warn
 from config.options import GenerateConfig, InferenceTool
-from data.captions import RECORD_FILE, TextFeatures, text_folder
+from data.captions import RECORD_FILE, TextFeatures, read_prompts, text_folder
 from data.coco_layout import CocoText
 from data.dataset import captions_of, open_latents, open_text
 from models.conditioning import Condition, NullText, Text
@@ -299,25 +299,8 @@ def check_options(config: GenerateConfig | InferenceTool) -> None:
     """Refuse prompts that are none; nothing is loaded."""
     if config.prompt and config.prompts:
         raise UserError("--prompt and --prompts: give the one or the other")
-    if config.prompt and (empty := [i for i, text in enumerate(config.prompt, 1) if not text.strip()]):
-        raise UserError(f"--prompt: number {empty[0]} is empty")
     if config.prompts is not None and not Path(config.prompts).is_dir():
         read_prompts(config.prompts)
-
-
-def read_prompts(path: str) -> list[str]:
-    """The lines of a text file. Raises UserError where it is missing, empty, not UTF-8, or a line is empty."""
-    try:
-        lines = Path(path).read_text("utf-8-sig").rstrip().splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts {path}: is not UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--prompts {path}: no such file or data folder ({error.strerror})") from None
-    if not lines:
-        raise UserError(f"--prompts {path}: is empty; wanted: one prompt a line")
-    if empty := [i for i, line in enumerate(lines, 1) if not line.strip()]:
-        raise UserError(f"--prompts {path}: line {empty[0]} is empty; wanted: one prompt a line")
-    return [line.strip() for line in lines]
 
 
 def set_missing_null(model: nn.Module | None, null: Text) -> None:

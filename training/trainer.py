@@ -33,7 +33,7 @@ from training.profiler import StepProfiler
 from training.run_data import open_data
 from training.run_dir import RunDir, warn_if_unwritable
 from training.stats import Speed, TrainingStats, peak_tflops
-from training.validation import SAMPLE_IMAGES, Interrupted, Validation, save_samples
+from training.validation import Interrupted, Validation, save_samples
 
 
 class Trainer:
@@ -315,7 +315,7 @@ class Trainer:
             path = self.run_dir.samples / f"{self.step:07d}.png"
             with warn_if_unwritable(path):
                 save_samples(grids, path)
-                self.data.conditions.save_names(path.with_name("captions.txt"), SAMPLE_IMAGES)
+                self.data.conditions.save_names(path.with_name("captions.txt"), len(grids[0]))
             trackers.log_images(self.accelerator, grids[self.flow.num_views - 1], self.step)
 
     def score(self, preemption: Preemption) -> None:

@@ -25,7 +25,7 @@ from flows import FLOWS, FlowMatching
 from models.dfm import recompose
 from models.vae import load_vae
 from sampling import image_folder
-from sampling.images import labels_of
+from sampling.conditions import labels_of
 
 pytestmark = pytest.mark.slow
 
