@@ -22,7 +22,7 @@ import models
 import samplers
 from common.errors import UserError
 from loss import PathType, active_stage, dfm_loss, flow_matching_loss, interpolate, stage_times, training_times
-from models.conditioning import Condition, map_condition
+from models.conditioning import Condition, condition_of, map_condition
 from models.pyramid import decompose, recompose
 from models.vae import VAERecord, decode, decode_stages, sample_latents
 from randomness import Draws, pyramid_noise, sde_noise, to_device, training_draws
@@ -150,12 +150,12 @@ class FlowMatching:
 
         Args:
             model: the model.
-            batch: "moments" (B, 2C, h, w) and "label" (B,) of the samples.
+            batch: "moments" (B, 2C, h, w) and labels or text of the samples.
             indices: of the samples in the held-out set.
             record: of the VAE that made them.
             conditions: of `conditions`.
         """
-        moments, y = batch["moments"], batch["label"]
+        moments, y = batch["moments"], condition_of(batch)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         draws = self.draws(0, 0, indices, shape, purpose="held-out").to(moments.device)
         x = sample_latents(moments, draws.posterior, record)

@@ -32,6 +32,7 @@ from sampling.image_folder import (
     settings,
     stage_folders,
     whole_npz,
+    write_captions,
 )
 from sampling.images import images
 from sampling.npz_writer import NpzWriter
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """The command: options → `generate`."""
     config, given, weights = session.from_command_line(GenerateConfig, argv, "generate.py", check_options)
+    if weights.prompts is not None and "num_fid_samples" not in given:
+        config.num_fid_samples = len(weights.prompts)
     name_run(config, weights)
     check(config)
     end_with_launcher()
@@ -102,6 +105,8 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
             loaded.drawn.add(other)
         if state.is_main_process:
             npz.finish()
+            if weights.prompts is not None:
+                write_captions(images_folder(config), weights.prompts.texts, config.num_fid_samples)
             report(config, loaded, drawn, seconds)
         state.wait_for_everyone()
     finally:

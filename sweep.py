@@ -20,7 +20,7 @@ from common.tables import markdown_table
 from config.options import GenerateConfig
 from config.parsing import flag, parse, require_options
 from config.rules import names
-from config.sweep_options import AXES, SweepConfig
+from config.sweep_options import AXES, PROMPTS, SweepConfig
 from config.values import kinds
 from sweeping import plots, results
 from sweeping.axes import shown
@@ -122,7 +122,8 @@ def generate_line(point: Point, given: dict[str, Any]) -> str:
     """The command that draws the images of a point."""
     defaults, options = GenerateConfig(), point.options
     words = ["python", "generate.py", "--ckpt", point.ckpt]
-    by_hand = {name: given[name] for name in names(GenerateConfig, images=True) if name in given and name not in AXES}
+    shared = (*names(GenerateConfig, images=True), *PROMPTS)
+    by_hand = {name: given[name] for name in shared if name in given and name not in AXES}
     values = {name: options[name] for name in ("global_seed", *AXES) if name in options}
     if "num_steps_per_scale" in values:
         del values["num_steps"]

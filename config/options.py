@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from config.rules import option
-from config.sampling_options import CoreCacheOptions, GuideOptions
+from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
 
 
@@ -61,6 +61,9 @@ class Architecture:
         resume="same",
         images=True,
         model=True,
+    )
+    elit_init: Literal["published", "spread"] = option(
+        "elit", "published", "start of Read and Write; spread: for runs of a few thousand steps", resume="free", images=False
     )
     elit_max_mask_prob: float | None = option(
         "elit", None, "largest share of latents masked in training", ge=0, le=1, resume="changeable", images=False
@@ -191,6 +194,9 @@ class TrainConfig(ScoreOptions, Architecture):
     weighting: Literal["uniform", "lognormal"] = option(
         "path", "uniform", "distribution of the training times", resume="changeable"
     )
+    condition: Literal["labels", "text"] | None = option(
+        "data", None, "what the model is conditioned on (default: text for MMDiT, else labels; U-ViT takes both)", resume="same"
+    )
     latent_norm: Literal["vae", "channel"] = option(
         "data",
         "vae",
@@ -256,7 +262,7 @@ class TrainConfig(ScoreOptions, Architecture):
 
 
 @dataclasses.dataclass
-class Sampling(GuideOptions, CoreCacheOptions):
+class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
     ckpt: str = option(
@@ -315,7 +321,7 @@ class GenerateConfig(Sampling, Architecture):
     exp_name: str | None = option("output", None, "name of the run (default: the checkpoint's)", images=False)
     global_seed: int = option("sample", 0, "seed of noise and labels", ge=0, images=True)
     per_proc_batch_size: int = option("system", 32, "images per batch and process", ge=1, le=10**6, images=False)
-    num_fid_samples: int = option("output", 50000, "number of images", ge=1, le=10**7, images=False)
+    num_fid_samples: int = option("output", 50000, "number of images (with prompts: one of each)", ge=1, le=10**7, images=False)
     class_labels: list[str] = option(
         "sample", ["random"], "random, balanced, or class ids to cycle through", images=True, folder=(8, "labels")
     )

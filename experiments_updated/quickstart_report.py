@@ -40,7 +40,8 @@ from metrics import frechet_distance
 from metrics.images import write_npz
 from models.costs import mean_forward_flops
 from sampling import cost, image_folder, session
-from sampling.images import draw, labels_of
+from sampling.conditions import labels_of
+from sampling.images import draw
 from sampling.session import Session
 from training.setup import trained_budgets
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.distributed import LONG_WAIT, start_processes
 from common.errors import UserError
-from common.files import WriteError, make_folder, write_atomically
+from common.files import WriteError, file_sha256, make_folder, write_atomically
 from common.logging import warn
 from common.precision import set_tf32
 from common.tensor_files import npy_array, npy_bytes
@@ -174,8 +174,12 @@ class LooseText:
         for name, tensor in ((NULL_FILE, null.features), (NULL_POOLED_FILE, null.pooled)):
             if tensor is not None:
                 self._files.write(name, npy_bytes(tensor[0].numpy().astype(self.dtype)))
-        content = dataclasses.asdict(self.record) | {"count": int(self.first[-1]), "dtype": str(self.dtype)}
+        content = dataclasses.asdict(self.record) | {"count": int(self.first[-1]), "dtype": str(self.dtype)} | self._checksums()
         write_atomically(self.folder / RECORD_FILE, json.dumps(content, indent=1) + "\n")
+
+    def _checksums(self) -> dict[str, Any]:
+        """What text.json says of the files: nothing of loose ones."""
+        return {}
 
 
 class PackedText(LooseText):
@@ -226,6 +230,14 @@ class PackedText(LooseText):
         write_atomically(self.folder / INDEX_FILE, self.first.tobytes())
         super().finish(null)
         self._done.unlink(missing_ok=True)
+
+    def _checksums(self) -> dict[str, Any]:
+        files = [
+            INDEX_FILE,
+            *([BIN_FILE, POOLED_BIN_FILE][: len(self.shapes)]),
+            *([NULL_FILE, NULL_POOLED_FILE][: len(self.shapes)]),
+        ]
+        return {"files": {file: file_sha256(self.folder / file) for file in files}}
 
     @property
     def _done(self) -> Path:

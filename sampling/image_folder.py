@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from common.files import check_name, join_inside, parse_json, write_json
 from common.image_files import save_png
 from config.options import GenerateConfig
 from config.rules import folder_labels, names
+from data.captions import CAPTIONS_FILE
 from flows import flow_of
 from metrics.images import ImageSet, open_images
 from samplers import parse_budget
@@ -69,6 +71,8 @@ def folder_name(config: GenerateConfig) -> str:
         "weights": config.weights.replace(":", "_"),
         "inference_budget": parse_budget(config.inference_budget),
         "class_labels": labels,
+        "prompt": config.prompt and _slug(config.prompt),
+        "prompts": config.prompts and Path(config.prompts).stem,
         "guide_ckpt": config.guide_ckpt and Path(config.guide_ckpt).stem,
     }
     for option, label in folder_labels(GenerateConfig).items():
@@ -82,6 +86,12 @@ def folder_name(config: GenerateConfig) -> str:
     return name
 
 
+def _slug(prompts: Sequence[str]) -> str:
+    """Prompts in a folder's name: the first one's letters, and a hash of all."""
+    letters = "_".join(re.findall(r"[a-z0-9]+", prompts[0].lower()))[:40].strip("_")
+    return f"{letters or 'prompt'}-{hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:8]}"
+
+
 # ------------------------------------------------------------------------------------------------------------ record
 
 
@@ -92,6 +102,9 @@ def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -
     if config.inference_budget is not None:
         options["inference_budget"] = str(parse_budget(config.inference_budget))  # one spelling
     guide = {} if weights.guide is None else {"guide_sha256": weights.guide.sha256}
+    if weights.prompts is not None:
+        del options["class_labels"]
+        guide |= weights.prompts.identity
     return {"ckpt_sha256": weights.sha256, "ckpt_step": weights.step, "vae_sha256": vae_sha256, **guide, **options}
 
 
@@ -128,6 +141,12 @@ def _check_record(record: Path, folder: Path, made_with: dict[str, Any]) -> None
             raise UserError(
                 f"{folder}: holds images made with {name} {was}, not {value}; move it away or choose another --sample-dir or --exp-name"
             )
+
+
+def write_captions(folder: Path, prompts: Sequence[str], count: int) -> None:
+    """captions.json beside the images, in the format of data folders: the prompt of each."""
+    entries = [[image_name(i), [prompts[i % len(prompts)]]] for i in range(count)]
+    write_json({"captions": entries}, folder / CAPTIONS_FILE)
 
 
 # ------------------------------------------------------------------------------------------------------------ images

@@ -10,7 +10,6 @@ from torch import Tensor
 from common import precision
 from config.options import GenerateConfig
 from flows import OnStage
-from randomness import image_labels
 from sampling import session
 from sampling.session import Session
 
@@ -19,18 +18,10 @@ AHEAD = 1  # batches that are sampled on CUDA before one is handed out: it is de
 OnStageOf = Callable[[Sequence[int], int, Tensor], None]  # (indices, stage, latents): `flows.OnStage` of a batch
 
 
-def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
-    """Class ids (B,) of the images `indices`: random by index, balanced, or cycling through a list."""
-    if config.class_labels == ["random"]:
-        return image_labels(config.global_seed, indices, config.num_classes)
-    cycle = range(config.num_classes) if config.class_labels == ["balanced"] else [int(c) for c in config.class_labels]
-    return torch.tensor([cycle[i % len(cycle)] for i in indices])
-
-
 def latents_of(loaded: Session, config: GenerateConfig, indices: Sequence[int], on_stage: OnStage | None = None) -> Tensor:
     """Latents (B, C, h, w) of the images `indices` by the options `config`. on_stage: see `FlowMatching.sample_state`."""
     sampled = loaded.with_options(config)
-    return sampled.latents(session.guidance(config), config.global_seed, indices, labels_of(config, indices), on_stage)
+    return sampled.latents(session.guidance(config), config.global_seed, indices, sampled.condition(indices), on_stage)
 
 
 def draw(loaded: Session, config: GenerateConfig, indices: Sequence[int], on_stage: OnStage | None = None) -> Tensor:

@@ -41,17 +41,17 @@ class Plan:
         self.lines: list[str] = []
         self.errors: list[str] = []
         self.data: RunData | None = None
-        self.record = SD_VAE  # where the data do not tell
+        self.record, self.text = SD_VAE, None  # where the data do not tell
         self.encoders: list[TargetEncoder] = []
         with self.checked():
             self.data = open_data(config, self.processes)
-            self.record = self.data.record
+            self.record, self.text = self.data.record, self.data.text_record
         with self.checked():
             names = encoder_names(config.enc_type, config.proj_coeff)
             self.encoders = describe_encoders(names, config.resolution, token_grid(config, self.record))
         self.budgets = trained_budgets(config)
         with torch.device("meta"):
-            self.model = build_model(config, self.record, [e.z_dim for e in self.encoders])
+            self.model = build_model(config, self.record, [e.z_dim for e in self.encoders], self.text)
 
     @contextlib.contextmanager
     def checked(self) -> Iterator[None]:
@@ -112,6 +112,8 @@ class Plan:
             for i in np.linspace(0, count - 1, min(count, SAMPLES_READ)).astype(int).tolist():
                 data.dataset[i]
         classes = "unlabelled" if data.dataset.labels is None else f"{len(np.unique(data.dataset.labels))} classes"
+        if self.text is not None:
+            classes = f"captions of {self.text.length} tokens × {self.text.width} by {self.text.encoder}"
         images = " and images" if self.encoders else ""
         self.say(
             "data", f"{config.data_dir}: {count:,} samples, {classes}; latents {C} × {h} × {w} of {self.record.vae}{images}"
@@ -138,7 +140,7 @@ class Plan:
         state = state_bytes(self.model, len(config.ema_decay))
         local = max(1, config.batch_size // self.processes)
         ends = sorted(set(self.budgets[:1] + self.budgets[-1:]), key=lambda b: -(b or 1))
-        activations = [activation_bytes(config, self.record, self.encoders, local, b) for b in ends]
+        activations = [activation_bytes(config, self.record, self.encoders, local, b, self.text) for b in ends]
         encoders = sum(p.numel() * p.element_size() for e in self.encoders for p in e.parameters())
         ema = -(-state.ema // self.processes)  # each keeps its part
         total = state.weights + state.gradients + state.optimizer + ema + activations[0] + encoders

@@ -132,6 +132,8 @@ def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, ru
             _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)
     if data.record != state["vae"]:
         raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
+    if (text := data.text_record) is not None and state[records.TEXT] is not None:
+        text.check_same(state[records.TEXT], f"--data-dir {config.data_dir}", f"the run in {run_dir.path}")
     _check_data(config, state, data, run_dir)
     _check_length(config, state, len(data.dataset), run_dir)
 

@@ -35,11 +35,13 @@ from flows import flow_of
 from models.backbone import Backbone
 from models.elit import Elastic, mask_levels, mask_to_budget
 from models.encoders import encoder_names
+from models.text_encoders import TextRecord
 from models.vae import VAERecord
 from training import scores
 from training.optim import EMA
 from training.profiler import parse_steps
 from training.resume import ALLOWED
+from training.run_data import takes_text
 
 # The type that gradients are summed in over the processes → accelerate's hook of DDP for it.
 COMM_HOOKS = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
@@ -51,9 +53,10 @@ def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
         return build_model(config, record, []).feature_grid
 
 
-def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Backbone:
-    """The model that the options describe, on latents of the VAE `record`, freshly initialised."""
-    return models.create_model(
+def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int], text: TextRecord | None = None) -> Backbone:
+    """The model that the options describe, on latents of the VAE `record` and `text` features, freshly initialised."""
+    sizes = (text.length, text.width, text.pooled) if text else ()
+    model = models.create_model(
         config.model,
         input_size=config.resolution // record.downsample_factor,
         in_channels=record.latent_channels,
@@ -61,8 +64,12 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Ba
         fused_attn=config.fused_attn,
         encoder_depth=config.encoder_depth,
         z_dims=z_dims,
+        arguments=models.model_spec(config.model).constructor.text_arguments(*sizes) if sizes else {},
         **model_options(dataclasses.asdict(config)),
     )
+    if isinstance(model, Elastic) and config.elit_init == "spread":
+        model.interface.spread()
+    return model
 
 
 def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
@@ -144,10 +151,10 @@ def ema_warnings(config: TrainConfig, total_steps: int) -> list[str]:
 def check_model(config: TrainConfig) -> None:
     """Refuse options that contradict the model or its flow."""
     spec = models.model_spec(config.model)
-    if spec.text:
-        raise UserError(
-            f"--model {config.model}: is conditioned on text, which arrives with captions; training takes class labels"
-        )
+    if config.condition == "text" and not spec.constructor.takes_text:
+        raise UserError(f"--condition text: {config.model} is conditioned on class labels; MMDiT and U-ViT models take text")
+    if config.condition == "labels" and spec.text:
+        raise UserError(f"--condition labels: {config.model} is conditioned on text, the captions of --data-dir")
     if config.levels is not None and not spec.takes("levels"):
         raise UserError(f"--levels {config.levels}: {config.model} has no levels; only HDiT models do")
     masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
@@ -164,7 +171,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     precision = config.mixed_precision if config.plan else supported_precision(config.mixed_precision, on_cpu)
     names = [_option_name(name) for name in config.allow_change]
     name = models.model_spec(config.model).name  # the spelling that checkpoints record
-    return dataclasses.replace(config, model=name, allow_change=names, mixed_precision=precision)
+    condition = "text" if takes_text(config) else "labels"
+    return dataclasses.replace(config, condition=condition, model=name, allow_change=names, mixed_precision=precision)
 
 
 def _option_name(given: str) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import models
 from checkpoint import async_writer, training_state
+from checkpoint.records import TEXT
 from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
 from common.errors import UserError
@@ -22,6 +23,7 @@ from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
+from models.conditioning import NullText, condition_of, map_condition
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
@@ -59,7 +61,9 @@ class Trainer:
         self.encoder_names = encoder_names(config.enc_type, config.proj_coeff)
         targets = describe_encoders(self.encoder_names, config.resolution, grid)
         torch.manual_seed(config.seed)
-        self.model = setup.build_model(config, self.data.record, [target.z_dim for target in targets])
+        self.model = setup.build_model(config, self.data.record, [t.z_dim for t in targets], self.data.text_record)
+        if isinstance(self.model, NullText) and self.data.dataset.text is not None:
+            self.model.set_null_text(*self.data.dataset.text.null)
         self.config = self.run_dir.config = setup.with_split(config, self.model)
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
         self.speed = Speed(self.model, self.budgets, targets, accelerator.num_processes, peak)
@@ -167,7 +171,8 @@ class Trainer:
     def _open_validation(self) -> Validation | None:
         if not self.config.sampling_steps or (self.step >= self.total_steps and not self.validation_due):
             return None
-        return Validation(self.config, self.accelerator, self.data.val_data, self.data.record, self.budgets)
+        data = self.data
+        return Validation(self.config, self.accelerator, data.val_data, data.record, self.budgets, data.conditions)
 
     def _is_scored_at(self, step: int) -> bool:
         every = self.config.eval_steps
@@ -258,7 +263,8 @@ class Trainer:
         """Mean loss of this process's images in one forward, with its draws."""
         config, device = self.config, self.accelerator.device
         draws = batch["draws"].to(device)
-        moments, y = (batch[k].to(device, non_blocking=True) for k in ("moments", "label"))
+        moments = batch["moments"].to(device, non_blocking=True)
+        y = map_condition(lambda v: v.to(device, non_blocking=True), condition_of(batch))
         x = sample_latents(moments, draws.posterior, self.data.record)
         y = drop_conditions(self.model, y, draws, config.cfg_prob)
         budget = self.budgets[int(draws.level * len(self.budgets))]  # one for all processes
@@ -321,6 +327,7 @@ class Trainer:
             path = self.run_dir.samples / f"{self.step:07d}.png"
             with warn_if_unwritable(path):
                 save_samples(grids, path)
+                self.data.conditions.save_names(path.with_name("captions.txt"), len(grids[0]))
             trackers.log_images(self.accelerator, grids[self.flow.num_views - 1], self.step)
 
     def score(self, preemption: Preemption) -> None:
@@ -350,6 +357,7 @@ class Trainer:
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "vae": self.data.record.to_dict(),
+            **({} if self.data.text_record is None else {TEXT: self.data.text_record.to_dict()}),
             resume.DATA_SIZE: len(self.data.dataset),
             resume.DATA_LABELS: self.data.labels_sha256,
             DATA_POSITION: self._data_position(self.step),

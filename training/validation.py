@@ -17,13 +17,13 @@ from common.image_files import save_png
 from common.logging import warn
 from common.plotting import image_grid
 from common.precision import AMP_TYPES
-from config.options import TrainConfig
+from config.options import GenerateConfig, TrainConfig
 from data.dataset import LatentDataset
 from flows import LossCondition, flow_of
 from models.layers import narrow_linears
 from models.vae import VAERecord, load_vae
-from randomness import image_labels
 from samplers import Guidance
+from sampling.conditions import Conditions
 from training.stats import sum_over_processes
 
 if TYPE_CHECKING:
@@ -56,10 +56,21 @@ class Validation:
         data: LatentDataset | None,
         record: VAERecord,
         budgets: Sequence[float | None],
+        conditions: Conditions,
     ):
-        """data: the validation set. record: of the VAE, as training normalises latents. budgets: those trained, largest first."""
+        """Open what is needed.
+
+        Args:
+            config: of the run.
+            accelerator: of the run.
+            data: the validation set.
+            record: of the VAE, as training normalises latents.
+            budgets: those trained, largest first.
+            conditions: what pictures are drawn from.
+        """
         self.config, self.accelerator, self.data, self.record, self.budgets = config, accelerator, data, record, budgets
-        self.flow = flow_of(config, num_steps=SAMPLE_STEPS)
+        self.flow, self.conditions = flow_of(config, num_steps=SAMPLE_STEPS), conditions
+        self.sampled = sampling_options(config)
         self.vae = self._load_vae() if config.sampling_steps else None
 
     def _load_vae(self) -> "AutoencoderKL | None":
@@ -111,7 +122,7 @@ class Validation:
     def _losses(self, model: nn.Module, indices: range, conditions: list[LossCondition]) -> Tensor:
         assert self.data is not None
         batch = torch.utils.data.default_collate(self.data.__getitems__(list(indices)))
-        batch = {k: batch[k].to(self.accelerator.device) for k in ("moments", "label")}
+        batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
         with self.accelerator.autocast():
             return self.flow.val_losses(model, batch, indices, self.record, conditions)
 
@@ -140,7 +151,7 @@ class Validation:
     def _sample(self, model: nn.Module, shape: tuple[int, int, int], indices: range, budget: float | None) -> Tensor:
         """Views of the images `indices`, uint8 (views, n, 3, H, W)."""
         config = self.config
-        y = image_labels(config.seed, indices, config.num_classes)
+        y = self.conditions.of(self.sampled, indices)
         guidance = Guidance(cfg_scale=SAMPLE_CFG if config.cfg_prob else 1.0, inference_budget=budget)
         with self.accelerator.autocast():
             state = self.flow.sample_state(model, shape, config.seed, indices, y, guidance)
@@ -171,6 +182,11 @@ def together(accelerator: Accelerator, networks: Sequence[nn.Module], should_sto
     flag = torch.tensor(float(stopped), device=accelerator.device)
     if sum_over_processes(accelerator, flag) > 0:
         raise Interrupted
+
+
+def sampling_options(config: TrainConfig) -> GenerateConfig:
+    """What of generate.py's options tells the pictures' labels: random ones, by the run's seed."""
+    return GenerateConfig(num_classes=config.num_classes, global_seed=config.seed)
 
 
 def save_samples(grids: list[np.ndarray], path: Path) -> None:

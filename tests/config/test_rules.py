@@ -79,13 +79,19 @@ def test_what_changes_the_images_of_a_checkpoint():
         *("global_seed", "class_labels", "mixed_precision", "tf32"),
         *("cfg_channels", "guide_weights", "guide_label", "guide_budget", "core_cache", "cache_rule", "cache_after"),
     } == SETTINGS
-    # A guide is recorded by its SHA-256, as the checkpoint is.
-    assert set(folder_labels(GenerateConfig)) < SETTINGS | {"num_steps_per_scale", "stage_sampling_thresholds", "guide_ckpt"}
+    # A guide and prompts are recorded by their SHA-256, as the checkpoint is.
+    assert set(folder_labels(GenerateConfig)) < SETTINGS | {
+        "num_steps_per_scale",
+        "stage_sampling_thresholds",
+        "guide_ckpt",
+        "prompt",
+        "prompts",
+    }
 
 
 def test_folder_labels_stand_in_one_order():
     labels = ["weights", "budget", "uncond", "autoguidance", "low", "high", "heun", "labels", "", "scales", "thresholds"]
-    labels += ["channels", "guide", "", "label", "at", "cache", "by", "after"]
+    labels += ["channels", "guide", "", "label", "at", "cache", "by", "after", "", "prompts"]
     assert list(folder_labels(GenerateConfig).values()) == labels
 
 

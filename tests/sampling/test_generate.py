@@ -25,7 +25,7 @@ from flows import FLOWS, FlowMatching
 from metrics.images import write_npz
 from models.dfm import recompose
 from models.vae import load_vae
-from sampling.images import labels_of
+from sampling.conditions import labels_of
 from sampling.npz_writer import NpzWriter
 
 pytestmark = pytest.mark.slow
