@@ -6,6 +6,7 @@ from typing import Literal
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
+from config.system_options import SystemOptions
 
 
 @dataclasses.dataclass
@@ -98,7 +99,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(ScoreOptions, Architecture):
+class TrainConfig(ScoreOptions, SystemOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(
@@ -188,6 +189,10 @@ class TrainConfig(ScoreOptions, Architecture):
         resume="changeable",
         distinct=True,
     )
+    elit_budget_schedule: str | None = option(
+        "elit", None, "budget of each image by its time t, e.g. 0.5@1.0-0.5,1.0@0.5-0.0 (default: drawn for each forward)",
+        resume="changeable",
+    )  # fmt: skip
     seed: int = option("train", 0, "seed of weights, order of the data and all draws", ge=0, resume="changeable")
     num_workers: int = option("data", 4, "data loading processes per training process", ge=0, le=1024, resume="free")
     prediction: Literal["v"] = option("path", "v", "what the model predicts: the velocity", resume="same")
@@ -217,19 +222,6 @@ class TrainConfig(ScoreOptions, Architecture):
         resume="free",
         distinct=True,
     )
-    compile: bool | None = option(
-        "system",
-        None,
-        "torch.compile the blocks and the parts around them (default: on CUDA; --no-compile: nowhere)",
-        resume="free",
-    )
-    comm_dtype: Literal["fp32", "bf16"] = option(
-        "system", "fp32", "type in which gradients are summed over the processes", resume="changeable"
-    )
-    bucket_cap_mb: int = option(
-        "system", 25, "MiB of gradients that are summed over the processes at a time", ge=1, le=2**20, resume="free"
-    )
-    gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     max_skipped_steps: int = option(
         "train", 50, "stop once so many steps in a row had a gradient that is not finite", ge=1, resume="free"
     )
@@ -249,15 +241,6 @@ class TrainConfig(ScoreOptions, Architecture):
         ge=0,
         le=1e6,
         resume="free",
-    )
-    plan: bool = option(
-        "plan", False, "print and check what the run would do, cost and need, and train nothing; needs no GPU", resume="free"
-    )
-    plan_processes: int | None = option(
-        "plan", None, "--plan: number of processes (default: the launcher's)", ge=1, le=2**20, resume="free"
-    )
-    plan_tflops: float | None = option(
-        "plan", None, "--plan: TFLOP/s that a process is taken to sustain, for the time needed", ge=1e-6, le=1e6, resume="free"
     )
 
 

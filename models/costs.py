@@ -39,9 +39,9 @@ def projector_flops(model: nn.Module) -> int:
     return _forward_flops(shadow, 1, return_features=True) - _forward_flops(shadow, 1)
 
 
-def mean_forward_flops(model: Backbone, budgets: Sequence[float | None]) -> float:
-    """FLOPs of one image's forward, the mean over the budgets, which training draws evenly."""
-    return float(np.mean(forward_flops(model, budgets)))
+def mean_forward_flops(model: Backbone, budgets: Sequence[float | None], shares: Sequence[float] | None = None) -> float:
+    """FLOPs of one image's forward, the mean over the budgets; `shares`: how often each occurs (default: all evenly)."""
+    return float(np.average(forward_flops(model, budgets), weights=shares))
 
 
 def forward_flops(model: Backbone, budgets: Sequence[float | None]) -> list[int]:
@@ -53,7 +53,7 @@ def forward_flops(model: Backbone, budgets: Sequence[float | None]) -> list[int]
     if len(budgets) <= 3:
         return [count_flops(model, b) for b in budgets]
     interface = model.interface
-    assert isinstance(interface, LatentInterface)
+    assert isinstance(model, Backbone) and isinstance(interface, LatentInterface)
     J = interface.latents_per_group
     k = np.array([budget_to_k(b, J) for b in budgets])
     counts_of = [k] if model.merged_latents == 1 else [k, -(-k // model.merged_latents)]

@@ -19,14 +19,15 @@ from checkpoint.init_from import init_from
 from common.errors import UserError
 from common.logging import warn
 from config.options import TrainConfig
-from models.costs import mean_forward_flops, projector_flops
+from models.costs import projector_flops
 from models.encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from models.vae import SD_VAE, load_vae
+from training.budgets import mean_training_flops, trained_budgets
 from training.memory import activation_bytes, format_gib, state_bytes
 from training.resume import with_recorded_split
 from training.run_data import RunData, open_data
 from training.run_dir import RunDir
-from training.setup import build_model, ema_warnings, token_grid, trained_budgets
+from training.setup import build_model, ema_warnings, token_grid
 from training.stats import encoder_flops
 
 SAMPLES_READ = 64  # by --plan, evenly spread
@@ -87,7 +88,7 @@ class Plan:
             budgets = f", trained at budget{'s' * (len(few) > 1)} {' … '.join(dict.fromkeys([few[0], few[-1]]))}"
         self.say("model", f"{config.model}: {parameters:,} parameters, {math.prod(model.grid_size)} tokens{budgets}")
         images = config.batch_size * config.gradient_accumulation_steps
-        forward = mean_forward_flops(model, self.budgets) + projector_flops(model)
+        forward = mean_training_flops(config, model) + projector_flops(model)
         self.flops = 3 * forward * images  # the backward pass is two forwards
         text = f"{_tera(self.flops)} TFLOPs per iteration, forward and backward of {images} images"
         if self.encoders:

@@ -33,11 +33,12 @@ from common.precision import set_attention, set_deterministic, set_tf32, support
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
-from models.elit import Elastic, mask_levels, mask_to_budget
+from models.elit import Elastic
 from models.encoders import encoder_names
 from models.text_encoders import TextRecord
 from models.vae import VAERecord
 from training import scores
+from training.budgets import check_budgets, trained_budgets
 from training.optim import EMA
 from training.profiler import parse_steps
 from training.resume import ALLOWED
@@ -101,14 +102,6 @@ def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_
     return made.summary()
 
 
-def trained_budgets(config: TrainConfig) -> list[float | None]:
-    """The budgets that training draws from, the largest first; [None] for a model that has none."""
-    if not models.model_spec(config.model).elastic:
-        return [None]
-    J = config.elit_group_size**2
-    return [mask_to_budget(m, J) for m in mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)]
-
-
 def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     """Refuse what cannot work, before anything is loaded or written. Returns warnings; changes nothing.
 
@@ -157,11 +150,7 @@ def check_model(config: TrainConfig) -> None:
         raise UserError(f"--condition labels: {config.model} is conditioned on text, the captions of --data-dir")
     if config.levels is not None and not spec.takes("levels"):
         raise UserError(f"--levels {config.levels}: {config.model} has no levels; only HDiT models do")
-    masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
-    if not spec.elastic and any(masks):
-        raise UserError(f"--elit-max-mask-prob: {config.model} has no latents to mask; only ELIT models do")
-    if spec.elastic:
-        mask_levels(config.elit_group_size**2, *masks)
+    check_budgets(config)
     flow_of(config).check_training()
 
 

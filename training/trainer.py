@@ -27,7 +27,9 @@ from models.conditioning import NullText, condition_of, map_condition
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
+from randomness import to_device
 from training import resume, scores, setup, trackers
+from training.budgets import budget_schedule, rows_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
@@ -56,7 +58,7 @@ class Trainer:
         self.data = open_data(config, accelerator.num_processes)
         local = config.batch_size // accelerator.num_processes
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-        self.flow, self.budgets = flow_of(config), setup.trained_budgets(config)
+        self.flow, self.budgets, self.schedule_of_budgets = flow_of(config), trained_budgets(config), budget_schedule(config)
         grid = setup.token_grid(config, self.data.record)
         self.encoder_names = encoder_names(config.enc_type, config.proj_coeff)
         targets = describe_encoders(self.encoder_names, config.resolution, grid)
@@ -172,7 +174,7 @@ class Trainer:
         if not self.config.sampling_steps or (self.step >= self.total_steps and not self.validation_due):
             return None
         data = self.data
-        return Validation(self.config, self.accelerator, data.val_data, data.record, self.budgets, data.conditions)
+        return Validation(self.config, self.accelerator, data.val_data, data.record, data.conditions)
 
     def _is_scored_at(self, step: int) -> bool:
         every = self.config.eval_steps
@@ -260,25 +262,36 @@ class Trainer:
         self.ema.update()
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        """Mean loss of this process's images in one forward, with its draws."""
-        config, device = self.config, self.accelerator.device
-        draws = batch["draws"].to(device)
-        moments = batch["moments"].to(device, non_blocking=True)
-        y = map_condition(lambda v: v.to(device, non_blocking=True), condition_of(batch))
-        x = sample_latents(moments, draws.posterior, self.data.record)
-        y = drop_conditions(self.model, y, draws, config.cfg_prob)
-        budget = self.budgets[int(draws.level * len(self.budgets))]  # one for all processes
+        """Mean loss of this process's images with their draws: of one forward, or of one for each budget of a schedule."""
+        device, draws = self.accelerator.device, batch["draws"]
+        on_device = {k: batch[k].to(device, non_blocking=True) for k in ("moments", "image") if k in batch}
+        on_device["y"] = map_condition(lambda v: v.to(device, non_blocking=True), condition_of(batch))
+        on_device["draws"] = draws.to(device)
+        if self.schedule_of_budgets is None:
+            return self._forward(on_device, self.budgets[int(draws.level * len(self.budgets))])  # one for all processes
+        parts = []
+        for budget, rows in rows_by_budget(self.schedule_of_budgets, self.flow.times(draws)):
+            chosen, share = to_device(rows, device), len(rows) / len(self.batch_slice)
+            part = {k: v[chosen] for k, v in on_device.items() if k in ("moments", "image")}
+            part["y"] = map_condition(lambda v, chosen=chosen: v[chosen], on_device["y"])
+            part["draws"] = on_device["draws"].rows(chosen)
+            parts.append(share * self._forward(part, budget))
+        return torch.stack(parts).sum()
+
+    def _forward(self, batch: dict[str, Any], budget: float | None) -> Tensor:
+        config, draws = self.config, batch["draws"]
+        x = sample_latents(batch["moments"], draws.posterior, self.data.record)
+        y = drop_conditions(self.model, batch["y"], draws, config.cfg_prob)
         model = Projecting(self.model) if self.encoders else self.model
         losses, times, condition = self.flow.loss(model, x, draws, y, budget)
         self.stats.add(losses, times, "loss" + condition.metric_suffix)
-        self.speed.add(config.batch_size, budget)
+        self.speed.add(len(x) * self.accelerator.num_processes, budget)
         loss = losses.mean()
         if isinstance(self.model, DistributedDataParallel):
             loss = self.idle.touch(loss, self.model.module.unused_parameters(condition.stage))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
-            images = batch["image"].to(device, non_blocking=True)
             with self.accelerator.autocast():
-                features = [encoder(images) for encoder in self.encoders]
+                features = [encoder(batch["image"]) for encoder in self.encoders]
             alignment = alignment_loss(model.projections, features)
             self.stats.add_mean("alignment_loss", alignment)
             loss = loss + config.proj_coeff * alignment

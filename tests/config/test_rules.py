@@ -52,7 +52,15 @@ def test_what_a_resumed_run_must_share():
     assert SAME[0] == "model"  # the first difference is reported
     assert set(CHANGEABLE) == {
         *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),
-        *("elit_min_mask_prob", "elit_max_mask_prob", "stage_weights", "proj_coeff", "ema_decay", "max_grad_norm"),
+        *(
+            "elit_min_mask_prob",
+            "elit_max_mask_prob",
+            "elit_budget_schedule",
+            "stage_weights",
+            "proj_coeff",
+            "ema_decay",
+            "max_grad_norm",
+        ),
         *("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
         *("lr_scheduler_type", "warmup_steps", "lr_cooldown"),
     }

@@ -21,9 +21,10 @@ from models.costs import forward_flops, mean_forward_flops
 from models.encoders import load_encoders
 from models.vae import SD_VAE, VAERecord
 from training import optim, plan
+from training.budgets import trained_budgets
 from training.memory import activation_bytes, state_bytes
 from training.plan import Plan
-from training.setup import build_model, trained_budgets
+from training.setup import build_model
 
 COUNT = 24
 RECORD = VAERecord("v", None, 4, 4, 0.5, 0.0)
