@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import models
@@ -279,8 +280,8 @@ class Trainer:
         self.stats.add(losses, times, "loss" + condition.metric_suffix)
         self.speed.add(len(x) * self.accelerator.num_processes, budget)
         loss = losses.mean()
-        if self.accelerator.num_processes > 1:
-            loss = self.idle.touch(loss, self.accelerator.unwrap_model(self.model).unused_parameters(condition.stage))
+        if isinstance(self.model, DistributedDataParallel):
+            loss = self.idle.touch(loss, self.model.module.unused_parameters(condition.stage))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
             with self.accelerator.autocast():
                 features = [encoder(batch["image"]) for encoder in self.encoders]
