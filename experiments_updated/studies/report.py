@@ -167,7 +167,7 @@ def _training_curves(study: Study) -> None:
         curve = Curve(name, steps, y, half, name == next(iter(study.models)))
         by_step.append(curve)
         by_flops.append(curve._replace(x=[step * runs[0].training_flops() / 1e12 for step in steps]))
-    title = f"{len(study.baseline)} seeds: mean and range"
+    title = f"{len(study.baseline)} seeds: mean and range" if len(study.baseline) > 1 else ""
     curves_plot(study.path("_steps.png"), by_step, labels=("step", "training loss", title))
     curves_plot(study.path("_flops.png"), by_flops, labels=("training TFLOPs", "training loss", title))
 
@@ -265,6 +265,7 @@ def compute(study: Study) -> None:
 
 STUDIES: dict[str, Callable[[Study], None]] = {
     "convergence": compare,
+    "joint": compare,
     "order": order,
     "split": compare,
     "schedule": schedule,
