@@ -53,11 +53,9 @@ def open_text(
 
     Remote ones must be packed, and are copied as the latents are; see `open_latents`.
     """
-    if remote.is_remote(data_dir):
-        return TextFeatures(remote.local_text(str(data_dir), cache_dir, option), latents)
     if isinstance(latents, CocoLatents):
         return CocoText(latents)
-    folder = text_folder(data_dir)
+    folder = remote.local_text(str(data_dir), cache_dir, option) if remote.is_remote(data_dir) else text_folder(data_dir)
     if folder is None:
         raise UserError(f"{data_dir}: holds no text features, no text/ with {RECORD_FILE}; `dataset_tools.py text` makes them")
     return TextFeatures(folder, latents)

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-quickstart_text}
 ENCODER=${ENCODER:-minilm}
-CKPT=$OUT/quickstart_text/checkpoints/0002400.pt
+CKPT=$OUT/quickstart_text/checkpoints/0001800.pt
 DATA=$OUT/data
 SAMPLES=(--ckpt "$CKPT" --prompts "$DATA/prompts.txt" --sample-dir "$OUT/samples" --cfg-scale 3 --num-steps 20 --per-proc-batch-size 24)
 START=$SECONDS

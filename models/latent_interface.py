@@ -241,7 +241,8 @@ class LatentInterface(nn.Module):
         """
         for parameter in self._positions():
             parameter.mul_(SPREAD_STD / INIT_STD)
-        for gate in self.reader.adaLN_modulation[-1].bias.chunk(6)[2::3]:  # of the attention, and of the MLP
+        bias = self.reader.get_parameter("adaLN_modulation.1.bias")
+        for gate in bias.chunk(6)[2::3]:  # of the attention, and of the MLP
             gate.fill_(1.0)
 
     def on_grid(self, grid_size: Sequence[int]) -> "LatentInterface":

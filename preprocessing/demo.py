@@ -66,7 +66,7 @@ def captioned_canvas(digits: Combination, held_out: bool, number: int, *, seed: 
 
 
 DEMO_CANVASES_PER_CLASS = {"train": 500, "val": 50}
-CAPTIONED_CANVASES = {"train": 4000, "val": 200}
+CAPTIONED_CANVASES = {"train": 5000, "val": 200}
 PROMPTS = 48  # of each form, seen and held out; half as many of each paraphrase
 PROMPTS_FILE, PROMPT_LINES_FILE = "prompts.json", "prompts.txt"
 
@@ -92,7 +92,7 @@ def demo(config: DemoConfig) -> None:
 def captioned_demo(folder: str) -> None:
     """Canvases of four different digits with captions, as data folders: `train/images/00000/img00000000.png` … and `val/…`.
 
-    Each has captions.json beside its images, a caption of every form; val has held-out combinations in held-out handwritings.
+    Each has captions.json beside its images, a caption of each; val has held-out combinations in held-out handwritings.
     prompts.json is what to draw and score after training, and prompts.txt its prompts, one a line.
     """
     names = {split: [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)] for split, count in CAPTIONED_CANVASES.items()}
@@ -108,7 +108,7 @@ def captioned_demo(folder: str) -> None:
                     if dest.existing(target) is None:
                         dest.write(target, png_bytes(captioned_canvas(digits[number], held_out, number)))
                     bar.update()
-                captions = [[name, [say(d) for say in CAPTIONS.values()]] for name, d in zip(of_split, digits, strict=True)]
+                captions = [[name, [CAPTIONS[form_of(i)](d)]] for i, (name, d) in enumerate(zip(of_split, digits, strict=True))]
                 dest.write(f"{split}/images/{CAPTIONS_FILE}", json.dumps({"captions": captions}).encode())
                 dest.write(f"{split}/images/{LABEL_FILE}", json.dumps(label_file(of_split, None)).encode())
         prompts = demo_prompts()
@@ -117,8 +117,13 @@ def captioned_demo(folder: str) -> None:
         dest.finish({})
 
 
+def form_of(number: int) -> str:
+    """The form of canvas `number`'s caption: of every fourth by count, of the others by position."""
+    return "count" if number % 4 == 3 else "position"
+
+
 def demo_prompts() -> list[dict[str, Any]]:
-    """What to draw after training: the captions of the first seen and held-out combinations, and paraphrases of the latter.
+    """What to draw after training: both captions of the first seen and held-out combinations, and paraphrases of the latter.
 
     Each has its `prompt`, its `form` (a key of CAPTIONS or PARAPHRASES), whether its combination was `held_out`, and its `digits`.
     """

@@ -1,16 +1,19 @@
 """The budgets that training meets (ELIT, arXiv 2603.12245): drawn for each forward, or by the time of each image."""
 
-from typing import cast
+from collections.abc import Iterator
+from typing import Any
 
-from torch import Tensor, nn, tensor
+from torch import Tensor, tensor
 
 import models
 from common.errors import UserError
 from config.options import TrainConfig
 from loss import share_of_times
 from models.backbone import Backbone
+from models.conditioning import map_condition
 from models.costs import mean_forward_flops
 from models.elit import EPS, mask_levels, mask_to_budget
+from randomness import to_device
 from samplers import BudgetSchedule
 
 OPTION = "--elit-budget-schedule"
@@ -57,9 +60,9 @@ def trained_budgets(config: TrainConfig) -> list[float | None]:
     return [mask_to_budget(m, J) for m in mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)]
 
 
-def mean_training_flops(config: TrainConfig, model: nn.Module) -> float:
+def mean_training_flops(config: TrainConfig, model: Backbone) -> float:
     """FLOPs of one image's forward, the mean over training; a backward pass is two forwards."""
-    budgets, schedule, model = trained_budgets(config), budget_schedule(config), cast(Backbone, model)
+    budgets, schedule = trained_budgets(config), budget_schedule(config)
     if schedule is None:
         return mean_forward_flops(model, budgets)
     shares = dict.fromkeys(budgets, 0.0)
@@ -76,3 +79,17 @@ def rows_by_budget(schedule: BudgetSchedule, times: Tensor) -> list[tuple[float,
     of_image = [schedule.at(t) for t in times.tolist()]
     rows = {budget: [i for i, own in enumerate(of_image) if own == budget] for budget, *_ in schedule.pieces}
     return [(budget, tensor(chosen)) for budget, chosen in rows.items() if chosen]
+
+
+def parts_by_budget(
+    schedule: BudgetSchedule, times: Tensor, batch: dict[str, Any]
+) -> Iterator[tuple[float, float, dict[str, Any]]]:
+    """The images of a batch that have the same budget: (budget, share of the batch, the part of it); see `rows_by_budget`.
+
+    batch: tensors with a row for each image, on the device; the condition `y`, and the `draws`.
+    """
+    for budget, rows in rows_by_budget(schedule, times):
+        chosen = to_device(rows, batch["moments"].device)
+        part = {k: v[chosen] for k, v in batch.items() if k not in ("y", "draws")}
+        part["y"] = map_condition(lambda v, chosen=chosen: v[chosen], batch["y"])
+        yield budget, len(rows) / len(times), part | {"draws": batch["draws"].rows(chosen)}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import models
@@ -22,13 +23,12 @@ from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
-from models.conditioning import NullText, condition_of
+from models.conditioning import NullText, condition_of, map_condition
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
-from randomness import to_device
 from training import resume, scores, setup, trackers
-from training.budgets import budget_schedule, rows_by_budget, trained_budgets
+from training.budgets import budget_schedule, parts_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
@@ -172,7 +172,8 @@ class Trainer:
     def _open_validation(self) -> Validation | None:
         if not self.config.sampling_steps or (self.step >= self.total_steps and not self.validation_due):
             return None
-        return Validation(self.config, self.accelerator, self.data.val_data, self.data.record, self.data.conditions)
+        data = self.data
+        return Validation(self.config, self.accelerator, data.val_data, data.record, data.conditions)
 
     def _is_scored_at(self, step: int) -> bool:
         every = self.config.eval_steps
@@ -262,28 +263,25 @@ class Trainer:
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Mean loss of this process's images with their draws: of one forward, or of one for each budget of a schedule."""
         device, draws = self.accelerator.device, batch["draws"]
-        on_device = {k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "draws"}
-        on_device["draws"] = draws.to(device)
+        moved = {k: batch[k].to(device, non_blocking=True) for k in ("moments", "image") if k in batch}
+        moved["y"] = map_condition(lambda v: v.to(device, non_blocking=True), condition_of(batch))
+        moved["draws"] = draws.to(device)
         if self.schedule_of_budgets is None:
-            return self._forward(on_device, self.budgets[int(draws.level * len(self.budgets))])  # one for all processes
-        parts = []
-        for budget, rows in rows_by_budget(self.schedule_of_budgets, self.flow.times(draws)):
-            chosen, share = to_device(rows, device), len(rows) / len(self.batch_slice)
-            part = {k: v.rows(chosen) if k == "draws" else v[chosen] for k, v in on_device.items()}
-            parts.append(share * self._forward(part, budget))
-        return torch.stack(parts).sum()
+            return self._forward(moved, self.budgets[int(draws.level * len(self.budgets))])  # one for all processes
+        parts = parts_by_budget(self.schedule_of_budgets, self.flow.times(draws), moved)
+        return torch.stack([share * self._forward(part, budget) for budget, share, part in parts]).sum()
 
     def _forward(self, batch: dict[str, Any], budget: float | None) -> Tensor:
         config, draws = self.config, batch["draws"]
         x = sample_latents(batch["moments"], draws.posterior, self.data.record)
-        y = drop_conditions(self.model, condition_of(batch), draws, config.cfg_prob)
+        y = drop_conditions(self.model, batch["y"], draws, config.cfg_prob)
         model = Projecting(self.model) if self.encoders else self.model
         losses, times, condition = self.flow.loss(model, x, draws, y, budget)
         self.stats.add(losses, times, "loss" + condition.metric_suffix)
         self.speed.add(len(x) * self.accelerator.num_processes, budget)
         loss = losses.mean()
-        if self.accelerator.num_processes > 1:
-            loss = self.idle.touch(loss, self.accelerator.unwrap_model(self.model).unused_parameters(condition.stage))
+        if isinstance(self.model, DistributedDataParallel):
+            loss = self.idle.touch(loss, self.model.module.unused_parameters(condition.stage))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
             with self.accelerator.autocast():
                 features = [encoder(batch["image"]) for encoder in self.encoders]

@@ -102,7 +102,7 @@ def test_shares_of_real_canvases_and_of_shuffled_ones():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     patch = pytest.MonkeyPatch()
-    patch.setattr(demo, "CAPTIONED_CANVASES", {"train": 3, "val": 2})
+    patch.setattr(demo, "CAPTIONED_CANVASES", {"train": 4, "val": 2})
     patch.setattr(demo, "PROMPTS", 2)
     dest = tmp_path_factory.mktemp("demo") / "data"
     main(["demo", "--captions", f"--dest={dest}.partial"])
@@ -114,9 +114,10 @@ def folder(tmp_path_factory):
 def test_demo_makes_data_folders(folder, tmp_path):
     for split, held_out in (("train", False), ("val", True)):
         captions = read_captions(FileTree(folder / split / "images"))
-        assert list(captions) == [f"00000/img{i:08d}.png" for i in range(2 if held_out else 3)]
+        assert list(captions) == [f"00000/img{i:08d}.png" for i in range(2 if held_out else 4)]
         digits = drawn(held_out, len(captions))
-        assert list(captions.values()) == [[say(d) for say in CAPTIONS.values()] for d in digits]
+        forms = ["position"] * 3 + ["count"]
+        assert list(captions.values()) == [[CAPTIONS[form](d)] for form, d in zip(forms, digits, strict=False)]
     prompts = json.loads((folder / "prompts.json").read_text())["prompts"]
     assert [p["prompt"] for p in prompts] == (folder / "prompts.txt").read_text().splitlines() and len(prompts) == 2 * 4 + 3
     assert {p["form"] for p in prompts} == {*CAPTIONS, *PARAPHRASES} and all(len(p["digits"]) == 4 for p in prompts)
