@@ -1,5 +1,6 @@
 """One set of weights with its recorded configuration, and the model built from it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,13 @@ def model_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:
-    """Load all or nothing. Raises UserError that names the first few missing or unknown keys and wrong shapes."""
-    own = model.state_dict()
+    """Load all or nothing. Raises UserError as `check_fits`."""
+    check_fits(model.state_dict(), state_dict, where)
+    model.load_state_dict(state_dict, assign=assign)
+
+
+def check_fits(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raises UserError that names the first few missing or unknown keys and wrong shapes of `state_dict`, beside a model's `own`."""
     wrong = [f"{k} is missing" for k in own if k not in state_dict]
     wrong += [f"{k} is unknown" for k in state_dict if k not in own]
     for k in own:
@@ -109,4 +115,3 @@ def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str 
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{where}: not a checkpoint of this model: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(state_dict, assign=assign)

@@ -217,6 +217,12 @@ class TrainConfig(ScoreOptions, Architecture):
         "torch.compile the blocks and the parts around them (default: on CUDA; --no-compile: nowhere)",
         resume="free",
     )
+    shard: str = option(
+        "system",
+        "none",
+        "split weights, gradients and optimizer over all processes (full), or over groups of N, between which they repeat",
+        resume="free",
+    )
     gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     max_skipped_steps: int = option(
         "train", 50, "stop once so many steps in a row had a gradient that is not finite", ge=1, resume="free"

@@ -9,7 +9,6 @@ from accelerate.utils import broadcast_object_list
 import models
 from checkpoint import records, training_state
 from checkpoint.architecture import DEPTHS, with_former_defaults
-from common import tensor_files
 from common.errors import UserError
 from common.logging import warn
 from config.options import TrainConfig
@@ -47,8 +46,8 @@ def format_option(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
-def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
-    """The training state to resume from, the same in every process; None for a new run.
+def load_state(run_dir: RunDir, resume_step: int, *, lazy: bool = False) -> dict[str, Any] | None:
+    """The training state to resume from, the same in every process; None for a new run. lazy: see `training_state.load`.
 
     Rank 0 verifies the file and the others follow, so that all of them take the same.
     """
@@ -58,9 +57,12 @@ def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
     if run_dir.is_main:
         try:
             folder = run_dir.checkpoints
-            state = training_state.load_newest(folder, warn) if step == -1 else training_state.load_step(folder, step)
+            if step == -1:
+                state = training_state.load_newest(folder, warn, lazy=lazy)
+            else:
+                state = training_state.load_step(folder, step, lazy=lazy)
             if state is not None:
-                state = _checked(state, training_state.step_path(folder, state["step"]))
+                state = _checked(state, training_state.step_path(folder, state["step"]), lazy=lazy)
         except UserError as error:
             state, problem = None, str(error)
     step, problem = broadcast_object_list([state and state["step"], problem])
@@ -69,14 +71,14 @@ def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
     if run_dir.is_main or step is None:
         return state
     path = training_state.step_path(run_dir.checkpoints, step)
-    return _checked(tensor_files.load(path), path)
+    return _checked(training_state.load(path, lazy=lazy), path, lazy=lazy)
 
 
-def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+def _checked(state: dict[str, Any], path: Path, *, lazy: bool) -> dict[str, Any]:
     for name, kind in {DATA_SIZE: int, DATA_POSITION: int, VALIDATION_DUE: bool}.items():
         if name in state and (type(state[name]) is not kind or state[name] < 0):
             raise UserError(f"{path}: its {name} must be {'true or false' if kind is bool else 'a whole number'}")
-    return records.check_training_state(state, path)
+    return records.check_training_state(state, path, lazy=lazy)
 
 
 def with_recorded_split(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
@@ -89,7 +91,7 @@ def with_recorded_split(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
     steps = [config.resume_step] if config.resume_step > 0 else reversed(training_state.saved_steps(run_dir.checkpoints))
     for path in (training_state.step_path(run_dir.checkpoints, step) for step in steps):
         try:
-            state = _checked(tensor_files.load(path), path)
+            state = _checked(training_state.load(path, lazy=True), path, lazy=True)
         except UserError:  # which `load_state` reports
             continue
         recorded = with_former_defaults(state["config"], state["vae"])

@@ -26,8 +26,7 @@ from models.backbone import Backbone
 from models.elit import Elastic, mask_levels, mask_to_budget
 from models.encoders import encoder_names
 from models.vae import VAERecord
-from training import scores
-from training.optim import EMA
+from training import scores, sharding
 from training.profiler import parse_steps
 from training.resume import ALLOWED
 
@@ -59,8 +58,8 @@ def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
     return dataclasses.replace(config, head_depth=model.head_depth, tail_depth=model.tail_depth)
 
 
-def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_main: bool) -> str:
-    """The averaged weights of --init-from `path`, as far as they fit, for the weights and their averages; returns what was done.
+def init_weights(path: str, config: TrainConfig, model: nn.Module, is_main: bool) -> str:
+    """The averaged weights of --init-from `path`, as far as they fit; returns what was done.
 
     Raises UserError, in every process, for a checkpoint that does not fit or is damaged.
     """
@@ -73,8 +72,7 @@ def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_
     if message := broadcast_object_list(problem)[0]:
         raise UserError(message)
     made = init_from(weights, model, dataclasses.asdict(config), path)
-    for target in (model, *ema.models.values()):
-        target.load_state_dict(made.state_dict, strict=False)
+    model.load_state_dict(made.state_dict, strict=False)
     if is_main:
         print(made.summary(), flush=True)
     return made.summary()
@@ -96,6 +94,7 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     check_model(config)
     scores.check(config)
     check_name(config.exp_name, "--exp-name", plain=True)
+    sharding.group_size(config.shard, config.plan_processes or sharding.launched_processes())
     if config.profile_steps:
         parse_steps(config.profile_steps)
     for name in map(_option_name, config.allow_change):

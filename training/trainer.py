@@ -23,7 +23,7 @@ from loss import Projecting, alignment_loss, drop_conditions
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
-from training import resume, scores, setup, trackers
+from training import resume, scores, setup, sharding, trackers
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
@@ -44,6 +44,7 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
         self.accelerator = accelerator = setup.create_accelerator(config)
+        self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
         config = resume.with_recorded_split(config, self.run_dir)
@@ -94,15 +95,14 @@ class Trainer:
         """Bring model, data and folder to where the run stands. All that could refuse the run comes before the first write."""
         config, accelerator = self.config, self.accelerator
         self.run_dir.check()  # again: another run may have written there meanwhile
-        self._prepare()
-        state, summary = resume.load_state(self.run_dir, config.resume_step), ""
+        state, summary = resume.load_state(self.run_dir, config.resume_step, lazy=self.mesh is not None), ""
         if state is not None:
             resume.check_same_run(config, state, self.data, self.run_dir)
-            self._load(state)
         elif config.init_from:
-            summary = setup.init_weights(
-                config.init_from, config, self.accelerator.unwrap_model(self.model), self.ema, self.run_dir.is_main
-            )
+            summary = setup.init_weights(config.init_from, config, self.model, self.run_dir.is_main)
+        self._prepare()
+        if state is not None:
+            self._load(state)
         self.schedule = create_schedule(self.optimizer.optimizer, config, self.step, self.total_steps)
         self.validation = self._open_validation()
         self.scores = self._open_scores()
@@ -117,14 +117,25 @@ class Trainer:
         grid = setup.token_grid(config, data.record)
         encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
         self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
-        self.model.to(device)
-        self.ema = EMA(self.model, config.ema_decay)
+        if self.mesh is None:
+            self.model.to(device)
+            self.ema = EMA(self.model, config.ema_decay)
+        frame = sharding.on_meta(self.model)
         if config.gradient_checkpointing:
             models.checkpoint_blocks(self.model)
         if device.type == "cuda" if config.compile is None else config.compile:
             models.compile_model(self.model)
-        self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
-        self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn)
+        kept = (self.run_dir.checkpoints, config.keep_last, config.keep_every, warn)
+        if self.mesh is None:
+            self.sharded = None
+            self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
+            self.writer = async_writer.Writer(*kept)
+        else:  # accelerate knows FSDP2 on CUDA alone
+            self.model = self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+            self.sharded = sharding.ShardedModel(self.model, frame, self.mesh, AMP_TYPES[config.mixed_precision])
+            self.ema = sharding.ShardedEMA(self.sharded, config.ema_decay)
+            self.optimizer = self.accelerator.prepare(create_optimizer(self.sharded, config))
+            self.writer = async_writer.ShardedWriter(*kept, self.sharded.group)
         self.validation_due = self.scores_due = False
         self._go_to(Progress(0, 0, len(data.dataset), config.batch_size))
 
@@ -147,9 +158,12 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         """Resume from a training state."""
         where = training_state.step_path(self.run_dir.checkpoints, state["step"])
-        load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], where)
-        for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
-            load_state_dict(model, state["ema"].get(decay, state["model"]), where)
+        if self.sharded is not None:
+            state = self.sharded.load(state, self.ema.shards, where)
+        else:
+            load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], where)
+            for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
+                load_state_dict(model, state["ema"].get(decay, state["model"]), where)
         load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
@@ -233,9 +247,11 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         for _ in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(self.model):
+                if self.sharded is not None:
+                    self.sharded.begin_micro_step(accelerator.sync_gradients)
                 accelerator.backward(self.forward(next(batches)))
                 if accelerator.sync_gradients:
-                    norm = torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+                    norm = self._clip()
                     skip = self.stats.step(norm)
                     if accelerator.scaler is None:  # which sets this itself
                         self.optimizer.optimizer.found_inf = skip  # fused AdamW then leaves weights and state as they are
@@ -243,6 +259,15 @@ class Trainer:
                 self.optimizer.zero_grad()
         self.schedule.step()
         self.ema.update()
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient; returns its norm."""
+        if self.sharded is None:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            return torch.as_tensor(norm)
+        self.sharded.collect_gradients()
+        self.accelerator.unscale_gradients()
+        return self.sharded.clip_grad_norm_(self.config.max_grad_norm, self.accelerator.scaler, self.optimizer.optimizer)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Mean loss of this process's images in one forward, with its draws."""
@@ -330,9 +355,7 @@ class Trainer:
         """Everything that a resumed run needs."""
         scaler = self.accelerator.scaler
         return {
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "ema": {decay: model.state_dict() for decay, model in self.ema.models.items()},
-            "optimizer": self.optimizer.state_dict(),
+            **self._tensors(),
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "step": self.step,
@@ -345,11 +368,21 @@ class Trainer:
             "meters": self.stats.state_dict(),
         }
 
+    def _tensors(self) -> dict[str, Any]:
+        """Weights, averages and optimizer's state; of a sharded run DTensors."""
+        if self.sharded is not None:
+            return self.sharded.state(self.ema.shards, self.optimizer.optimizer)
+        return {
+            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "ema": {decay: model.state_dict() for decay, model in self.ema.models.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
     def save(self) -> None:
-        """checkpoints/{step}.pt, written in the background. A failing write harms none before it; the next one is as always."""
+        """checkpoints/{step}.pt, or a folder with a part of each process, written in the background. A failing write harms none before it; the next one is as always."""
         self.stats.gather(self.accelerator)
         self.saved_step = self.step
-        if self.run_dir.is_main:
+        if self.run_dir.is_main or self.sharded is not None:
             good = self.step - int(self.stats.streak)  # the last step that was not skipped
             self.writer.save(self.step, self.state(), good)
             log.info(f"step {self.step}: saving")
@@ -360,6 +393,6 @@ class Trainer:
             self.save()
         self.writer.wait()
         if self.writer.error is not None:
-            path = training_state.step_path(self.writer.folder, self.step)
+            path = self.writer.path(self.step)
             good = self.run_dir.newest_checkpoint()
             raise UserError(f"{path}: could not be written: {self.writer.error}; the last good checkpoint is {good}")

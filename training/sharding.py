@@ -1,0 +1,256 @@
+"""`--shard`: weights, gradients, averaged weights and optimizer state split over the processes, by FSDP2's `fully_shard`.
+
+A part of the model (a block, Read, Write, a final layer, a projector) is gathered while it runs; what lies around these parts
+stays gathered from the forward to the backward pass. Optimizer, clipping and averages work on this process's shards as plain
+tensors, and compute what they compute without sharding.
+"""
+
+import copy
+import os
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from checkpoint.sharded import fill
+from checkpoint.weights import check_fits
+from common.errors import UserError
+from models.backbone import Backbone
+from models.layers import FinalLayer, narrow_linears
+
+EMBEDDERS = ("x_embedder", "t_embedder", "y_embedder")  # small: they stay with what lies around the parts
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def group_size(shard: str, processes: int) -> int:
+    """Processes per shard group of `--shard`; 1 where nothing is sharded.
+
+    Raises UserError where that is none of none, full and a number, or the processes cannot be divided so.
+    """
+    if shard in ("none", "full"):
+        return processes if shard == "full" else 1
+    if not (shard.isascii() and shard.isdecimal() and int(shard)):
+        raise UserError(f"--shard {shard}: must be none, full, or the number of processes in a group")
+    if processes % int(shard):
+        divisors = [str(n) for n in range(2, processes) if processes % n == 0]
+        raise UserError(
+            f"--shard {shard}: {processes} process{'es' * (processes > 1)} cannot be divided into groups of {shard}; "
+            f"choose {', '.join([*divisors, 'full'])} or none"
+        )
+    return int(shard)
+
+
+def launched_processes() -> int:
+    """The number of processes, as the launcher tells it."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return int(world) if world.isdecimal() and int(world) else 1
+
+
+def create_mesh(shard: str, processes: int, device: torch.device) -> DeviceMesh | None:
+    """The processes as (shards), or as (groups that have the same shards, shards); None where nothing is sharded."""
+    size = group_size(shard, processes)
+    if size == 1:
+        return None
+    if size == processes:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (processes // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the model that has no memory, to be made before it is compiled or sharded."""
+    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def sharded_parts(model: Backbone) -> list[nn.Module]:
+    """What is gathered by itself, each called by its forward alone: blocks, Read and Write, final layers, projectors."""
+    small = {m for name in EMBEDDERS if hasattr(model, name) for m in getattr(model, name).modules()}
+    return [*(part for part in model.compiled_parts() if part not in small), *getattr(model, "projectors", [])]
+
+
+def gathered_dtype(part: nn.Module, narrow: torch.dtype | None) -> torch.dtype | None:
+    """The type to gather a part in: autocast's `narrow` one where autocast converts all of its weights to that; None: as it is."""
+    layers = [m for m in part.modules() if any(True for _ in m.parameters(recurse=False))]
+    is_wide = isinstance(part, FinalLayer) or not all(isinstance(m, nn.Linear) for m in layers)
+    return None if is_wide else narrow
+
+
+class ShardedModel:
+    """A model whose parameters are split over the processes, in place.
+
+    Args:
+        model: on the CPU or the device; of each parameter this process keeps its shard, on the device.
+        frame: `on_meta(model)`, made before it was compiled.
+        mesh: see `create_mesh`.
+        narrow: the type of mixed precision, None without.
+
+    Attributes:
+        group: all processes, on the CPU, for checkpoints that are written while training goes on.
+    """
+
+    def __init__(self, model: nn.Module, frame: nn.Module, mesh: DeviceMesh, narrow: torch.dtype | None):
+        # Of outputs that are views, which nothing here changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for part in sharded_parts(cast(Backbone, model)):
+            policy = MixedPrecisionPolicy(gathered_dtype(part, narrow), torch.float32, cast_forward_inputs=False)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
+        self._model, self._frame, self._narrow = model, frame, narrow
+        self._whole = {name: cast(DTensor, p) for name, p in model.named_parameters()}
+        self._own = [nn.Parameter(p.detach().to_local()) for p in self._whole.values()]  # the same memory
+        self._shard_group = mesh.get_group("shard")
+        self.group = dist.new_group(backend="gloo")
+
+    def parameters(self) -> list[nn.Parameter]:
+        """This process's shard of each parameter of the model, in its order, as plain tensors; some may be empty."""
+        return self._own
+
+    # A step
+
+    def begin_micro_step(self, is_last: bool) -> None:
+        """Before a backward pass: groups with the same shards sum their gradients in the last micro-step alone."""
+        cast(FSDPModule, self._model).set_requires_all_reduce(is_last)
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """After the last backward pass of a step: the mean gradient over all processes becomes that of `parameters`."""
+        for own, parameter in zip(self._own, self._whole.values(), strict=True):
+            own.grad = None if parameter.grad is None else cast(DTensor, parameter.grad).to_local()
+            parameter.grad = None
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer
+    ) -> Tensor:
+        """As `torch.nn.utils.clip_grad_norm_`, by the norm of all shards; returns that.
+
+        A gradient that `scaler` found not to be finite in one shard is so for all.
+        """
+        if scaler is not None and scaler.is_enabled():
+            for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=self._shard_group)
+        square = torch.nn.utils.get_total_norm([p.grad for p in self._own if p.grad is not None]).square()
+        dist.all_reduce(square, group=self._shard_group)
+        norm = square.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self._own, max_norm, norm)
+        return norm
+
+    # Shards as parts of the whole
+
+    @torch.no_grad()
+    def gathered(self, own: list[Tensor]) -> nn.Module:
+        """The whole model with these shards as its weights, in eval mode in each process; Linears in the type of mixed precision.
+
+        Every process takes part.
+        """
+        model = narrow_linears(copy.deepcopy(self._frame), self._narrow).eval().requires_grad_(False)
+        buffers = dict(self._model.named_buffers())
+        for (name, parameter), shard in zip(list(model.named_parameters()), own, strict=True):
+            whole = self._part(name, shard).full_tensor().to(parameter.dtype)
+            _assign(model, name, nn.Parameter(whole, requires_grad=False))
+        for name, _ in list(model.named_buffers()):
+            _assign(model, name, buffers[name])
+        return model
+
+    def state(self, averages: dict[str, list[Tensor]], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Weights, averages (by decay the shards of each parameter) and optimizer state as in a one-file checkpoint, as DTensors."""
+        state = optimizer.state_dict()
+        moments = {
+            i: {k: self._part(self._names[i], v) if k in MOMENTS else v for k, v in entry.items()}
+            for i, entry in state["state"].items()
+        }
+        return {
+            "model": self._state_dict(cast(list[Tensor], self._own)),
+            "ema": {decay: self._state_dict(own) for decay, own in averages.items()},
+            "optimizer": {"state": moments, "param_groups": state["param_groups"]},
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any], averages: dict[str, list[Tensor]], where: Path) -> dict[str, Any]:
+        """Take weights and averages from the training state `state` of `where`; returns it with this process's part of the moments.
+
+        An average that is not in it starts from the weights, as in a new run. Raises UserError where these are not of this model.
+        """
+        targets: dict[str, Any] = {"model": self._state_dict(cast(list[Tensor], self._own)), "ema": {}}
+        check_fits(targets["model"], state["model"], where)
+        for decay, own in averages.items():
+            if decay in state["ema"]:
+                targets["ema"][decay] = self._state_dict(own)
+                check_fits(targets["ema"][decay], state["ema"][decay], where)
+        moments = self._moments(state, where)
+        targets["optimizer"] = {
+            "state": {
+                i: {name: self._part(self._names[i], entry[name]) for name in MOMENTS} for i, entry in moments.items()
+            }
+        }
+        fill(targets, state, where)
+        for decay, own in averages.items():
+            if decay not in state["ema"]:
+                torch._foreach_copy_(own, self._own)
+        return state | {"optimizer": {"state": moments}}
+
+    def _moments(self, state: dict[str, Any], where: Path) -> dict[int, dict[str, Tensor]]:
+        """Entries of the optimizer's state with zeros for this process's part of the moments."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for i, entry in state["optimizer"]["state"].items():
+            try:
+                shapes, name = [entry[k].shape for k in MOMENTS], self._names[i]
+            except (LookupError, TypeError, AttributeError):
+                shapes, name = [], ""
+            if not name or shapes != [self._whole[name].shape] * 2:
+                raise UserError(f"{where}: its optimizer state is not one of this model: moments of another shape for parameter {i}")
+            moments[i] = {**entry, **{k: torch.zeros_like(self._own[i]) for k in MOMENTS}}
+        return moments
+
+    @property
+    def _names(self) -> list[str]:
+        return list(self._whole)
+
+    def _state_dict(self, own: list[Tensor]) -> dict[str, Tensor]:
+        """The model's, with these shards."""
+        shards = dict(zip(self._whole, own, strict=True))
+        entries = self._model.state_dict()
+        return {name: self._part(name, shards[name]) if name in shards else entries[name] for name in entries}
+
+    def _part(self, name: str, own: Tensor) -> DTensor:
+        """This process's shard `own` of a tensor that is split as the parameter `name` is."""
+        p = self._whole[name]
+        size = {"shape": p.shape, "stride": p.stride()}
+        return DTensor.from_local(own.detach(), p.device_mesh, p.placements, run_check=False, **size)
+
+
+class ShardedEMA:
+    """`optim.EMA` of a sharded model: each process averages its own shards.
+
+    Attributes:
+        shards: by decay, those of each parameter.
+    """
+
+    def __init__(self, sharded: ShardedModel, decays: list[float]):
+        self._sharded = sharded
+        self.shards: dict[str, list[Tensor]] = {f"{d:g}": [p.detach().clone() for p in sharded.parameters()] for d in decays}
+        self._averages = [get_ema_multi_avg_fn(d) for d in decays]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Let each copy follow the weights by one step."""
+        for average, own in zip(self._averages, self.shards.values(), strict=True):
+            average(own, self._sharded.parameters(), None)
+
+    @property
+    def first(self) -> nn.Module:
+        """The copy that sample images and the validation loss use, gathered; every process takes part."""
+        return self._sharded.gathered(next(iter(self.shards.values())))
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, tensor)
