@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from checkpoint import sharded
 from checkpoint.training_state import FILE, FOLDER, delete_checkpoint, prune, save, step_path, stored
@@ -114,7 +113,7 @@ class ShardedWriter(Writer):
         return step_path(self.folder, step, FOLDER)
 
     def _copy(self, value: Any, place: tuple) -> Any:
-        if isinstance(value, DTensor):
+        if sharded.is_dtensor(value):
             return value.detach().to("cpu", copy=True)
         return super()._copy(value, place)
 

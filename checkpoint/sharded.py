@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint.records import FORMAT
 from common.errors import UserError, first_line
@@ -37,6 +37,11 @@ from common.tensor_files import HashingFile, Unreadable, load
 ENDING = ".dcp"
 RECORD, METADATA, SUMS = "state.pt", ".metadata", "sha256sums"
 READERS = 8  # threads that verify parts
+
+
+def identity(path: Path) -> Path:
+    """The file that changes where a checkpoint does: of a folder its checksums."""
+    return path / SUMS if is_sharded(path) else path
 
 
 def is_sharded(path: str | Path) -> bool:
@@ -167,8 +172,16 @@ def read(path: str | Path, values: Any, place: str = "") -> Any:
 
     Raises UserError where a part is missing or damaged.
     """
-    targets = {key: torch.empty_like(v, device="cpu") for key, v in _leaves(values, place) if _is_meta(v)}
-    _read_into(Path(path), targets)
+    path = Path(path)
+    missing = {key: v for key, v in _leaves(values, place) if _is_meta(v)}
+    try:
+        held = sum(part.stat().st_size for part in path.glob("*.distcp"))
+    except OSError as error:
+        raise Unreadable(path, error) from None
+    if sum(v.nbytes for v in missing.values()) > held:  # before memory is taken for it
+        raise UserError(f"{path}: a part is missing or damaged: its parts hold {held:,} bytes, fewer than its tensors have")
+    targets = {key: torch.empty_like(v, device="cpu") for key, v in missing.items()}
+    _read_into(path, targets)
     return _filled(values, targets, place)
 
 
@@ -182,12 +195,18 @@ def fill(targets: dict[str, Any], state: dict[str, Any], where: Path) -> None:
     for key, target in _leaves(targets, ""):
         if _is_meta(whole[key]):
             from_parts[key] = target.detach()
-        elif isinstance(target, DTensor):
-            own = distribute_tensor(whole[key].to(target.dtype), target.device_mesh, target.placements, src_data_rank=None)
-            target.detach().to_local().copy_(own.to_local())
+        elif is_dtensor(target):
+            target.detach().to_local().copy_(_own_part(whole[key], target))
         else:
             target.detach().copy_(whole[key])
     _read_into(where, from_parts)
+
+
+def _own_part(whole: Tensor, like: Any) -> Tensor:
+    """This process's part of `whole`, split as the DTensor `like`; nothing is communicated."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(like.dtype), like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def _read_into(path: Path, targets: dict[str, Tensor]) -> None:
@@ -301,6 +320,12 @@ class Checksum:
 # ------------------------------------------------------------------------------------------------------- nested values
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a tensor of which each process has a part; their module takes a while to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
 
@@ -318,7 +343,7 @@ def _parts(state: dict[str, Any], whole: bool) -> Iterator[tuple[str, Tensor]]:
     """What goes to the parts: DTensors, or with `whole` all tensors of weights, averages and moments."""
     for key, value in _leaves(state, ""):
         is_large = isinstance(value, Tensor) and key.startswith(("model/", "ema/", "optimizer/state/")) and value.dim() > 0
-        if isinstance(value, DTensor) or (whole and is_large):
+        if is_dtensor(value) or (whole and is_large):
             yield key, value
 
 

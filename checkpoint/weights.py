@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from checkpoint import sharded
 from common.errors import UserError, first_line
 from common.tensor_files import Checksum
 from config.options import Architecture
@@ -30,7 +31,7 @@ class Weights:
     config: dict[str, Any]
     record: VAERecord = SD_VAE
     step: int = 0
-    checksum: Checksum | None = None  # of the file that they are from; rank 0 alone has it
+    checksum: Checksum | sharded.Checksum | None = None  # of the file that they are from; rank 0 alone has it
     guide: "Weights | None" = None  # of the checkpoint that guides this one in sampling
 
     @property

@@ -9,14 +9,11 @@ import copy
 import os
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoint.sharded import fill
@@ -24,6 +21,11 @@ from checkpoint.weights import check_fits
 from common.errors import UserError
 from models.backbone import Backbone
 from models.layers import FinalLayer, narrow_linears
+
+if TYPE_CHECKING:  # they take a while to import, for what few runs need
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 EMBEDDERS = ("x_embedder", "t_embedder", "y_embedder")  # small: they stay with what lies around the parts
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,11 +55,13 @@ def launched_processes() -> int:
     return int(world) if world.isdecimal() and int(world) else 1
 
 
-def create_mesh(shard: str, processes: int, device: torch.device) -> DeviceMesh | None:
+def create_mesh(shard: str, processes: int, device: torch.device) -> "DeviceMesh | None":
     """The processes as (shards), or as (groups that have the same shards, shards); None where nothing is sharded."""
     size = group_size(shard, processes)
     if size == 1:
         return None
+    from torch.distributed.device_mesh import init_device_mesh
+
     if size == processes:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (processes // size, size), mesh_dim_names=("replicate", "shard"))
@@ -96,7 +100,9 @@ class ShardedModel:
         group: all processes, on the CPU, for checkpoints that are written while training goes on.
     """
 
-    def __init__(self, model: nn.Module, frame: nn.Module, mesh: DeviceMesh, narrow: torch.dtype | None):
+    def __init__(self, model: nn.Module, frame: nn.Module, mesh: "DeviceMesh", narrow: torch.dtype | None):
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         # Of outputs that are views, which nothing here changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for part in sharded_parts(cast(Backbone, model)):
@@ -104,7 +110,7 @@ class ShardedModel:
             fully_shard(part, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
         self._model, self._frame, self._narrow = model, frame, narrow
-        self._whole = {name: cast(DTensor, p) for name, p in model.named_parameters()}
+        self._whole = {name: cast("DTensor", p) for name, p in model.named_parameters()}
         self._own = [nn.Parameter(p.detach().to_local()) for p in self._whole.values()]  # the same memory
         self._shard_group = mesh.get_group("shard")
         self.group = dist.new_group(backend="gloo")
@@ -117,13 +123,13 @@ class ShardedModel:
 
     def begin_micro_step(self, is_last: bool) -> None:
         """Before a backward pass: groups with the same shards sum their gradients in the last micro-step alone."""
-        cast(FSDPModule, self._model).set_requires_all_reduce(is_last)
+        cast("FSDPModule", self._model).set_requires_all_reduce(is_last)
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """After the last backward pass of a step: the mean gradient over all processes becomes that of `parameters`."""
         for own, parameter in zip(self._own, self._whole.values(), strict=True):
-            own.grad = None if parameter.grad is None else cast(DTensor, parameter.grad).to_local()
+            own.grad = None if parameter.grad is None else cast("DTensor", parameter.grad).to_local()
             parameter.grad = None
 
     @torch.no_grad()
@@ -220,8 +226,10 @@ class ShardedModel:
         entries = self._model.state_dict()
         return {name: self._part(name, shards[name]) if name in shards else entries[name] for name in entries}
 
-    def _part(self, name: str, own: Tensor) -> DTensor:
+    def _part(self, name: str, own: Tensor) -> "DTensor":
         """This process's shard `own` of a tensor that is split as the parameter `name` is."""
+        from torch.distributed.tensor import DTensor
+
         p = self._whole[name]
         size = {"shape": p.shape, "stride": p.stride()}
         return DTensor.from_local(own.detach(), p.device_mesh, p.placements, run_check=False, **size)
