@@ -93,7 +93,9 @@ def _write_parts(aside: Path, tensors: dict[str, Tensor], group: dist.ProcessGro
     writer = dcp.FileSystemWriter(aside)
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process writes alone
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except dcp.api.CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         raise OSError(f"process {rank}: {first_line(reason)}") from None
@@ -221,7 +223,7 @@ def _read_into(path: Path, targets: dict[str, Tensor]) -> None:
             dcp.load(targets, storage_reader=_reader(path), planner=planner, no_dist=True)
     except MemoryError as error:
         raise Unreadable(path, error) from None
-    except Exception as error:  # whatever damaged parts make of it
+    except (Exception, dcp.api.CheckpointException) as error:  # whatever damaged parts make of it; the latter is no Exception
         reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
         if isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError):
             raise Unreadable(path, reason) from None
