@@ -133,9 +133,7 @@ class ShardedModel:
             parameter.grad = None
 
     @torch.no_grad()
-    def clip_grad_norm_(
-        self, max_norm: float, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer
-    ) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> Tensor:
         """As `torch.nn.utils.clip_grad_norm_`, by the norm of all shards; returns that.
 
         A gradient that `scaler` found not to be finite in one shard is so for all.
@@ -193,9 +191,7 @@ class ShardedModel:
                 check_fits(targets["ema"][decay], state["ema"][decay], where)
         moments = self._moments(state, where)
         targets["optimizer"] = {
-            "state": {
-                i: {name: self._part(self._names[i], entry[name]) for name in MOMENTS} for i, entry in moments.items()
-            }
+            "state": {i: {name: self._part(self._names[i], entry[name]) for name in MOMENTS} for i, entry in moments.items()}
         }
         fill(targets, state, where)
         for decay, own in averages.items():
@@ -212,7 +208,9 @@ class ShardedModel:
             except (LookupError, TypeError, AttributeError):
                 shapes, name = [], ""
             if not name or shapes != [self._whole[name].shape] * 2:
-                raise UserError(f"{where}: its optimizer state is not one of this model: moments of another shape for parameter {i}")
+                raise UserError(
+                    f"{where}: its optimizer state is not one of this model: moments of another shape for parameter {i}"
+                )
             moments[i] = {**entry, **{k: torch.zeros_like(self._own[i]) for k in MOMENTS}}
         return moments
 
