@@ -88,15 +88,18 @@ def save(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None = No
 
 
 def _write_parts(aside: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-    writer = dcp.FileSystemWriter(aside)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer = FileSystemWriter(aside)
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process writes alone
-            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
-    except dcp.api.CheckpointException as error:
+            save_parts(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         raise OSError(f"process {rank}: {first_line(reason)}") from None
 
@@ -212,26 +215,28 @@ def _own_part(whole: Tensor, like: Any) -> Tensor:
 
 
 def _read_into(path: Path, targets: dict[str, Tensor]) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
     if not targets:
         return
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process reads alone, which is what is wanted
-            dcp.load(targets, storage_reader=_reader(path), planner=planner, no_dist=True)
+            load_parts(targets, storage_reader=_reader(path), planner=planner, no_dist=True)
     except MemoryError as error:
         raise Unreadable(path, error) from None
-    except (Exception, dcp.api.CheckpointException) as error:  # whatever damaged parts make of it; the latter is no Exception
-        reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+    except (Exception, CheckpointException) as error:  # whatever damaged parts make of it; the latter is no Exception
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError):
             raise Unreadable(path, reason) from None
         raise UserError(f"{path}: a part is missing or damaged: {first_line(reason)}") from None
 
 
 def _reader(path: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     class Reader(FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Any:

@@ -4,16 +4,20 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from checkpoint.weights import load_state_dict
 from common.errors import UserError, first_line
 from config.options import TrainConfig
+
+if TYPE_CHECKING:
+    from training.sharding import ShardedModel
 
 
 def optimizer_options(config: TrainConfig) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def optimizer_options(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+def create_optimizer(model: "nn.Module | ShardedModel", config: TrainConfig) -> AdamW:
     """AdamW over all parameters, fused."""
     return AdamW(model.parameters(), **optimizer_options(config), fused=True)
 
@@ -96,6 +100,15 @@ class EMA:
         """Let each copy follow the weights by one step."""
         for average, parameters in self.updates:
             average(parameters, self.sources, None)
+
+    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
+        """Those of the copies, by decay."""
+        return {decay: model.state_dict() for decay, model in self.models.items()}
+
+    def load(self, state: dict[str, Any], where: Path) -> None:
+        """Resume from a training state; a decay that is new starts from the weights, as in a new run."""
+        for decay, model in self.models.items():
+            load_state_dict(model, state["ema"].get(decay, state["model"]), where)
 
     @property
     def first(self) -> nn.Module:

@@ -8,6 +8,7 @@ tensors, and compute what they compute without sharding.
 import copy
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -111,9 +112,9 @@ class ShardedModel:
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
         self._model, self._frame, self._narrow = model, frame, narrow
         self._whole = {name: cast("DTensor", p) for name, p in model.named_parameters()}
-        self._own = [nn.Parameter(p.detach().to_local()) for p in self._whole.values()]  # the same memory
+        self._own = [nn.Parameter(p.to_local().detach()) for p in self._whole.values()]  # the same memory
         self._shard_group = mesh.get_group("shard")
-        self.group = dist.new_group(backend="gloo")
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
     def parameters(self) -> list[nn.Parameter]:
         """This process's shard of each parameter of the model, in its order, as plain tensors; some may be empty."""
@@ -164,39 +165,30 @@ class ShardedModel:
             _assign(model, name, buffers[name])
         return model
 
-    def state(self, averages: dict[str, list[Tensor]], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Weights, averages (by decay the shards of each parameter) and optimizer state as in a one-file checkpoint, as DTensors."""
+    def state_dict(self, own: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """That of the model, with `own` in place of its parameters' shards: DTensors, and the model's buffers."""
+        shards = dict(zip(self._whole, self._own if own is None else own, strict=True))
+        entries = self._model.state_dict()
+        return {name: self._part(name, shards[name]) if name in shards else entries[name] for name in entries}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's state dict, its moments as DTensors."""
         state = optimizer.state_dict()
         moments = {
             i: {k: self._part(self._names[i], v) if k in MOMENTS else v for k, v in entry.items()}
             for i, entry in state["state"].items()
         }
-        return {
-            "model": self._state_dict(cast(list[Tensor], self._own)),
-            "ema": {decay: self._state_dict(own) for decay, own in averages.items()},
-            "optimizer": {"state": moments, "param_groups": state["param_groups"]},
-        }
+        return {"state": moments, "param_groups": state["param_groups"]}
 
-    @torch.no_grad()
-    def load(self, state: dict[str, Any], averages: dict[str, list[Tensor]], where: Path) -> dict[str, Any]:
-        """Take weights and averages from the training state `state` of `where`; returns it with this process's part of the moments.
+    def load(self, state: dict[str, Any], where: Path) -> dict[str, Any]:
+        """Take the weights of the training state `state` of `where`; returns it with this process's part of the moments.
 
-        An average that is not in it starts from the weights, as in a new run. Raises UserError where these are not of this model.
+        Raises UserError where these are not of this model.
         """
-        targets: dict[str, Any] = {"model": self._state_dict(cast(list[Tensor], self._own)), "ema": {}}
-        check_fits(targets["model"], state["model"], where)
-        for decay, own in averages.items():
-            if decay in state["ema"]:
-                targets["ema"][decay] = self._state_dict(own)
-                check_fits(targets["ema"][decay], state["ema"][decay], where)
-        moments = self._moments(state, where)
-        targets["optimizer"] = {
-            "state": {i: {name: self._part(self._names[i], entry[name]) for name in MOMENTS} for i, entry in moments.items()}
-        }
-        fill(targets, state, where)
-        for decay, own in averages.items():
-            if decay not in state["ema"]:
-                torch._foreach_copy_(own, self._own)
+        weights, moments = self.state_dict(), self._moments(state, where)
+        check_fits(weights, state["model"], where)
+        parts = {i: {k: self._part(self._names[i], entry[k]) for k in MOMENTS} for i, entry in moments.items()}
+        fill({"model": weights, "optimizer": {"state": parts}}, state, where)
         return state | {"optimizer": {"state": moments}}
 
     def _moments(self, state: dict[str, Any], where: Path) -> dict[int, dict[str, Tensor]]:
@@ -217,12 +209,6 @@ class ShardedModel:
     @property
     def _names(self) -> list[str]:
         return list(self._whole)
-
-    def _state_dict(self, own: list[Tensor]) -> dict[str, Tensor]:
-        """The model's, with these shards."""
-        shards = dict(zip(self._whole, own, strict=True))
-        entries = self._model.state_dict()
-        return {name: self._part(name, shards[name]) if name in shards else entries[name] for name in entries}
 
     def _part(self, name: str, own: Tensor) -> "DTensor":
         """This process's shard `own` of a tensor that is split as the parameter `name` is."""
@@ -249,7 +235,24 @@ class ShardedEMA:
     def update(self) -> None:
         """Let each copy follow the weights by one step."""
         for average, own in zip(self._averages, self.shards.values(), strict=True):
-            average(own, self._sharded.parameters(), None)
+            average(own, cast(list[Tensor], self._sharded.parameters()), None)
+
+    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
+        """Those of the copies, by decay: DTensors."""
+        return {decay: self._sharded.state_dict(own) for decay, own in self.shards.items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any], where: Path) -> None:
+        """Resume from a training state; a decay that is new starts from the weights, as in a new run."""
+        targets: dict[str, dict[str, Tensor]] = {}
+        for decay, averages in self.state_dicts().items():
+            if decay in state["ema"]:
+                targets[decay] = averages
+                check_fits(averages, state["ema"][decay], where)
+            else:
+                for own, parameter in zip(self.shards[decay], self._sharded.parameters(), strict=True):
+                    own.copy_(parameter)
+        fill({"ema": targets}, state, where)
 
     @property
     def first(self) -> nn.Module:

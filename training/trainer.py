@@ -159,11 +159,10 @@ class Trainer:
         """Resume from a training state."""
         where = training_state.step_path(self.run_dir.checkpoints, state["step"])
         if self.sharded is not None:
-            state = self.sharded.load(state, self.ema.shards, where)
+            state = self.sharded.load(state, where)
         else:
             load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], where)
-            for decay, model in self.ema.models.items():  # a decay that is new starts from the weights, as in a new run
-                load_state_dict(model, state["ema"].get(decay, state["model"]), where)
+        self.ema.load(state, where)
         load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
@@ -352,10 +351,12 @@ class Trainer:
         self.writer.keep_best(self.scores.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        scaler = self.accelerator.scaler
+        """Everything that a resumed run needs; of a sharded run with DTensors."""
+        scaler, sharded = self.accelerator.scaler, self.sharded
         return {
-            **self._tensors(),
+            "model": self.accelerator.unwrap_model(self.model).state_dict() if sharded is None else sharded.state_dict(),
+            "ema": self.ema.state_dicts(),
+            "optimizer": self.optimizer.state_dict() if sharded is None else sharded.optimizer_state(self.optimizer.optimizer),
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "step": self.step,
@@ -366,16 +367,6 @@ class Trainer:
             DATA_POSITION: self._data_position(self.step),
             resume.VALIDATION_DUE: self.validation_due,
             "meters": self.stats.state_dict(),
-        }
-
-    def _tensors(self) -> dict[str, Any]:
-        """Weights, averages and optimizer's state; of a sharded run DTensors."""
-        if self.sharded is not None:
-            return self.sharded.state(self.ema.shards, self.optimizer.optimizer)
-        return {
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "ema": {decay: model.state_dict() for decay, model in self.ema.models.items()},
-            "optimizer": self.optimizer.state_dict(),
         }
 
     def save(self) -> None:
