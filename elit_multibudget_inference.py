@@ -80,7 +80,7 @@ def compare(config: MultibudgetConfig, weights: Weights) -> list[dict[str, Any]]
         for column in tqdm([*columns, 1.0] if 1.0 not in columns else columns, desc="sample", unit="budget"):
             g = requested._replace(inference_budget=column)
             sampled = loaded.fresh()
-            latents[column], images[column] = session.sample_classes(sampled, config, g)
+            latents[column], images[column] = session.sample_examples(sampled, config, g)
             drawn[column] = sampled.drawn
         results = measure(config, loaded, requested, columns)
         if config.core_cache:
@@ -89,7 +89,7 @@ def compare(config: MultibudgetConfig, weights: Weights) -> list[dict[str, Any]]
                 entry["core_share"] = drawn[column].share
         for entry, column in zip(results, columns, strict=True):
             entry["psnr"] = psnr(images[column], images[1.0])
-        labels = [f"class {label}" for label in config.class_label]
+        labels = loaded.conditions.names(config)
         grid = np.stack([images[column] for column in columns], axis=1)  # (labels, budgets, H, W, 3)
         labelled_grid(grid, labels, [_heading(e) for e in results], folder / "image_grid.png",
                       inches=min(max(config.resolution / 160, 1.0), 1.6), fontsize=8)  # fmt: skip
@@ -113,9 +113,8 @@ def measure(
     runs = [cost.passes_of_run(config, requested._replace(inference_budget=column)) for column in columns]
     flops = cost.pass_flops(loaded.model, runs, loaded.guide)
 
-    count = min(len(config.class_label), config.per_proc_batch_size)
-    noise = loaded.starting_noise(config.seed, range(count))
-    y = torch.tensor(config.class_label[:count], device=loaded.device)
+    count = min(len(loaded.conditions.names(config)), config.per_proc_batch_size)
+    noise, y = loaded.starting_noise(config.seed, range(count)), loaded.condition(range(count), loaded.device)
     with loaded.autocast():
         conditional = {passes[0] for run in runs for passes in run}
         jobs = {p: partial(loaded.flow.forward, loaded.model, noise, y, p.budget) for p in conditional}
@@ -210,7 +209,7 @@ def show_attention(
     for first in range(0, len(latents), config.per_proc_batch_size):
         x = latents[first : first + config.per_proc_batch_size]
         noise = loaded.starting_noise(config.seed, range(first, first + len(x)))
-        y = torch.tensor(config.class_label[first : first + len(x)], device=x.device)
+        y = loaded.condition(range(first, first + len(x)), x.device)
         t = torch.full((len(x),), config.attention_time, device=x.device)
         weights = model.read_attention(*loaded.flow.noised(model, x, noise, t), y)
         means.append(weights.mean(dim=2))  # (B, G, J latents, J tokens)
@@ -238,7 +237,7 @@ def show_attention(
         level=("uniform attention", math.log(J)),
     )
     files.write_json(
-        {"attention_entropy": entropy, "uniform_entropy": math.log(J), "time": config.attention_time, "class_label": config.class_label},
+        {"attention_entropy": entropy, "uniform_entropy": math.log(J), "time": config.attention_time, **loaded.conditions.told(config)},
         folder / "attention.json",
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ import models
 import samplers
 from common.errors import UserError
 from loss import PathType, active_stage, dfm_loss, flow_matching_loss, interpolate, stage_times, training_times
-from models.conditioning import Condition, map_condition
+from models.conditioning import Condition, condition_of, map_condition
 from models.pyramid import decompose, recompose
 from models.vae import VAERecord, decode, decode_stages, sample_latents
 from randomness import Draws, pyramid_noise, sde_noise, to_device, training_draws
@@ -85,7 +85,6 @@ class FlowMatching:
 
     ignored_options: ClassVar[dict[str, str]] = {}  # options that have no effect when given by hand, with the reason
     caches_core: ClassVar[bool] = True  # whether a step of the sampler may reuse what the core added in an earlier one
-    leaves_parameters_unused: ClassVar[bool] = False  # whether a forward may use only some of the parameters (for DDP)
 
     @property
     def foreign_options(self) -> set[str]:
@@ -125,9 +124,13 @@ class FlowMatching:
         """The condition of a forward with these draws."""
         return LossCondition(budget)
 
+    def times(self, draws: Draws) -> Tensor:
+        """The training times (B,) of the images; of DFM in the active stage."""
+        return training_times(draws, self.weighting, self.path_type, self.time_shift)
+
     def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
         """The loss under a condition; otherwise as `loss`."""
-        t = training_times(draws, self.weighting, self.path_type, self.time_shift)
+        t = self.times(draws)
         losses = flow_matching_loss(model, x, draws.noise, t, y, self.path_type, **condition.arguments)
         return FlowLoss(losses, t, condition)
 
@@ -143,6 +146,10 @@ class FlowMatching:
         """
         return self.loss_under(self.condition(draws, budget), model, x, draws, y)
 
+    def val_draws(self, indices: range, shape: Shape) -> Draws:
+        """The draws of held-out samples, fixed by their indices."""
+        return self.draws(0, 0, indices, shape, purpose="held-out")
+
     @torch.no_grad()
     def val_losses(
         self, model: Callable, batch: dict[str, Tensor], indices: range, record: VAERecord, conditions: Sequence[LossCondition]
@@ -151,14 +158,13 @@ class FlowMatching:
 
         Args:
             model: the model.
-            batch: "moments" (B, 2C, h, w) and "label" (B,) of the samples.
+            batch: "moments" (B, 2C, h, w) and labels or text of the samples.
             indices: of the samples in the held-out set.
             record: of the VAE that made them.
             conditions: of `conditions`.
         """
-        moments, y = batch["moments"], batch["label"]
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        draws = self.draws(0, 0, indices, shape, purpose="held-out").to(moments.device)
+        moments, y = batch["moments"], condition_of(batch)
+        draws = self.val_draws(indices, (moments.shape[1] // 2, *moments.shape[2:])).to(moments.device)
         x = sample_latents(moments, draws.posterior, record)
         return torch.stack([self.loss_under(condition, model, x, draws, y).losses for condition in conditions])
 
@@ -193,7 +199,9 @@ class FlowMatching:
         """
         device = next(model.parameters()).device
         noise, y = self.starting_noise(seed, indices, shape, device), map_condition(partial(to_device, device=device), y)
-        return self.run_sampler(model, noise, y, guidance, partial(_noise_of_step, seed, indices), on_stage)
+        return self.run_sampler(
+            model, noise, y, guidance, lambda step, size: sde_noise(seed, indices, step, size[1:]), on_stage
+        )
 
     def run_sampler(
         self, model: nn.Module, noise: State, y: Condition, guidance: Guidance, step_noise: StepNoise, on_stage: OnStage | None
@@ -266,7 +274,6 @@ class DFM(FlowMatching):
 
     ignored_options: ClassVar[dict[str, str]] = {"num_steps": "a DFM model is sampled with --num-steps-per-scale"}
     caches_core: ClassVar[bool] = False  # a stage that starts changes what the core sees, whatever the times say
-    leaves_parameters_unused: ClassVar[bool] = True  # the final layers of the stages after the active one
 
     @override
     def check_training(self) -> None:
@@ -305,9 +312,8 @@ class DFM(FlowMatching):
     @override
     def loss_under(self, condition: LossCondition, model: Callable, x: Tensor, draws: Draws, y: Condition) -> FlowLoss:
         assert condition.stage is not None
-        t = training_times(draws, self.weighting, self.path_type, self.time_shift)
-        times = stage_times(t, draws.stage_normal, condition.stage)
-        noise = [*draws.coarse_noise, draws.noise]
+        t = self.times(draws)
+        times, noise = stage_times(t, draws.stage_normal, condition.stage), [*draws.coarse_noise, draws.noise]
         losses = dfm_loss(model, x, noise, times, y, self.path_type, condition.stage, **condition.arguments)
         return FlowLoss(losses, t, condition)
 
@@ -323,9 +329,8 @@ class DFM(FlowMatching):
             if on_stage is not None:
                 on_stage(stage, recompose(clean))
 
-        options = guidance._asdict() | {
-            k: getattr(self, k) for k in ("num_steps_per_scale", "stage_sampling_thresholds", "path_type")
-        }
+        own = ("num_steps_per_scale", "stage_sampling_thresholds", "path_type")
+        options = guidance._asdict() | {k: getattr(self, k) for k in own}
         return samplers.dfm_sampler(model, noise, y, on_stage=report if on_stage else None, **options)
 
     @override
@@ -343,8 +348,7 @@ class DFM(FlowMatching):
 
     @override
     def preview_sides(self, resolution: int) -> dict[int, int]:
-        last = self.stages_count - 1
-        return {s: resolution // 2 ** (last - s) for s in range(last)}
+        return {s: resolution // 2 ** (self.stages_count - 1 - s) for s in range(self.stages_count - 1)}
 
     @property
     @override
@@ -369,8 +373,9 @@ class DFM(FlowMatching):
     @override
     def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
         dtype = next(model.parameters()).dtype
-        pairs = zip(decompose(x, len(noise)), noise, strict=True)
-        state = [interpolate(*pair, t, self.path_type)[0].to(dtype) for pair in pairs]
+        state = [
+            interpolate(*pair, t, self.path_type)[0].to(dtype) for pair in zip(decompose(x, len(noise)), noise, strict=True)
+        ]
         return state, t[:, None].expand(-1, len(noise))
 
 
@@ -393,7 +398,3 @@ def check_sampler(mode: str, heun: bool) -> None:
     """Raise UserError for a sampler that no flow has."""
     if heun and mode == "sde":
         raise UserError("--heun: Heun's correction belongs to --mode ode")
-
-
-def _noise_of_step(seed: int, indices: Sequence[int], step: int, shape: torch.Size) -> Tensor:
-    return sde_noise(seed, indices, step, shape[1:])

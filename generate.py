@@ -1,4 +1,4 @@
-"""Many images from one checkpoint: a folder of PNG and an .npz for evaluation.
+"""Many images from one checkpoint: an .npz for evaluation, and a folder of PNG.
 
 `torchrun --nproc_per_node=N generate.py …` or plain `python generate.py …`. Image i depends on (global_seed, i) alone, so any
 number of processes, batch size or restart gives the same set.
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint.weights import Weights
-from common.distributed import end_with_launcher, start_processes
+from common.distributed import LONG_WAIT, end_with_launcher, start_processes
 from common.errors import UserError, cli_main
 from common.files import FolderLock, check_folder, check_name
 from common.logging import warn
@@ -24,15 +24,18 @@ from flows import flow_of
 from sampling import checks, cost, session
 from sampling.image_folder import (
     ImageWriter,
-    image_name,
     images_folder,
     missing_images,
+    missing_in_npz,
+    npz_writer,
     open_folder,
     settings,
     stage_folders,
-    write_npz,
+    whole_npz,
+    write_captions,
 )
 from sampling.images import images
+from sampling.npz_writer import NpzWriter
 from sampling.session import Session
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """The command: options → `generate`."""
     config, given, weights = session.from_command_line(GenerateConfig, argv, "generate.py", check_options)
+    if weights.prompts is not None and "num_fid_samples" not in given:
+        config.num_fid_samples = len(weights.prompts)
     name_run(config, weights)
     check(config)
     end_with_launcher()
@@ -72,6 +77,8 @@ def check(config: GenerateConfig) -> None:
     checks.check_generation_model(config)
     if config.preview and not flow_of(config).preview_sides(config.resolution):
         raise UserError(f"--preview: {config.model} has no coarser stages; only DFM models do")
+    if config.preview and config.no_png:
+        raise UserError("--no-png: --preview writes PNG; leave one of them out")
     images_folder(config)
 
 
@@ -85,34 +92,43 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
     Raises:
         UserError: the folder holds other images or cannot be written, or latents are not finite.
     """
-    state = start_processes()
+    state = start_processes(LONG_WAIT)
     device = torch.device(state.device or "cpu")
     session.set_precision(config, device)
     loaded = session.load(config, weights, device)
-    lock = lock_folder(config, settings(config, weights, loaded.vae_sha256) if state.is_main_process else {}, state)
+    npz = npz_writer(config)
+    lock = lock_folder(config, settings(config, weights, loaded.vae_sha256) if state.is_main_process else {}, npz, state)
     try:
-        drawn, seconds = draw_missing(config, loaded, state)
+        with npz:
+            drawn, seconds = draw_missing(config, loaded, npz, state)
         for other in gather_object([loaded.drawn])[1:] if config.core_cache else []:
             loaded.drawn.add(other)
         if state.is_main_process:
-            finish(config, loaded, drawn, seconds)
+            npz.finish()
+            if weights.prompts is not None:
+                write_captions(images_folder(config), weights.prompts.texts, config.num_fid_samples)
+            report(config, loaded, drawn, seconds)
         state.wait_for_everyone()
     finally:
         if lock is not None:
+            if not config.no_png:  # all of it is in the folder
+                npz.remove()
             lock.release()
     state.destroy_process_group()
     return images_folder(config)
 
 
-def lock_folder(config: GenerateConfig, made_with: dict[str, Any], state: "PartialState") -> FolderLock | None:
-    """Keep other runs out of the folder, and make it or check its record; rank 0 does it, and all raise what it met."""
+def lock_folder(config: GenerateConfig, made_with: dict[str, Any], npz: NpzWriter, state: "PartialState") -> FolderLock | None:
+    """Keep other runs out of the folder, make it or check its record, and begin its npz; rank 0 does it, and all raise what it met."""
     folder, lock, error = images_folder(config), None, ""
     if state.is_main_process:
         try:
             lock = FolderLock(folder.with_name(f"{folder.name}.lock"), folder, warn)
             open_folder(folder, config, made_with)
             for where, _ in stage_folders(config).values():
-                where.mkdir(exist_ok=True)
+                if not config.no_png:
+                    where.mkdir(exist_ok=True)
+            npz.prepare(keep=config.no_png)
         except UserError as refused:
             error = str(refused)
         except OSError as failed:
@@ -125,12 +141,24 @@ def lock_folder(config: GenerateConfig, made_with: dict[str, Any], state: "Parti
     return lock
 
 
-def draw_missing(config: GenerateConfig, loaded: Session, state: "PartialState") -> tuple[int, float]:
-    """Fill the folders, each process its share. Returns how many images were missing, and the seconds it took."""
+def missing_of(config: GenerateConfig, npz: NpzWriter, own: Sequence[int], state: "PartialState") -> set[int]:
+    """Those of the images `own` that are to be drawn. What an earlier run has drawn is put into the npz."""
+    if config.no_png:
+        (before,) = broadcast_object_list([whole_npz(npz.path, config.resolution) if state.is_main_process else None])
+        return set(missing_in_npz(npz, before, own))
+    return {
+        i
+        for stage, (where, side) in stage_folders(config).items()
+        for i in missing_images(where, own, side, npz.write if stage == -1 else None)
+    }
+
+
+def draw_missing(config: GenerateConfig, loaded: Session, npz: NpzWriter, state: "PartialState") -> tuple[int, float]:
+    """Fill folders and npz, each process its share. Returns how many images were missing, and the seconds it took."""
     folders = stage_folders(config)
     # Each process looks at its share of the files; all then agree on what is missing.
     own = range(state.process_index, config.num_fid_samples, state.num_processes)
-    missing = sorted(gather_object(list({i for where, side in folders.values() for i in missing_images(where, own, side)})))
+    missing = sorted(gather_object(list(missing_of(config, npz, own, state))))
     start = time.perf_counter()
     with (
         ImageWriter() as writer,
@@ -142,20 +170,19 @@ def draw_missing(config: GenerateConfig, loaded: Session, state: "PartialState")
 
         share = images(loaded, config, missing, state.process_index, state.num_processes, preview if config.preview else None)
         for indices, drawn in share:
-            writer.write(folders[-1][0], indices, drawn)
+            writer.write(None if config.no_png else folders[-1][0], indices, drawn, npz)
             bar.update(min(len(indices) * state.num_processes, len(missing) - bar.n))
     state.wait_for_everyone()
     return len(missing), time.perf_counter() - start
 
 
-def finish(config: GenerateConfig, loaded: Session, drawn: int, seconds: float) -> None:
-    """Write the .npz of all images, and say what was drawn at what rate and cost."""
+def report(config: GenerateConfig, loaded: Session, drawn: int, seconds: float) -> None:
+    """Say what was drawn at what rate and cost."""
     folder = images_folder(config)
-    files = (folder / image_name(i) for i in range(config.num_fid_samples))
-    write_npz(folder.with_name(folder.name + ".npz"), files, config)
     rate = f", {drawn / seconds:.2f} images/s" if drawn else ""
     kept = config.num_fid_samples - drawn
-    print(f"{folder}: {drawn} images drawn in {seconds:.1f} s{rate}; {kept} kept; {folder.name}.npz beside it")
+    where, beside = (f"{folder}.npz", "") if config.no_png else (folder, f"; {folder.name}.npz beside it")
+    print(f"{where}: {drawn} images drawn in {seconds:.1f} s{rate}; {kept} kept{beside}")
     if not config.core_cache:
         flops = cost.mean_flops_per_step(config, session.guidance(config), loaded.model, loaded.guide)
         print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")

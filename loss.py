@@ -4,6 +4,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -54,6 +55,21 @@ def training_times(
     else:
         t = 2 / math.pi * torch.atan(torch.exp(draws.time_normal))
     return shift_time(t, time_shift)
+
+
+def share_of_times(
+    low: float, high: float, weighting: Literal["uniform", "lognormal"], path_type: PathType = "linear", time_shift: float = 1.0
+) -> float:
+    """The share of `training_times` that lies between two times."""
+
+    def below(t: float) -> float:
+        if 0 < t < 1:
+            t = shift_time(t, 1 / time_shift)  # before the shift
+        if weighting == "uniform" or not 0 < t < 1:
+            return t
+        return NormalDist().cdf(math.log(t / (1 - t) if path_type == "linear" else math.tan(math.pi / 2 * t)))
+
+    return below(high) - below(low)
 
 
 def drop_conditions(model: Any, y: Condition, draws: Draws, probability: float) -> Condition:

@@ -79,6 +79,14 @@ class Draws:
 
         return Draws(**{k: move(v) for k, v in vars(self).items()})
 
+    def rows(self, rows: Tensor) -> "Draws":
+        """The draws of some of the images."""
+
+        def select(x: Any) -> Any:
+            return [v[rows] for v in x] if isinstance(x, list) else x[rows] if isinstance(x, Tensor) else x
+
+        return Draws(**{k: select(v) for k, v in vars(self).items()})
+
     def pin_memory(self) -> "Draws":
         """The same draws in memory that a GPU can copy from without waiting; a data loader calls it, outside the main thread."""
         rebuild, (flat, *others) = self.__reduce__()

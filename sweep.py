@@ -13,14 +13,14 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from common.distributed import end_with_launcher, start_processes
+from common.distributed import LONG_WAIT, end_with_launcher, start_processes
 from common.errors import UserError, cli_main
 from common.logging import warn
 from common.tables import markdown_table
 from config.options import GenerateConfig
 from config.parsing import flag, parse, require_options
 from config.rules import names
-from config.sweep_options import AXES, SweepConfig
+from config.sweep_options import AXES, PROMPTS, SweepConfig
 from config.values import kinds
 from sweeping import plots, results
 from sweeping.axes import shown
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     require_options(config, "ckpt", "ref")
     points = check_options(config, given)
     end_with_launcher()
-    state = start_processes()
+    state = start_processes(LONG_WAIT)
     runner = Runner(Plan(config, given, points, state), Store(config.dest, warn))
     cells = runner.cells(config.coarse or config.num_fid_samples)
     full = runner.cells(config.num_fid_samples) if config.coarse else cells
@@ -122,7 +122,8 @@ def generate_line(point: Point, given: dict[str, Any]) -> str:
     """The command that draws the images of a point."""
     defaults, options = GenerateConfig(), point.options
     words = ["python", "generate.py", "--ckpt", point.ckpt]
-    by_hand = {name: given[name] for name in names(GenerateConfig, images=True) if name in given and name not in AXES}
+    shared = (*names(GenerateConfig, images=True), *PROMPTS)
+    by_hand = {name: given[name] for name in shared if name in given and name not in AXES}
     values = {name: options[name] for name in ("global_seed", *AXES) if name in options}
     if "num_steps_per_scale" in values:
         del values["num_steps"]

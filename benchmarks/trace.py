@@ -197,6 +197,7 @@ class Trace:
     ops: list[Op]
     saved: dict[str, int]
     kept: set[int]  # the storages that autograd keeps
+    parameters: int = 0  # of the model
 
     def total(self, kind: str | None = None, parts: Iterable[str] | None = None) -> tuple[int, int, int]:
         """(kernels, bytes, FLOPs) of the operations of this kind in these parts."""
@@ -224,8 +225,13 @@ def name_parts(model: Backbone, recorder: Recorder) -> None:
         recorder.attach(owner, name, method)
 
 
-def trace_step(config: TrainConfig, batch_size: int, budget: float | None = None, update: bool = True) -> Trace:
-    """One training step of `batch_size` images on the meta device: forward, backward, clipping, AdamW and one EMA copy."""
+def trace_step(
+    config: TrainConfig, batch_size: int, budget: float | None = None, update: bool = True, processes: int = 1
+) -> Trace:
+    """One training step of `batch_size` images on the meta device: forward, backward, clipping, AdamW and one EMA copy.
+
+    Of the sum of gradients over `processes`, what each does with its own is counted, not what travels.
+    """
     record = RECORD
     side = config.resolution // record.downsample_factor
     flow, recorder = flow_of(config), Recorder()
@@ -234,7 +240,7 @@ def trace_step(config: TrainConfig, batch_size: int, budget: float | None = None
         draws = flow.empty_draws(batch_size, (4, side, side))
         moments, y = torch.empty(batch_size, 8, side, side), torch.empty(batch_size, dtype=torch.long)
         stats = TrainingStats(["loss"], torch.device("meta"))
-        ema, parameters = EMA(model, [0.9999]), list(model.parameters())
+        ema, parameters = EMA(model, [0.9999], 0, processes), list(model.parameters())
         name_parts(model, recorder)
         mode = CudaAutocast(AMP_TYPES[config.mixed_precision])
         with mock.patch.object(precision, "full_precision", lambda _: mode.off()), mode, recorder:
@@ -243,12 +249,12 @@ def trace_step(config: TrainConfig, batch_size: int, budget: float | None = None
             loss.backward()
             if update:
                 with recorder.part("update"):
-                    _update(parameters, ema)
+                    _update(parameters, ema, processes)
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     saved: dict[str, int] = defaultdict(int)
     for key, (part, storage) in recorder.saved.items():
         saved[part] += 0 if key in own else storage.nbytes()
-    return Trace(recorder.ops, saved, set(recorder.saved) - own)
+    return Trace(recorder.ops, saved, set(recorder.saved) - own, sum(map(Tensor.numel, parameters)))
 
 
 def _loss(
@@ -276,15 +282,17 @@ def _loss(
 
 
 @torch.no_grad()
-def _update(parameters: list[nn.Parameter], ema: EMA) -> None:
+def _update(parameters: list[nn.Parameter], ema: EMA, processes: int) -> None:
     weights, grads = [p.detach() for p in parameters], [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack(list(foreach_norm(grads))).norm()  # as clip_grad_norm_ on CUDA, which has no form for meta tensors
-    foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
+    if processes > 1:
+        foreach_mul_(grads, 1 / processes)  # as DDP, on their way into its buckets
+    norm = torch.stack(list(foreach_norm(grads))).norm()  # as `clip_in_step` on CUDA; its function has no form for meta tensors
+    grad_scale = (norm + 1e-6).clamp(min=1.0)
     moments = [[torch.empty_like(w) for w in weights] for _ in range(2)]
     steps = [torch.empty((), device="meta") for _ in weights]
     aten._fused_adamw_(
         weights, grads, *moments, [], steps,
-        lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+        lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False, grad_scale=grad_scale,
     )  # fmt: skip
     ema.update()
 
@@ -375,12 +383,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="images of one process [%(default)s]")
     parser.add_argument("--budget", type=float, nargs="+", help="inference budgets of ELIT [the full one]")
     parser.add_argument("--mixed-precision", default="bf16", choices=list(AMP_TYPES))
+    parser.add_argument("--processes", type=int, default=1, help="that train together, for the update [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="as compiled (a model of it, see above)")
     parser.add_argument("--kernels", type=int, default=0, help="also print so many of the operations with most traffic")
     args = parser.parse_args(argv)
     config = TrainConfig(model=args.model, exp_name="trace", resolution=args.resolution, mixed_precision=args.mixed_precision)
     for budget in args.budget or [None]:
-        trace = trace_step(config, args.batch_size, budget)
+        trace = trace_step(config, args.batch_size, budget, processes=args.processes)
         trace = compiled(trace) if args.compile else trace
         at = "" if budget is None else f", budget {budget:g}"
         how = "compiled" if args.compile else "eager"
@@ -388,6 +397,7 @@ def main(argv: list[str] | None = None) -> None:
             f"\n{args.model}, {args.resolution} px, {args.batch_size} images{at}, {args.mixed_precision}, {how}, PyTorch {torch.__version__}\n"
         )
         print(table(trace))
+        print(f"\nthe update reads and writes {trace.total(parts=['update'])[1] / trace.parameters:.1f} bytes per parameter")
         sums: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
         for op in trace.ops:
             entry = sums[op.part, op.name, op.backward]

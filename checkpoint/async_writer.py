@@ -5,19 +5,62 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from checkpoint import sharded
 from checkpoint.training_state import FILE, FOLDER, delete_checkpoint, prune, save, step_path, stored
 from common.errors import UserError
 
+ALIGNMENT = 64  # bytes
+
+
+class HostMemory:
+    """One block of the host's memory for the tensors of a checkpoint; each of them has a storage of its own in it.
+
+    Args:
+        size: bytes.
+        pinned: page-locked, so that copies from a GPU run beside the host. PyTorch's own page-locked memory takes up to twice the
+            size: it is rounded up to a power of two.
+    """
+
+    def __init__(self, size: int, *, pinned: bool):
+        self.size, self.taken = size, 0
+        self._block = np.empty(size, np.uint8)
+        self._registered = 0
+        if pinned and size:
+            runtime, address = _cuda_runtime(), self._block.ctypes.data
+            if runtime.cudaHostRegister(address, size, 0) == runtime.cudaError.success:  # else copies wait, and that is all
+                self._registered = address
+
+    def __del__(self) -> None:
+        if self._registered:
+            _cuda_runtime().cudaHostUnregister(self._registered)
+
+    def take(self, like: Tensor) -> Tensor:
+        """The next tensor of this shape and type, on the host."""
+        start = self.taken
+        self.taken += _room(like)
+        if not like.numel():
+            return torch.empty(like.shape, dtype=like.dtype)
+        return torch.frombuffer(self._block, dtype=like.dtype, count=like.numel(), offset=start).view(like.shape)
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+
 
 class Writer:
     """Saves a run's checkpoints in the background: `save` returns once the state is copied to memory of the host.
 
-    One thread, one write at a time; the memory (pinned where the state is on a GPU) is kept from one checkpoint to the next.
+    One thread, one write at a time; the memory (page-locked where the state is on a GPU) is kept from one checkpoint to the next.
     A failing write is told to `tell`, harms no file and is kept in `error` until another succeeds.
     """
 
@@ -26,7 +69,7 @@ class Writer:
         self.error: Exception | None = None
         self._best: int | None = None
         self._newest: tuple[int, int | None] | None = None  # the step of the last write, and `good` with it
-        self._memory: dict[tuple, Tensor] = {}  # by the tensor's place in the state
+        self._memory = HostMemory(0, pinned=False)
         self._thread: threading.Thread | None = None
 
     def save(self, step: int, state: dict[str, Any], good: int | None = None) -> None:
@@ -50,22 +93,25 @@ class Writer:
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         """`state` in the kept memory, made the first time."""
-        copied = self._copy(state, ())
+        tensors = [sharded.local(x) for x in tree_leaves(state) if isinstance(x, Tensor)]
+        size = sum(map(_room, tensors))
+        if size != self._memory.size:
+            self._memory = HostMemory(0, pinned=False)  # gives the old one back first
+            self._memory = HostMemory(size, pinned=any(x.is_cuda for x in tensors))
+        self._memory.taken = 0
+        copied = self._copy(state)
         if torch.accelerator.is_available():
             torch.accelerator.current_stream().synchronize()
         return copied
 
-    def _copy(self, value: Any, place: tuple) -> Any:
+    def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            memory = self._memory.get(place)
-            if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
-                memory = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type != "cpu")
-                self._memory[place] = memory
-            return memory.copy_(value.detach(), non_blocking=True)
+            own = sharded.local(value)
+            return sharded.with_local(value, self._memory.take(own).copy_(own.detach(), non_blocking=True))
         if isinstance(value, dict):
-            return {k: self._copy(v, (*place, k)) for k, v in value.items()}
+            return {k: self._copy(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(v, (*place, i)) for i, v in enumerate(value))
+            return type(value)(map(self._copy, value))
         return value
 
     def path(self, step: int) -> Path:
@@ -111,11 +157,6 @@ class ShardedWriter(Writer):
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is written."""
         return step_path(self.folder, step, FOLDER)
-
-    def _copy(self, value: Any, place: tuple) -> Any:
-        if sharded.is_dtensor(value):
-            return value.detach().to("cpu", copy=True)
-        return super()._copy(value, place)
 
     def _save(self, path: Path, state: dict[str, Any]) -> None:
         sharded.save(path, state, self._group)

@@ -66,7 +66,7 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
         raise UserError(
             f"--init-from {where}: holds a {found.config['model']}, whose blocks are not those of {config['model']}"
         )
-    fixed = {"pos_embed"} & dict(model.named_buffers()).keys()
+    fixed = {"pos_embed", "null_text", "null_pooled"} & dict(model.named_buffers()).keys()
     own = {k: v for k, v in model.state_dict().items() if k not in fixed}
     other = {k: v for k, v in found.state_dict.items() if k not in fixed}
     # Projectors are of use for the same encoders alone.

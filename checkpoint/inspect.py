@@ -77,6 +77,11 @@ def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
         lines.append(f"model       {found.config['model']}")
         lines.append(f"step        {found.step}")
         lines.append(f"vae         {vae.vae}: factor {vae.downsample_factor}, {vae.latent_channels} channels")
+        if found.text is not None:
+            text = found.text
+            lines.append(
+                f"text        {text.encoder}: {text.length} tokens × {text.width}, sha256 {text.sha256[:12] or 'unknown'}"
+            )
         options = {k: v for k, v in found.config.items() if v is not None and k not in ("model", "arguments", "predicts")}
         lines.append("options     " + " ".join(f"{k}={v}" for k, v in options.items()))
         if "arguments" in found.config:

@@ -15,11 +15,13 @@ from checkpoint import sharded
 from checkpoint.architecture import with_former_defaults
 from checkpoint.published import is_k_diffusion, k_diffusion_arguments, read_bare, read_published
 from checkpoint.records import (
+    TEXT,
     check_format,
     check_state_dict,
     recorded_arguments,
     recorded_config,
     recorded_step,
+    recorded_text,
     recorded_vae,
 )
 from checkpoint.weights import MODEL_OPTIONS, Weights, build_model
@@ -143,7 +145,17 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
     state_dict = check_state_dict(state_dict, str(path))
     record = recorded_vae(state["vae"], path)
     config = with_former_defaults(recorded_config(state["config"], path), record)
-    return Weights(state_dict, config, record, recorded_step(state["step"], path))
+    return _with_text(Weights(state_dict, config, record, recorded_step(state["step"], path)), state.get(TEXT), path)
+
+
+def _with_text(found: Weights, recorded: Any, path: Path) -> Weights:
+    """The weights with the record of their text features, which tells what of the model's size depends on these."""
+    found.text = recorded_text(recorded, path)
+    if found.text is not None and found.config.get("model"):
+        constructor = models.model_spec(found.config["model"]).constructor
+        sizes = constructor.text_arguments(found.text.length, found.text.width, found.text.pooled)
+        found.config["arguments"] = sizes | (found.config.get("arguments") or {})
+    return found
 
 
 def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
@@ -168,14 +180,16 @@ def _safetensors(path: Path, weights: str, given: dict[str, Any]) -> Weights:
         config = json.loads(metadata["config"])
         if isinstance(config, dict) and isinstance(config.get("model"), dict):
             return read_bare(path, state_dict, given, k_diffusion_arguments(config, path))
-        record = json.loads(metadata["vae"])
+        record, text = json.loads(metadata["vae"]), json.loads(metadata.get(TEXT, "null"))
     except (ValueError, KeyError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: its metadata config and vae must hold JSON") from None
     state_dict, step = check_state_dict(state_dict, str(path)), recorded_step(metadata.get("step", 0), path)
     record = recorded_vae(record, path)
-    return Weights(state_dict, with_former_defaults(recorded_config(config, path), record), record, step)
+    return _with_text(
+        Weights(state_dict, with_former_defaults(recorded_config(config, path), record), record, step), text, path
+    )
 
 
 def _check_single(path: Path, weights: str) -> None:

@@ -13,9 +13,11 @@ from common.errors import UserError
 from config.options import TrainConfig
 from config.values import coerce
 from models.published import PREDICTIONS
+from models.text_encoders import TextRecord
 from models.vae import VAERecord
 
 FORMAT = 1
+TEXT = "text"  # in checkpoints of text models: what their text features are
 
 
 _OPTIONS = {f.name for f in dataclasses.fields(TrainConfig)}
@@ -35,6 +37,7 @@ def check_training_state(state: dict[str, Any], where: str | Path, *, lazy: bool
         "ema": {d: check_state_dict(v, f"{where}: ema {d}", lazy=lazy) for d, v in state["ema"].items()},
         "config": recorded_config(state["config"], where),
         "vae": recorded_vae(state["vae"], where),
+        TEXT: recorded_text(state.get(TEXT), where),
     }
 
 
@@ -121,6 +124,13 @@ def recorded_vae(values: Any, where: str | Path) -> VAERecord:
     if not isinstance(values, dict) or not all(map(_is_plain, values.values())):
         raise UserError(f"{where}: its vae is no record of a VAE")
     return VAERecord.from_dict(values, str(where))
+
+
+def recorded_text(values: Any, where: str | Path) -> TextRecord | None:
+    """What the text features of a checkpoint's model are; None where it records none. Raises UserError where it is no such record."""
+    if values is not None and not (isinstance(values, dict) and all(map(_is_plain, values.values()))):
+        raise UserError(f"{where}: its {TEXT} is no record of text features")
+    return None if values is None else TextRecord.from_dict(values, f"{where}: {TEXT}")
 
 
 def recorded_step(value: Any, where: str | Path) -> int:

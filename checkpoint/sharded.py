@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ from common.errors import UserError, first_line
 from common.file_facts import known_sha256
 from common.files import file_sha256, sync_folder
 from common.tensor_files import HashingFile, Unreadable, load
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 ENDING = ".dcp"
 RECORD, METADATA, SUMS = "state.pt", ".metadata", "sha256sums"
@@ -331,6 +334,19 @@ def is_dtensor(value: Any) -> bool:
     """Whether it is a tensor of which each process has a part; their module takes a while to import."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: its part of a DTensor, else all."""
+    return cast("DTensor", tensor).to_local() if is_dtensor(tensor) else tensor
+
+
+def with_local(tensor: Tensor, own: Tensor) -> Tensor:
+    """`own`, on any device, as what this process has of `tensor`."""
+    if not is_dtensor(tensor):
+        return own
+    whole: Any = tensor  # `DTensor.from_local` would move it to the device
+    return type(whole)(own, whole._spec, requires_grad=False)
 
 
 def _is_meta(value: Any) -> bool:

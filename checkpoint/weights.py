@@ -1,6 +1,6 @@
 """One set of weights with its recorded configuration, and the model built from it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from common.errors import UserError, first_line
 from common.tensor_files import Checksum
 from config.options import Architecture
 from config.rules import names
+from models.conditioning import NullText
 from models.published import PREDICTIONS
+from models.text_encoders import TextRecord
 from models.vae import SD_VAE, VAERecord
 
 # The architecture options that the state dict's shapes depend on, or that change what a forward computes.
@@ -31,7 +33,9 @@ class Weights:
     config: dict[str, Any]
     record: VAERecord = SD_VAE
     step: int = 0
+    text: TextRecord | None = None  # what a text model's features were, where the file records it
     checksum: Checksum | sharded.Checksum | None = None  # of the file that they are from; rank 0 alone has it
+    prompts: Any = None  # that it is sampled with: `sampling.conditions.Prompts`, of text models
     guide: "Weights | None" = None  # of the checkpoint that guides this one in sampling
 
     @property
@@ -45,15 +49,19 @@ class Weights:
             self.checksum.check()
 
     def check_velocity(self, where: str) -> None:
-        """Raises UserError where the model does not predict the velocity of its class labels, so that it cannot be sampled from."""
+        """Raises UserError where the model does not predict the velocity, so that it cannot be sampled from."""
         model = self.config.get("model")
         if "predicts" in self.config:
             raise UserError(
                 f"{where}: holds a published {model}, which predicts {PREDICTIONS[self.config['predicts']]}, not the "
                 "velocity that the samplers follow; a run may start from it (train.py --init-from)"
             )
-        if "text" in (self.config.get("arguments") or {}):
-            raise UserError(f"{where}: holds a {model} that is conditioned on text; only class labels can be given")
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the model is conditioned on text, and not on class labels."""
+        is_text = self.config.get("model") and models.model_spec(self.config["model"]).text
+        return bool(is_text or "text" in (self.config.get("arguments") or {}))
 
 
 def build_model(found: Weights, where: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> nn.Module:
@@ -67,9 +75,7 @@ def build_model(found: Weights, where: str | Path, device: str | torch.device = 
 def meta_model(found: Weights, where: str | Path, **overrides: Any) -> models.Backbone:
     """The model that `found` records, of meta tensors; `overrides` are constructor arguments."""
     config, arguments = found.config, found.config.get("arguments") or {}
-    is_labelled = config.get("model") and not (
-        models.model_spec(config["model"]).text or {"text", "num_classes"} & arguments.keys()
-    )
+    is_labelled = config.get("model") and not found.takes_text and "num_classes" not in arguments
     for name in ("model", "resolution", *(["num_classes"] if is_labelled else [])):
         if not config.get(name):
             raise UserError(f"{where}: the checkpoint records no {name}; give --{name.replace('_', '-')}")
@@ -102,14 +108,17 @@ def model_options(config: dict[str, Any]) -> dict[str, Any]:
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:
     """Load all or nothing. Raises UserError as `check_fits`."""
-    check_fits(model.state_dict(), state_dict, where)
+    optional = ("null_text", "null_pooled") if isinstance(model, NullText) else ()  # which a new model does not have yet
+    check_fits(model.state_dict(), state_dict, where, optional)
     model.load_state_dict(state_dict, assign=assign)
 
 
-def check_fits(own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], where: str | Path) -> None:
+def check_fits(
+    own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], where: str | Path, optional: Sequence[str] = ()
+) -> None:
     """Raises UserError that names the first few missing or unknown keys and wrong shapes of `state_dict`, beside a model's `own`."""
     wrong = [f"{k} is missing" for k in own if k not in state_dict]
-    wrong += [f"{k} is unknown" for k in state_dict if k not in own]
+    wrong += [f"{k} is unknown" for k in state_dict if k not in own and k not in optional]
     for k in own:
         if k in state_dict and own[k].shape != state_dict[k].shape:
             wrong.append(f"{k} has shape {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}")

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 
 
+LONG_WAIT = timedelta(days=7)  # for a process that works alone while the others wait; PyTorch's default is minutes
+
+
 PATIENCE = 3  # seconds in which workers may finish what they do
 
 

@@ -4,8 +4,9 @@ import dataclasses
 from typing import Literal
 
 from config.rules import option
-from config.sampling_options import CoreCacheOptions, GuideOptions
+from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
+from config.system_options import SystemOptions
 
 
 @dataclasses.dataclass
@@ -62,6 +63,9 @@ class Architecture:
         images=True,
         model=True,
     )
+    elit_init: Literal["published", "spread"] = option(
+        "elit", "published", "start of Read and Write; spread: for runs of a few thousand steps", resume="free", images=False
+    )
     elit_max_mask_prob: float | None = option(
         "elit", None, "largest share of latents masked in training", ge=0, le=1, resume="changeable", images=False
     )
@@ -95,7 +99,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(ScoreOptions, Architecture):
+class TrainConfig(ScoreOptions, SystemOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(
@@ -185,11 +189,18 @@ class TrainConfig(ScoreOptions, Architecture):
         resume="changeable",
         distinct=True,
     )
+    elit_budget_schedule: str | None = option(
+        "elit", None, "budget of each image by its time t, e.g. 0.5@1.0-0.5,1.0@0.5-0.0 (default: drawn for each forward)",
+        resume="changeable",
+    )  # fmt: skip
     seed: int = option("train", 0, "seed of weights, order of the data and all draws", ge=0, resume="changeable")
     num_workers: int = option("data", 4, "data loading processes per training process", ge=0, le=1024, resume="free")
     prediction: Literal["v"] = option("path", "v", "what the model predicts: the velocity", resume="same")
     weighting: Literal["uniform", "lognormal"] = option(
         "path", "uniform", "distribution of the training times", resume="changeable"
+    )
+    condition: Literal["labels", "text"] | None = option(
+        "data", None, "what the model is conditioned on (default: text for MMDiT, else labels; U-ViT takes both)", resume="same"
     )
     latent_norm: Literal["vae", "channel"] = option(
         "data",
@@ -211,19 +222,6 @@ class TrainConfig(ScoreOptions, Architecture):
         resume="free",
         distinct=True,
     )
-    compile: bool | None = option(
-        "system",
-        None,
-        "torch.compile the blocks and the parts around them (default: on CUDA; --no-compile: nowhere)",
-        resume="free",
-    )
-    shard: str = option(
-        "system",
-        "none",
-        "split weights, gradients and optimizer over all processes (full), or over groups of N, between which they repeat",
-        resume="free",
-    )
-    gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     max_skipped_steps: int = option(
         "train", 50, "stop once so many steps in a row had a gradient that is not finite", ge=1, resume="free"
     )
@@ -244,19 +242,10 @@ class TrainConfig(ScoreOptions, Architecture):
         le=1e6,
         resume="free",
     )
-    plan: bool = option(
-        "plan", False, "print and check what the run would do, cost and need, and train nothing; needs no GPU", resume="free"
-    )
-    plan_processes: int | None = option(
-        "plan", None, "--plan: number of processes (default: the launcher's)", ge=1, le=2**20, resume="free"
-    )
-    plan_tflops: float | None = option(
-        "plan", None, "--plan: TFLOP/s that a process is taken to sustain, for the time needed", ge=1e-6, le=1e6, resume="free"
-    )
 
 
 @dataclasses.dataclass
-class Sampling(GuideOptions, CoreCacheOptions):
+class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
     ckpt: str = option(
@@ -299,6 +288,12 @@ class Sampling(GuideOptions, CoreCacheOptions):
     compile: bool = option(
         "system", False, "torch.compile the model's parts: slower to start; one graph for all budgets", images=False
     )
+    cuda_graphs: bool | None = option(
+        "system",
+        None,
+        "replay the model's forwards from CUDA graphs (default: of up to 8 images at a time; --no-cuda-graphs: never)",
+        images=False,
+    )
 
 
 @dataclasses.dataclass
@@ -309,7 +304,7 @@ class GenerateConfig(Sampling, Architecture):
     exp_name: str | None = option("output", None, "name of the run (default: the checkpoint's)", images=False)
     global_seed: int = option("sample", 0, "seed of noise and labels", ge=0, images=True)
     per_proc_batch_size: int = option("system", 32, "images per batch and process", ge=1, le=10**6, images=False)
-    num_fid_samples: int = option("output", 50000, "number of images", ge=1, le=10**7, images=False)
+    num_fid_samples: int = option("output", 50000, "number of images (with prompts: one of each)", ge=1, le=10**7, images=False)
     class_labels: list[str] = option(
         "sample", ["random"], "random, balanced, or class ids to cycle through", images=True, folder=(8, "labels")
     )
@@ -324,6 +319,7 @@ class GenerateConfig(Sampling, Architecture):
     unconditional_inference_budget: float | None = option(
         "guidance", None, "ELIT: budget of the guiding pass (cheap guidance)", gt=0, le=1, images=True, folder=(3, "uncond")
     )
+    no_png: bool = option("output", False, "write the .npz alone, and no PNG files", images=False)
     preview: bool = option(
         "output", False, "DFM: also write each coarser stage's images, as soon as they are ready", images=False
     )

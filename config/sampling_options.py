@@ -1,9 +1,37 @@
-"""Groups of sampling options: another network that guides, and the core cache."""
+"""Groups of sampling options: prompts, another network that guides, and the core cache."""
 
 import dataclasses
 from typing import Literal
 
 from config.rules import option
+
+
+@dataclasses.dataclass
+class PromptOptions:
+    """What models conditioned on text are told. The images depend on the prompts and on the encoder's weights."""
+
+    prompt: list[str] | None = option(
+        "sample",
+        None,
+        "text models: one or several prompts",
+        whole=True,
+        long=True,
+        images=False,
+        folder=(20, ""),
+    )
+    prompts: str | None = option(
+        "sample",
+        None,
+        "text models: file with a prompt in each line, or data folder, whose captions and text features are taken",
+        images=False,
+        folder=(21, "prompts"),
+    )
+    text_encoder: str | None = option(
+        "checkpoint",
+        None,
+        "text models: encoder of the prompts, as of dataset_tools.py text (default: the checkpoint's record)",
+        images=False,
+    )
 
 
 @dataclasses.dataclass

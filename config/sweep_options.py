@@ -39,7 +39,8 @@ class SweepOptions(MetricOptions, Architecture):
 
 
 # Of generate.py, as they are there; those that change images are the same for all cells.
-SHARED = ("config", "train_config", "vae", "tf32", "compile", "per_proc_batch_size")
+PROMPTS = ("prompt", "prompts", "text_encoder")
+SHARED = ("config", "train_config", "vae", "tf32", "compile", "cuda_graphs", "per_proc_batch_size", *PROMPTS)
 _FIXED = {*names(Architecture, resume="same"), *SHARED, "global_seed"}
 _IN_FOLDERS = folder_labels(GenerateConfig)  # among them what is told by the hash of a file
 AXES = tuple(

@@ -73,6 +73,7 @@ class DemoConfig:
     """Options of dataset_tools.py demo: the digit canvases of the quick start."""
 
     dest: str = option("files", ..., "new folder, for train/ and val/ with a folder per digit")
+    captions: bool = option("files", False, "four different digits and captions of them: data folders train/ and val/")
 
 
 @dataclasses.dataclass
@@ -111,6 +112,12 @@ class EvaluateConfig(MetricOptions):
     """Options of evaluate.py: the figures of ADM's evaluator, and others."""
 
     samples: str = option("files", ..., ".npz or a folder of PNG", positional="SAMPLES")
+    clip_score: str | None = option(
+        "metrics", None, "also the CLIP score of images and prompts, by this folder of transformers' CLIPModel"
+    )
+    prompts: str | None = option(
+        "files", None, "file with a prompt in each line, for --clip-score (default: captions.json of the samples)"
+    )
     output: str = option("files", "metrics.json", "JSON file with the figures and what they belong to")
 
 

@@ -3,7 +3,8 @@
     images/captions.json   {"captions": [["00000/img00000000.png", ["two sevens …", "…"]], …]}
     text/                  00000/img-text-00000000.npy (captions of the image, L, E), 00000/img-pooled-….npy (captions, P)
                            null.npy (L, E), null-pooled.npy (P): the empty prompt;  text.json: what they are, written last
-    packed/                the same as text.bin (captions, L, E), pooled.bin, text.idx (first caption of each image), mapped
+    packed/                the same as text.bin (captions, L, E), pooled.bin, text.idx (first caption of each image), mapped;
+                           text.json has the SHA-256 of these files, too
 
 Captions are also taken from COCO's captions_*.json, or from `.txt` files beside the images, one a line.
 """
@@ -143,6 +144,21 @@ def _lines(images: FileTree, name: str) -> list[str]:
         raise UserError(f"{images.where(name)}: is not UTF-8") from None
 
 
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file. Raises UserError where it is missing, empty, not UTF-8, or a line is empty."""
+    try:
+        lines = Path(path).read_text("utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts {path}: is not UTF-8") from None
+    except OSError as error:
+        raise UserError(f"--prompts {path}: no such file or data folder ({error.strerror})") from None
+    if not lines:
+        raise UserError(f"--prompts {path}: is empty; wanted: one prompt a line")
+    if empty := [i for i, line in enumerate(lines, 1) if not line.strip()]:
+        raise UserError(f"--prompts {path}: line {empty[0]} is empty; wanted: one prompt a line")
+    return [line.strip() for line in lines]
+
+
 class TextFeatures:
     """The encoded captions of a data folder, loose or packed.
 
@@ -159,7 +175,7 @@ class TextFeatures:
     """
 
     def __init__(self, folder: str | Path, latents: LatentFiles | PackedLatents):
-        self.folder = Path(folder)
+        self.folder, self.latents = Path(folder), latents
         self.numbers = np.array([_number(latents, i) for i in range(len(latents))])
         self.record, self.content = read_record(self.folder)
         self.dtype = np.dtype(self.content["dtype"])
@@ -248,6 +264,20 @@ def read_record(folder: Path) -> tuple[TextRecord, dict[str, Any]]:
     if type(content.get("count")) is not int or content["count"] < 1 or content.get("dtype") not in ("float16", "float32"):
         raise UserError(f"{where}: count must be a positive whole number and dtype float16 or float32")
     return record, content
+
+
+def packed_checksums(content: bytes, where: str) -> dict[str, str]:
+    """File → SHA-256 of the packed features that `content`, a text.json, describes. Raises UserError, which begins with `where`."""
+    record = parse_json(content, where)
+    files = record.get("files") if isinstance(record, dict) else None
+    wanted = {NULL_FILE, BIN_FILE, INDEX_FILE}
+    if isinstance(files, dict) and record.get("pooled"):
+        wanted |= {NULL_POOLED_FILE, POOLED_BIN_FILE}
+    if not isinstance(files, dict) or files.keys() != wanted:
+        raise UserError(f"{where}: names no packed files with their SHA-256; write them with `dataset_tools.py text --packed`")
+    if not all(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in files.values()):
+        raise UserError(f"{where}: every SHA-256 must be 64 hexadecimal digits")
+    return files
 
 
 def text_folder(data_dir: str | Path) -> Path | None:

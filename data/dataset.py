@@ -1,6 +1,7 @@
 """The data set that training reads: VAE latents with labels, and images where they are asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from common.file_tree import FileTree, read_regular
 from common.files import DataError, decode_name, encode_name, parse_json
 from common.image_files import image_names, read_image
 from data import remote
-from data.captions import PACKED_FILES, RECORD_FILE, TextFeatures, text_folder
+from data.captions import PACKED_FILES, RECORD_FILE, TextFeatures, has_captions, read_captions, text_folder
 from data.coco_layout import CocoLatents, CocoText, coco_folder
 from data.latent_files import LatentFiles, format_shape, pair_key, pair_keys
 from data.packed import INDEX_FILE, PackedLatents
@@ -45,29 +46,43 @@ def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str
     return LatentFiles(_part(data_dir, "vae-sd", "`dataset_tools.py encode` makes it"))
 
 
-def open_text(data_dir: str | Path, latents: Latents) -> TextFeatures | CocoText:
-    """The features of the captions in a data folder, of the images that `latents` are of. Raises UserError where there are none."""
+def open_text(
+    data_dir: str | Path, latents: Latents, cache_dir: str | None = None, option: str = "--data-dir"
+) -> TextFeatures | CocoText:
+    """The features of the captions in a data folder, of the images that `latents` are of. Raises UserError where there are none.
+
+    Remote ones must be packed, and are copied as the latents are; see `open_latents`.
+    """
     if isinstance(latents, CocoLatents):
         return CocoText(latents)
-    folder = text_folder(data_dir)
+    folder = remote.local_text(str(data_dir), cache_dir, option) if remote.is_remote(data_dir) else text_folder(data_dir)
     if folder is None:
         raise UserError(f"{data_dir}: holds no text features, no text/ with {RECORD_FILE}; `dataset_tools.py text` makes them")
     return TextFeatures(folder, latents)
 
 
 class LatentDataset(Dataset):
-    """VAE latents with their labels (`open_latents`), and with `images=True` the images they were made of.
+    """VAE latents with their labels (`open_latents`), and if asked for the `images` they were made of and their captions' `text`.
 
     [i] -> {"moments": float32 (2C, h, w), mean and std of the posterior; "label": int, 0 where unlabelled;
-            "image": uint8 (3, H, W), if asked for}
+            "image": uint8 (3, H, W), if asked for; "text": float32 (L, E), and "pooled" (P,) where the encoder makes it, likewise}
 
-    `labels`: int64 (n,), or None where unlabelled. `record`: the VAE. `shape`: (2C, h, w) of every item.
+    `text`: the features of all captions, if asked for. `labels`: int64 (n,), or None where unlabelled. `record`: the VAE. `shape`: (2C, h, w) of every item.
     Raises `UserError` for a folder that holds no such data set, and `DataError` for a broken file met on reading.
     """
 
-    def __init__(self, data_dir: str | Path, *, images: bool = False, cache_dir: str | None = None, option: str = "--data-dir"):
+    def __init__(
+        self,
+        data_dir: str | Path,
+        *,
+        images: bool = False,
+        text: bool = False,
+        cache_dir: str | None = None,
+        option: str = "--data-dir",
+    ):
         self.data_dir = data_dir
         self.latents = open_latents(data_dir, cache_dir, option)
+        self.text = open_text(data_dir, self.latents, cache_dir, option) if text else None
         self.record, self.shape = self.latents.record, self.latents.shape
         channels = 2 * self.record.latent_channels
         if len(self.shape) != 3 or self.shape[0] != channels:
@@ -120,14 +135,20 @@ class LatentDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """A whole batch, its latents in one read."""
+    def __getitems__(
+        self, indices: Sequence[int], choose_caption: Callable[[int, int], int] = lambda place, count: 0
+    ) -> list[dict[str, Any]]:
+        """A whole batch, its latents in one read. choose_caption: which of `count` captions the item at `place` takes; the first."""
         moments = self.latents.read(indices)
         labels = [0] * len(indices) if self.labels is None else self.labels[indices].tolist()
         items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
         if self._images is not None:
             for item, index in zip(items, indices, strict=True):
                 item["image"] = self._read_image(self._images, index)
+        if self.text is not None:
+            for place, (item, index) in enumerate(zip(items, indices, strict=True)):
+                text = self.text.read(index, partial(choose_caption, place))
+                item |= {"text": text.features} | ({} if text.pooled is None else {"pooled": text.pooled})
         return items
 
     def _read_image(self, images: FileTree, index: int) -> Tensor:
@@ -152,6 +173,16 @@ def paired_images(images: FileTree, latents: Latents) -> np.ndarray:
             raise UserError(f"{images.path}: holds no image for {latents.where(index)}")
         names.append(encode_name(name))
     return np.array(names)
+
+
+def captions_of(data_dir: str | Path, latents: Latents) -> list[list[str]] | None:
+    """The captions of each latent's image, in words; None where the data folder holds no images with captions."""
+    paths = [Path(data_dir) / name for name in ("images", "images.zip")]
+    images = next((FileTree(path) for path in paths if not remote.is_remote(data_dir) and path.exists()), None)
+    if images is None or not has_captions(images):
+        return None
+    captions = read_captions(images)
+    return [captions[decode_name(name)] for name in paired_images(images, latents)]
 
 
 def channel_record(data_dir: str | Path, latents: Latents) -> VAERecord:

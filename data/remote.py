@@ -1,4 +1,4 @@
-"""Remote data: packed latents behind any URL that fsspec reads (`s3://`, `hf://`, …), copied to a local cache once a machine.
+"""Remote data: packed latents and packed text features behind any URL that fsspec reads (`s3://`, `hf://`, …), copied to a local cache once a machine.
 
 S3's endpoint and credentials come from its usual environment variables and files (AWS_ENDPOINT_URL, AWS_PROFILE, …).
 """
@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from common.files import (
     write_atomically,
     written_aside,
 )
+from data.captions import RECORD_FILE, packed_checksums
 from data.packed import INDEX_FILE, checksums, parse_index
 
 DOWNLOADS = 4  # files at once
@@ -37,18 +39,30 @@ def is_remote(path: str | Path) -> bool:
 def local_copy(url: str, cache_dir: str | None = None, option: str = "--data-dir") -> Path:
     """The local folder that holds a whole copy of the packed latents at `url` (the folder itself, or the one that holds packed/).
 
-    Each file is written aside, compared with the index's checksum and renamed. Processes of one machine share the work: one
-    copies a file, the others wait for it. `option`: how errors name the URL. `UserError` if it cannot be read, or is not what the index says.
+    `option`: how errors name the URL. `UserError` if it cannot be read, or is not what the index says.
     """
-    source = _Source(url, option)
-    index = source.read(INDEX_FILE)
-    files = list(checksums(parse_index(index, f"{option} {source.url}/{INDEX_FILE}")).items())  # before anything is written
-    name = f"{url.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(encode_name(url) + index).hexdigest()[:16]}"
+    return _local_copy(_Source(url, option), cache_dir, lambda index, where: checksums(parse_index(index, where)))
+
+
+def local_text(url: str, cache_dir: str | None = None, option: str = "--data-dir") -> Path:
+    """The same of the packed text features at `url`, whose index is text.json."""
+    return _local_copy(_Source(url, option, RECORD_FILE), cache_dir, packed_checksums)
+
+
+def _local_copy(source: "_Source", cache_dir: str | None, files_of: Callable[[bytes, str], dict[str, str]]) -> Path:
+    """The local copy of the files, with SHA-256, that `files_of` finds in the index that `source` has.
+
+    Each file is written aside, compared with the index's checksum and renamed. Processes of one machine share the work: one
+    copies a file, the others wait for it.
+    """
+    url, option, index = source.url, source.option, source.read(source.index_file)
+    files = list(files_of(index, f"{option} {url}/{source.index_file}").items())  # before anything is written
+    name = f"{url.rpartition('/')[2]}-{hashlib.sha256(encode_name(url) + index).hexdigest()[:16]}"
     cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
     folder = join_inside(cache, name, f"{option} {url}", plain=True)  # other content at the same URL is another folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / INDEX_FILE, index)
+        write_atomically(folder / source.index_file, index)
         # The processes begin at different files, so that they rarely wait for each other.
         first = int(os.environ.get("LOCAL_RANK", 0)) * len(files) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         files = files[first:] + files[:first]
@@ -74,16 +88,16 @@ def read(url: str, file: str) -> bytes:
 
 
 class _Source:
-    """A remote folder of packed latents."""
+    """A remote folder of packed files, whose index is `index_file`."""
 
-    def __init__(self, url: str, option: str = "--data-dir"):
+    def __init__(self, url: str, option: str = "--data-dir", index_file: str = INDEX_FILE):
         import fsspec
 
-        self.url, self.option = url.rstrip("/"), option
+        self.url, self.option, self.index_file = url.rstrip("/"), option, index_file
         try:
             self.files, self.given = fsspec.core.url_to_fs(self.url)
             inside = f"{self.given}/packed"
-            self._path = inside if self.files.exists(f"{inside}/{INDEX_FILE}") else self.given
+            self._path = inside if self.files.exists(f"{inside}/{index_file}") else self.given
         except Exception as error:  # each protocol has its own: network, credentials, unknown protocol …
             raise self.unreadable(error) from None
 
@@ -93,14 +107,14 @@ class _Source:
             return self.files.cat_file(f"{self._path}/{file}")
         except FileNotFoundError:
             raise UserError(
-                f"{self.option} {self.url}: holds no {file}; remote data must be packed (`dataset_tools.py pack`)"
+                f"{self.option} {self.url}: holds no {file}; remote data must be packed (`dataset_tools.py pack`, `text --packed`)"
             ) from None
         except Exception as error:
             raise self.unreadable(error) from None
 
     def copy(self, file: str, digest: str, folder: Path) -> None:
         """Copy one file into `folder`, unless another process has done so meanwhile."""
-        path = join_inside(folder, file, f"{self.option} {self.url}/{INDEX_FILE}", plain=True)
+        path = join_inside(folder, file, f"{self.option} {self.url}/{self.index_file}", plain=True)
         lock_file = path.with_name(f"{file}.lock")
         while (locked := lock(lock_file)) is None:  # a blocking one would be taken for a deadlock of two processes
             time.sleep(0.1)
@@ -116,7 +130,7 @@ class _Source:
                         raise  # it is the cache
                     raise self.unreadable(error, file) from None
                 if file_sha256(aside) != digest:
-                    raise UserError(f"{self.option} {self.url}/{file}: damaged: its SHA-256 is not what {INDEX_FILE} says")
+                    raise UserError(f"{self.option} {self.url}/{file}: damaged: its SHA-256 is not what {self.index_file} says")
         finally:
             lock_file.unlink(missing_ok=True)
             locked.close()

@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-quickstart}
-ELIT=$OUT/quickstart/checkpoints/0001350.pt
-SIT=$OUT/quickstart_sit/checkpoints/0000990.pt
+ELIT=$OUT/quickstart/checkpoints/0002700.pt
+SIT=$OUT/quickstart_sit/checkpoints/0001980.pt
 SAMPLES=(--config experiments_updated/generation/quickstart.yaml --sample-dir "$OUT/samples")
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }

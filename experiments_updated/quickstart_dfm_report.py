@@ -18,7 +18,7 @@ from config.options import GenerateConfig
 from config.rules import option
 from experiments_updated import digit_classifier
 from sampling import image_folder, session
-from sampling.images import labels_of
+from sampling.conditions import labels_of
 
 
 @dataclasses.dataclass

@@ -30,7 +30,8 @@ from config.rules import option
 from experiments_updated import digit_classifier
 from metrics import frechet_distance
 from sampling import cost, session
-from sampling.images import draw, labels_of
+from sampling.conditions import labels_of
+from sampling.images import draw
 
 TIMED_IMAGES = 6
 SCHEDULES = ("0.0625@1.0-0.5,1.0@0.5-0.0", "1.0@1.0-0.5,0.0625@0.5-0.0", "0.0625@1.0-0.75,0.25@0.75-0.25,1.0@0.25-0.0")

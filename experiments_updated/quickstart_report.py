@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,11 @@ from experiments_updated import digit_classifier
 from flows import flow_of
 from metrics import frechet_distance
 from metrics.images import write_npz
-from models.costs import mean_forward_flops
 from sampling import cost, image_folder, session
-from sampling.images import draw, labels_of
+from sampling.conditions import labels_of
+from sampling.images import draw
 from sampling.session import Session
-from training.setup import trained_budgets
+from training.budgets import mean_training_flops
 
 TIMED_IMAGES, TIMED_ROUNDS = 10, 2
 VAL_REPEATS = 2  # noise and times drawn for each held-out canvas
@@ -200,9 +201,19 @@ def held_out_losses(config: ReportConfig, loaded: Session, weights: Weights) -> 
 
     Times as in training: its weighting and shift. Of DFM the mean over the stages.
     """
-    dataset = LatentDataset(config.val_data_dir)
-    flow = flow_of(config, weighting=weights.config["weighting"])
-    conditions = flow.conditions(config.budgets)  # budgets × stages
+    losses, _ = losses_of_draws(config.val_data_dir, config.budgets, loaded, weights)
+    return losses.mean(dim=0).mean(dim=1).numpy().astype(np.float64)
+
+
+@torch.no_grad()
+def losses_of_draws(
+    data_dir: str, budgets: Sequence[float | None], loaded: Session, weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Velocity losses (draws, budgets, stages, canvases) of the held-out canvases, and the times (draws, canvases) they are taken at."""
+    dataset = LatentDataset(data_dir)
+    channels, *sides = dataset.shape
+    flow = flow_of(loaded.config, weighting=weights.config["weighting"])
+    conditions = flow.conditions(budgets)  # budgets × stages
     batch_size, total = 50, []
     for start in range(0, len(dataset), batch_size):
         indices = range(start, min(start + batch_size, len(dataset)))
@@ -218,9 +229,11 @@ def held_out_losses(config: ReportConfig, loaded: Session, weights: Weights) -> 
             )
             for r in range(VAL_REPEATS)
         ]
-        total.append(torch.stack(repeats).mean(dim=0))
-    losses = torch.cat(total, dim=1).unflatten(0, (len(config.budgets), -1))  # (budgets, stages, canvases)
-    return losses.mean(dim=1).cpu().numpy().astype(np.float64)
+        total.append(torch.stack(repeats))
+    losses = torch.cat(total, dim=2).unflatten(1, (len(budgets), -1)).cpu()
+    n = len(dataset)
+    times = [flow.times(flow.val_draws(range(r * n, (r + 1) * n), (channels // 2, *sides))) for r in range(VAL_REPEATS)]
+    return losses, torch.stack(times)
 
 
 def _digits(canvases: np.ndarray) -> torch.Tensor:
@@ -287,7 +300,7 @@ def _training(row: Row) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     options = TrainConfig(**{k: v for k, v in row.weights.config.items() if k in names})
     images = row.weights.step * options.batch_size * options.gradient_accumulation_steps
-    forward = mean_forward_flops(row.loaded.model, trained_budgets(options))  # pyright: ignore[reportArgumentType], a Backbone
+    forward = mean_training_flops(options, row.loaded.model)
     seconds = 0.0
     for line in (Path(row.config.ckpt).parent.parent / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)

@@ -238,7 +238,12 @@ def _download_inception(url: str) -> Path:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(url))
+
+            def fetch(**_: bool) -> None:
+                if not path.is_file():
+                    torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(url))
+
+            hub.fetch_once(url, fetch)
         except Exception as error:  # network, space, hash
             raise UserError(
                 f"--inception-weights: could not be downloaded ({first_line(error)}); get {url} and put it at {path}, "

@@ -30,6 +30,7 @@ class Features:
         self.gathered: dict[str, RunningStatistics] = {}
         self.gaussians: dict[str, Gaussian] = {}  # of kinds that were gathered before
         self.rows: dict[str, np.ndarray] = {}  # (N, d) float32
+        self.device: torch.device | None = None  # of statistics; None: by NumPy
         self._taken = 0
 
     @property
@@ -43,7 +44,7 @@ class Features:
             raise ValueError(f"images {indices[0]} ff. after image {self._taken - 1}: batches must follow each other")
         for kind, values in batch.items():
             if kind in self.gather:
-                self.gathered.setdefault(kind, RunningStatistics(values.shape[1])).update(values)
+                self.gathered.setdefault(kind, RunningStatistics(values.shape[1], self.device)).update(values)
             if kind in self.keep:
                 if kind not in self.rows:
                     self.rows[kind] = np.empty((self.images.count, values.shape[1]), np.float32)
@@ -105,6 +106,8 @@ def gather(
     """
     if not features.wanted:
         return
+    if state.device is not None and state.device.type == "cuda":
+        features.device = state.device
     needed = [n for n in used if features.wanted & n.dims.keys()]
     with tqdm(total=features.images.count, desc=name, unit="image", disable=not state.is_main_process) as bar:
         for indices, images in batches:

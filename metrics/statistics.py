@@ -3,8 +3,10 @@
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from common.errors import UserError, first_line
@@ -18,11 +20,15 @@ class RunningStatistics:
     """Mean and covariance (N − 1) of rows that arrive batch by batch, in float64 (Chan, Golub and LeVeque 1983).
 
     Rows are taken in chunks of fixed size: the same rows in the same order give the same bits, however they are batched.
+
+    Args:
+        dim: of a row.
+        device: where products are computed and added up; None: by NumPy.
     """
 
-    def __init__(self, dim: int):
-        self.dim, self.count = dim, 0
-        self._mean, self._scatter = np.zeros(dim), np.zeros((dim, dim))  # of the first `_done` rows
+    def __init__(self, dim: int, device: torch.device | None = None):
+        self.dim, self.count, self._device = dim, 0, device
+        self._mean, self._scatter = np.zeros(dim), self._place(np.zeros((dim, dim)))  # of the first `_done` rows
         self._done = 0
         self._waiting: list[np.ndarray] = []
 
@@ -46,7 +52,7 @@ class RunningStatistics:
         self._take_waiting()
         other._take_waiting()
         self.count += other.count
-        self._combine(other._done, other._mean, other._scatter)
+        self._combine(other._done, other._mean, self._place(_to_numpy(other._scatter)))
 
     @property
     def mean(self) -> np.ndarray:
@@ -62,7 +68,10 @@ class RunningStatistics:
         if self.count < 2:
             raise UserError(f"the covariance of {self.count} row(s); it takes at least 2")
         self._take_waiting()
-        return self._scatter / (self.count - 1)
+        return _to_numpy(self._scatter) / (self.count - 1)
+
+    def _place(self, array: np.ndarray) -> Any:
+        return array if self._device is None else torch.from_numpy(array).to(self._device)
 
     def _take_waiting(self) -> None:
         if self._waiting:
@@ -70,17 +79,22 @@ class RunningStatistics:
             self._waiting = []
             mean = rows.mean(axis=0)
             rows -= mean
-            self._combine(len(rows), mean, rows.T @ rows)
+            placed = self._place(rows)
+            self._combine(len(rows), mean, placed.T @ placed)
 
-    def _combine(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+    def _combine(self, count: int, mean: np.ndarray, scatter: Any) -> None:
         if not count:
             return
         total = self._done + count
         difference = mean - self._mean
         self._mean = self._mean + difference * (count / total)
         self._scatter += scatter
-        self._scatter += np.outer(difference, difference * (self._done * count / total))
+        self._scatter += self._place(difference)[:, None] * self._place(difference * (self._done * count / total))
         self._done = total
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    return array.cpu().numpy() if isinstance(array, torch.Tensor) else array
 
 
 def covariance_problem(sigma: np.ndarray) -> str:

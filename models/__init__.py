@@ -80,8 +80,8 @@ class ModelSpec:
 
     @property
     def text(self) -> bool:
-        """Whether it is conditioned on text, and not on class labels."""
-        return issubclass(self.constructor, MMDiT)
+        """Whether it is always conditioned on text, and never on class labels."""
+        return not self.constructor.takes_labels
 
     @property
     def merged_latents(self) -> int:

@@ -72,6 +72,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
     flow: str = "flow matching"  # what it is trained and sampled with: a name of `flows.FLOWS`
     blocks: nn.ModuleList  # in forward order
     mirrored: bool = False  # whether blocks at the end need what blocks at the start leave, or their grid
+    takes_labels: bool = True  # whether it can be conditioned on class labels
+    takes_text: bool = False  # whether it can be conditioned on text; then `text_arguments` is there
     merged_latents: int = 1  # latents of a group that become one in the innermost blocks: budgets below it cost no less
 
     def __init__(
@@ -100,6 +102,11 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
     def size_arguments(cls, input_size: int | tuple[int, int], **sizes: Any) -> dict[str, Any]:
         """The constructor's arguments of a registered size `sizes`, where they depend on the VAE latents' size."""
         return sizes
+
+    @classmethod
+    def text_arguments(cls, length: int, width: int, pooled: int) -> dict[str, Any]:
+        """The constructor's arguments for text features (B, L, E) and pooled ones (B, P; P = 0: none). Raises UserError."""
+        raise UserError(f"a {cls.__name__} model takes no text")
 
     # What a backbone defines.
 
@@ -151,6 +158,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         rows, columns = (n * self.patch_size for n in self.grid_size)
         x = torch.zeros(batch_size, self.in_channels, rows, columns, device=weight.device, dtype=weight.dtype)
         return x, torch.zeros(batch_size, device=weight.device), self.example_condition(batch_size)
+
+    def unused_parameters(self, active_stage: int | None) -> list[nn.Parameter]:
+        """Those that a forward with this active stage (None: one without stages) leaves out."""
+        return []
 
     def compiled_parts(self) -> list[nn.Module]:
         """What `torch.compile` gets, each called by its forward alone: the blocks, and the parts around them that know no budget."""

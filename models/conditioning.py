@@ -3,7 +3,7 @@
 Losses and samplers handle a condition through `map_condition` alone, and so serve labels and text without asking which.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,11 @@ def map_condition(fn: Callable[..., Tensor], *conditions: Condition) -> Conditio
     if len({p is None for p in pooled}) == 2:
         raise UserError("text with and without pooled features cannot be joined into one batch")
     return Text(fn(*features), None if pooled[0] is None else fn(*pooled))
+
+
+def condition_of(batch: Mapping[str, Any]) -> Condition:
+    """The condition of a batch of `data.LatentDataset`: its "text" (B, L, E), with "pooled" (B, P) if it has that; else "label" (B,)."""
+    return Text(batch["text"], batch.get("pooled")) if "text" in batch else batch["label"]
 
 
 def select(drop: Tensor, null: Condition, y: Condition) -> Condition:

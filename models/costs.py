@@ -39,16 +39,21 @@ def projector_flops(model: nn.Module) -> int:
     return _forward_flops(shadow, 1, return_features=True) - _forward_flops(shadow, 1)
 
 
-def mean_forward_flops(model: Backbone, budgets: Sequence[float | None]) -> float:
-    """FLOPs of one image's forward, the mean over the budgets, which training draws evenly.
+def mean_forward_flops(model: Backbone, budgets: Sequence[float | None], shares: Sequence[float] | None = None) -> float:
+    """FLOPs of one image's forward, the mean over the budgets; `shares`: how often each occurs (default: all evenly)."""
+    return float(np.average(forward_flops(model, budgets), weights=shares))
+
+
+def forward_flops(model: Backbone, budgets: Sequence[float | None]) -> list[int]:
+    """FLOPs of one image's forward at each of the budgets.
 
     In the latents per group k, Linears are linear and attention is quadratic, and so they are in ⌈k/m⌉ where blocks merge m
     latents: three or five counts tell all others.
     """
     if len(budgets) <= 3:
-        return float(np.mean([count_flops(model, b) for b in budgets]))
+        return [count_flops(model, b) for b in budgets]
     interface = model.interface
-    assert isinstance(interface, LatentInterface)
+    assert isinstance(model, Backbone) and isinstance(interface, LatentInterface)
     J = interface.latents_per_group
     k = np.array([budget_to_k(b, J) for b in budgets])
     counts_of = [k] if model.merged_latents == 1 else [k, -(-k // model.merged_latents)]
@@ -58,7 +63,7 @@ def mean_forward_flops(model: Backbone, budgets: Sequence[float | None]) -> floa
         if np.linalg.matrix_rank(terms[[*known, i]]) > len(known):
             known.append(i)
     counts = np.array([count_flops(model, budgets[i]) for i in known], dtype=np.float64)
-    return float((terms @ np.linalg.lstsq(terms[known], counts, rcond=None)[0]).mean())
+    return np.rint(terms @ np.linalg.lstsq(terms[known], counts, rcond=None)[0]).astype(np.int64).tolist()
 
 
 def _on_meta(model: nn.Module) -> Backbone:

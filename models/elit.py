@@ -8,6 +8,7 @@ from common.errors import UserError
 from models.backbone import Backbone, Stream
 from models.hdit import HDiT
 from models.latent_interface import (
+    EPS,
     CrossAttention,
     FullWidthRMSNorm,
     LatentInterface,
@@ -20,6 +21,7 @@ from models.sit import SiT
 from models.uvit import UViT
 
 __all__ = [
+    "EPS",
     "CrossAttention",
     "ELITHDiT",
     "ELITMMDiT",

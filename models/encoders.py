@@ -188,7 +188,8 @@ def _on_meta(name: str, resolution: int, grid_size: tuple[int, int]) -> TargetEn
 def _from_hub(found: TargetEncoder) -> nn.Module:
     timm_name = _target(found.name).timm_name
     try:
-        vit = _timm().create_model(timm_name, pretrained=True, num_classes=0)
+        create = _timm().create_model
+        vit = hub.fetch_once(timm_name, lambda **_: create(timm_name, pretrained=True, num_classes=0))
     except Exception as error:  # network, no such repository or file, no space …
         reason = first_line(error)
         raise UserError(

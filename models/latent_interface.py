@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from models.layers import Mlp, attend, gated, modulate, modulation
 
+INIT_STD, SPREAD_STD = 0.02, 0.3  # of the interface's fresh queries and positions, as published and spread
 EPS = 1e-6  # how far a decimal may be from a multiple of 1/J
 
 
@@ -223,11 +224,26 @@ class LatentInterface(nn.Module):
         self.write_pos = nn.Parameter(torch.empty(J, dim))
         # In group order.
         self.latent_pos = nn.Parameter(torch.empty(self.num_groups, J, dim)) if latent_pos else None
-        for parameter in (self.query, self.read_pos, self.write_pos, self.latent_pos):
-            if parameter is not None:
-                nn.init.normal_(parameter, std=0.02)
+        for parameter in self._positions():
+            nn.init.normal_(parameter, std=INIT_STD)
         self.reader = Read(dim, num_heads, cond_dim or dim, read_depth, hidden_dim, fused_attn)
         self.writer = Write(dim, num_heads, write_depth, hidden_dim, write == "paper", fused_attn)
+
+    def _positions(self) -> list[nn.Parameter]:
+        return [p for p in (self.query, self.read_pos, self.write_pos, self.latent_pos) if p is not None]
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Let a fresh interface start with queries and positions from N(0, 0.3²) in place of N(0, 0.02²), and Read's gates at 1.
+
+        By these Read and Write tell the tokens of a group apart. Adam moves a weight by at most its learning rate a step, so
+        from the published start a run of a few thousand steps ends before they do, and all latents of a group say the same.
+        """
+        for parameter in self._positions():
+            parameter.mul_(SPREAD_STD / INIT_STD)
+        bias = self.reader.get_parameter("adaLN_modulation.1.bias")
+        for gate in bias.chunk(6)[2::3]:  # of the attention, and of the MLP
+            gate.fill_(1.0)
 
     def on_grid(self, grid_size: Sequence[int]) -> "LatentInterface":
         """This interface on another token grid, its parameters shared; it must be one without positions of latents.

@@ -126,6 +126,7 @@ class MMDiT(NullText, Backbone):
         UserError: sizes that do not fit each other.
     """
 
+    takes_labels, takes_text = False, True
     pos_embed: Tensor
 
     def __init__(
@@ -179,6 +180,11 @@ class MMDiT(NullText, Backbone):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.add_projectors(hidden_size, z_dims, projector_dim)
+
+    @classmethod
+    def text_arguments(cls, length: int, width: int, pooled: int) -> dict[str, Any]:
+        """See `Backbone.text_arguments`."""
+        return {"text_width": width, "text_length": length, "pooled_width": pooled or None}
 
     def positions(self) -> Tensor:
         """The centre of the position table, (1, N, D)."""

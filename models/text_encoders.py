@@ -15,6 +15,7 @@ import math
 import re
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
 from common.files import cache_folder, write_atomically
+from common.hub import fetch_once
 from models.conditioning import Text
 from randomness import generator, normal
 
@@ -50,6 +52,10 @@ class TextRecord:
     width: int
     pooled: int
     padding: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """By name, for JSON and checkpoints."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, where: str | Path) -> "TextRecord":
@@ -86,8 +92,8 @@ class TextEncoder(Protocol):
         ...
 
 
-def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu") -> TextEncoder:
-    """The encoder `name`, for prompts of `length` tokens.
+def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu", whole: bool = False) -> TextEncoder:
+    """The encoder `name`, for prompts of `length` tokens; of SD3's three these are T5's, or with `whole` all of them.
 
     Raises:
         UserError: no such folder, package or hub repository, no network, no tokenizer, or more tokens than it has positions.
@@ -97,7 +103,7 @@ def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu"
     folder = _minilm() if name == "minilm" else _folder(name)
     try:
         if (folder / "text_encoder_2").is_dir():
-            return SD3Encoders(name, folder, length, device)
+            return SD3Encoders(name, folder, length, device, whole)
         return Transformer(name, folder, length, device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, UserError):
@@ -182,11 +188,10 @@ class Transformer:
 class SD3Encoders:
     """SD3's three encoders as its pipeline runs them: CLIP-L and CLIP-G side by side (77 tokens), then T5 (`length` tokens)."""
 
-    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str):
+    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str, whole: bool = False):
         import transformers
 
         _silence(transformers)
-        self._length = length
         parts = [(folder / f"text_encoder{n}", folder / f"tokenizer{n}") for n in ("", "_2", "_3")]
         clip: Any = transformers.CLIPTextModelWithProjection
         classes: list[Any] = [clip, clip, transformers.T5EncoderModel]
@@ -200,9 +205,12 @@ class SD3Encoders:
         ]
         clip_l, clip_g, t5 = (model.config for model in self._models)
         self._clip_length = min(77, clip_l.max_position_embeddings)
+        self._length = length - self._clip_length if whole else length
+        if self._length < 1:
+            raise UserError(f"{name} makes more than {self._clip_length} text tokens, not {length}")
         pooled = clip_l.projection_dim + clip_g.projection_dim
         digest = _digest([weights_sha256(model) for model, _ in parts])
-        self.record = TextRecord(name, digest, self._clip_length + length, t5.d_model, pooled, "pad token")
+        self.record = TextRecord(name, digest, self._clip_length + self._length, t5.d_model, pooled, "pad token")
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """See `TextEncoder`."""
@@ -253,7 +261,8 @@ def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return Path(fetch_once(name, partial(snapshot_download, name, allow_patterns=patterns)))
     except Exception as error:  # no network, no such repository, no space …
         raise UserError(
             f"--encoder {name}: no such folder, and not to be had from the hub: {first_line(error)}; give a folder, or minilm"

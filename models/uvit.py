@@ -51,6 +51,7 @@ class UViT(NullText, Backbone):
     """
 
     mirrored = True
+    takes_text = True
 
     def __init__(
         self,
@@ -105,6 +106,13 @@ class UViT(NullText, Backbone):
         self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else nn.Identity()
         self._initialize()
         self.add_projectors(hidden_size, z_dims)
+
+    @classmethod
+    def text_arguments(cls, length: int, width: int, pooled: int) -> dict[str, Any]:
+        """See `Backbone.text_arguments`."""
+        if pooled:
+            raise UserError("a U-ViT model takes no pooled text features: encode the captions with another encoder")
+        return {"text": [length, width]}
 
     def _initialize(self) -> None:
         """Normal (the reference cuts at ±2, a hundred deviations), zero biases; label table and convolutions are PyTorch's default."""

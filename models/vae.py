@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
+from common.hub import fetch_once
 from common.torchvision_shim import import_torchvision
 from models.dfm import recompose
 
@@ -95,6 +96,9 @@ def _check_record(values: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: channel_std must be above 0")
 
 
+MAX_DECODED = 2**30  # bytes
+
+
 MAX_FACTOR = 2**16  # pixels per latent, and channels: far above any VAE
 
 
@@ -151,7 +155,8 @@ def load_vae(
         _check_fits(name, record, expected)
         if expected.channel_mean:
             vae.register_to_config(**{key: list(getattr(expected, key)) for key in _CHANNEL_KEYS})
-    vae.to(device, memory_format=torch.channels_last)  # convolutions are a fifth quicker so on a CPU
+    # Convolutions are a fifth quicker with channels last on a CPU; on CUDA each group norm would copy them twice.
+    vae.to(device, memory_format=torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format)
     return vae.eval().requires_grad_(False), record
 
 
@@ -178,7 +183,16 @@ def decode(vae: VAE, latents: Tensor) -> Tensor:
         z = latents * std + mean
     else:
         z = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-    return to_uint8(vae.decode(z.to(vae.device, vae.dtype)).sample)
+    parts = [to_uint8(vae.decode(part).sample) for part in z.to(vae.device, vae.dtype).split(_images_at_a_time(vae, z))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _images_at_a_time(vae: VAE, z: Tensor) -> int:
+    """How many latents (B, C, h, w) are decoded together, so that no tensor is above `MAX_DECODED`, if one image's is not."""
+    channels = vae.config.block_out_channels
+    factor = 2 ** (len(channels) - 1)
+    numbers = channels[min(1, len(channels) - 1)] * z.shape[2] * z.shape[3] * factor**2  # of the first layers at full size
+    return max(1, MAX_DECODED // (numbers * vae.dtype.itemsize))
 
 
 def decode_stages(vae: VAE, pyramid: Sequence[Tensor]) -> Tensor:
@@ -209,11 +223,17 @@ def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     files = ["config.json", "vae/config.json"]
-    try:
+
+    def fetch(**options: Any) -> Path:
         for weights in WEIGHT_FILES:  # the second: older repositories
-            folder = _inside_pipeline(Path(snapshot_download(repository, allow_patterns=[*files, weights, f"vae/{weights}"])))
+            patterns = [*files, weights, f"vae/{weights}"]
+            folder = _inside_pipeline(Path(snapshot_download(repository, allow_patterns=patterns, **options)))
             if (folder / weights).is_file():
                 break
+        return folder
+
+    try:
+        folder = fetch_once(repository, fetch)
     except Exception as error:  # network, authentication, no such repository, no space …
         reason = first_line(error)
         raise UserError(

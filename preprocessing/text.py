@@ -11,16 +11,15 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from common.distributed import start_processes
+from common.distributed import LONG_WAIT, start_processes
 from common.errors import UserError
-from common.files import WriteError, make_folder, write_atomically
+from common.files import WriteError, file_sha256, make_folder, write_atomically
 from common.logging import warn
 from common.precision import set_tf32
 from common.tensor_files import npy_array, npy_bytes
@@ -57,7 +56,7 @@ def text(config: TextConfig) -> None:
     folder = Path(config.source) / ("packed" if config.packed else "text")
     if (folder / RECORD_FILE).is_file():
         raise UserError(f"{folder}: holds finished text features; remove them ({RECORD_FILE} at least) to encode again")
-    state = start_processes(timedelta(days=7))
+    state = start_processes(LONG_WAIT)
     set_tf32(False)
     encoder = load_text_encoder(config.encoder, config.length, state.device or "cpu")
     digest = hashlib.sha256(json.dumps(list(captions.items())).encode()).hexdigest()
@@ -175,8 +174,12 @@ class LooseText:
         for name, tensor in ((NULL_FILE, null.features), (NULL_POOLED_FILE, null.pooled)):
             if tensor is not None:
                 self._files.write(name, npy_bytes(tensor[0].numpy().astype(self.dtype)))
-        content = dataclasses.asdict(self.record) | {"count": int(self.first[-1]), "dtype": str(self.dtype)}
+        content = dataclasses.asdict(self.record) | {"count": int(self.first[-1]), "dtype": str(self.dtype)} | self._checksums()
         write_atomically(self.folder / RECORD_FILE, json.dumps(content, indent=1) + "\n")
+
+    def _checksums(self) -> dict[str, Any]:
+        """What text.json says of the files: nothing of loose ones."""
+        return {}
 
 
 class PackedText(LooseText):
@@ -227,6 +230,14 @@ class PackedText(LooseText):
         write_atomically(self.folder / INDEX_FILE, self.first.tobytes())
         super().finish(null)
         self._done.unlink(missing_ok=True)
+
+    def _checksums(self) -> dict[str, Any]:
+        files = [
+            INDEX_FILE,
+            *([BIN_FILE, POOLED_BIN_FILE][: len(self.shapes)]),
+            *([NULL_FILE, NULL_POOLED_FILE][: len(self.shapes)]),
+        ]
+        return {"files": {file: file_sha256(self.folder / file) for file in files}}
 
     @property
     def _done(self) -> Path:

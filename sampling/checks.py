@@ -5,6 +5,8 @@ Those of the options alone run before a checkpoint is read or downloaded, the ot
 
 from collections.abc import Sequence
 
+import torch
+
 import models
 from common.errors import UserError
 from common.logging import warn
@@ -12,7 +14,7 @@ from config.options import GenerateConfig
 from flows import check_sampler, flow_of
 from models.elit import budget_to_k
 from samplers import BudgetSchedule, parse_budget
-from sampling import guides
+from sampling import conditions, guides
 from sampling.session import Options, guidance
 
 BUDGETS = ("inference_budget", "unconditional_inference_budget")
@@ -23,17 +25,18 @@ def check_options(config: Options, cfg_scales: Sequence[float] | None = None) ->
     for name in BUDGETS:
         _parsed(_flag(name), getattr(config, name))
     check_sampler(config.mode, config.heun)
+    if config.cuda_graphs and not torch.cuda.is_available():
+        raise UserError("--cuda-graphs: requires CUDA, which this machine does not have; leave it out")
+    if config.cuda_graphs and config.core_cache:
+        raise UserError("--cuda-graphs: with --core-cache no two steps run the same; leave one of them out")
     guides.check_options(config)
+    conditions.check_options(config)
     for changes in [{}] if cfg_scales is None else [{"cfg_scale": scale, "guide_label": None} for scale in cfg_scales]:
         guidance(config, **changes).check()
 
 
 def check_model(config: Options) -> None:
     """Refuse what the checkpoint's model cannot be sampled with."""
-    if models.model_spec(config.model).text:
-        raise UserError(
-            f"--ckpt {config.ckpt}: holds a {config.model}, which is conditioned on text; only class labels can be given"
-        )
     flow_of(config).check_sampling()
     for name in BUDGETS:
         check_budget(config, _flag(name), getattr(config, name))

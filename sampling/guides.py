@@ -49,8 +49,11 @@ def read(config: GenerateConfig | InferenceTool, weights: Weights) -> Weights | 
 
 def _check(config: GenerateConfig | InferenceTool, weights: Weights, own: Architecture, guide: Weights) -> None:
     where, spec = f"--guide-ckpt {config.guide_ckpt}", models.model_spec(own.model)
-    if spec.text:
-        raise UserError(f"{where}: holds a {own.model}, which is conditioned on text; the guide must take class labels")
+    if guide.takes_text != weights.takes_text:
+        kinds = ["text" if w.takes_text else "class labels" for w in (guide, weights)]
+        raise UserError(f"{where}: holds a {own.model}, which is conditioned on {kinds[0]}, but the model on {kinds[1]}")
+    if guide.text is not None and weights.text is not None:
+        guide.text.check_same(weights.text, where, f"--ckpt {config.ckpt}")
     guide.check_velocity(where)
     states = [_states(options, w) for options, w in ((own, guide), (config, weights))]
     if states[0] != states[1]:
@@ -62,7 +65,7 @@ def _check(config: GenerateConfig | InferenceTool, weights: Weights, own: Archit
             raise UserError(f"{where}: its latents have {name} {values[0]}, but the model's {values[1]}: they are not alike")
     if own.path_type != config.path_type:
         raise UserError(f"{where}: was trained with path_type {own.path_type}, but the model with {config.path_type}")
-    if config.guide_label == "same" and own.num_classes != config.num_classes:
+    if config.guide_label == "same" and not guide.takes_text and own.num_classes != config.num_classes:
         raise UserError(
             f"{where}: knows {own.num_classes} classes, but the model {config.num_classes}; --guide-label none guides without a label"
         )

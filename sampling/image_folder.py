@@ -1,9 +1,10 @@
-"""The folder of generated images: names, the record of settings, which images are missing, the npz."""
+"""The folder of generated images and the npz beside it: names, the record of settings, which images are missing."""
 
 import dataclasses
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -13,15 +14,17 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-import metrics.images
 from checkpoint.weights import Weights
 from common.errors import UserError
 from common.files import check_name, join_inside, parse_json, write_json
 from common.image_files import save_png
 from config.options import GenerateConfig
 from config.rules import folder_labels, names
+from data.captions import CAPTIONS_FILE
 from flows import flow_of
+from metrics.images import ImageSet, open_images
 from samplers import parse_budget
+from sampling.npz_writer import NpzWriter
 
 WRITERS = 4  # threads that write PNG files
 
@@ -68,6 +71,8 @@ def folder_name(config: GenerateConfig) -> str:
         "weights": config.weights.replace(":", "_"),
         "inference_budget": parse_budget(config.inference_budget),
         "class_labels": labels,
+        "prompt": config.prompt and _slug(config.prompt),
+        "prompts": config.prompts and Path(config.prompts).stem,
         "guide_ckpt": config.guide_ckpt and Path(config.guide_ckpt).stem,
     }
     for option, label in folder_labels(GenerateConfig).items():
@@ -81,6 +86,12 @@ def folder_name(config: GenerateConfig) -> str:
     return name
 
 
+def _slug(prompts: Sequence[str]) -> str:
+    """Prompts in a folder's name: the first one's letters, and a hash of all."""
+    letters = "_".join(re.findall(r"[a-z0-9]+", prompts[0].lower()))[:40].strip("_")
+    return f"{letters or 'prompt'}-{hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:8]}"
+
+
 # ------------------------------------------------------------------------------------------------------------ record
 
 
@@ -91,6 +102,9 @@ def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -
     if config.inference_budget is not None:
         options["inference_budget"] = str(parse_budget(config.inference_budget))  # one spelling
     guide = {} if weights.guide is None else {"guide_sha256": weights.guide.sha256}
+    if weights.prompts is not None:
+        del options["class_labels"]
+        guide |= weights.prompts.identity
     return {"ckpt_sha256": weights.sha256, "ckpt_step": weights.step, "vae_sha256": vae_sha256, **guide, **options}
 
 
@@ -100,11 +114,12 @@ def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any])
     Raises:
         UserError: they were not, or the folder cannot be written to.
     """
-    record = folder.with_name(folder.name + ".json")
+    record, npz = folder.with_name(folder.name + ".json"), npz_writer(config)
     try:
-        if folder.is_dir() and any(folder.glob("*.png")):
+        holds_images = folder.is_dir() and any(folder.glob("*.png"))
+        if holds_images or (config.no_png and (npz.path.exists() or npz.unfinished.exists())):
             _check_record(record, folder, made_with)
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder.parent if config.no_png else folder).mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):  # of a killed run
             if re.fullmatch(r"\d{6,}\.png(\.\d+)?\.tmp", leftover.name):
                 leftover.unlink()
@@ -128,19 +143,32 @@ def _check_record(record: Path, folder: Path, made_with: dict[str, Any]) -> None
             )
 
 
+def write_captions(folder: Path, prompts: Sequence[str], count: int) -> None:
+    """captions.json beside the images, in the format of data folders: the prompt of each."""
+    entries = [[image_name(i), [prompts[i % len(prompts)]]] for i in range(count)]
+    write_json({"captions": entries}, folder / CAPTIONS_FILE)
+
+
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-def missing_images(folder: Path, indices: Iterable[int], resolution: int) -> Iterable[int]:
-    """Those of `indices` whose file is not there or is not a whole PNG of the right size."""
+def missing_images(
+    folder: Path, indices: Iterable[int], resolution: int, keep: Callable[[int, np.ndarray], None] | None = None
+) -> list[int]:
+    """Those of `indices` whose file is not there or is not a whole PNG of the right size; `keep` gets the others' pixels."""
 
     def good(index: int) -> bool:
         try:
             with Image.open(folder / image_name(index)) as image:
                 image.load()
-                return image.size == (resolution, resolution) and image.mode == "RGB"
+                if image.size != (resolution, resolution) or image.mode != "RGB":
+                    return False
+                pixels = np.asarray(image)
         except (OSError, SyntaxError, ValueError):
             return False
+        if keep is not None:
+            keep(index, pixels)
+        return True
 
     indices = list(indices)
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -162,22 +190,53 @@ class ImageWriter:
             if error is None:
                 self._wait()
 
-    def write(self, folder: Path, indices: Sequence[int], images: Tensor) -> None:
-        """Images `indices`, uint8 (B, 3, H, W); at most one batch waits. Raises WriteError, of the batch before, too."""
+    def write(self, folder: Path | None, indices: Sequence[int], images: Tensor, npz: NpzWriter | None = None) -> None:
+        """Images `indices`, uint8 (B, 3, H, W), to a folder of PNG and an npz, as far as they are given; at most one batch waits.
+
+        Raises WriteError, of the batch before, too.
+        """
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         self._wait()
-        self._jobs = [self._pool.submit(_write_image, folder, i, p) for i, p in zip(indices, pixels, strict=True)]
+        self._jobs = [self._pool.submit(_write_image, folder, npz, i, p) for i, p in zip(indices, pixels, strict=True)]
 
     def _wait(self) -> None:
         for job in self._jobs:
             job.result()
 
 
-def _write_image(folder: Path, index: int, image: np.ndarray) -> None:
-    save_png(Image.fromarray(image), folder / image_name(index), compress_level=1)
+def _write_image(folder: Path | None, npz: NpzWriter | None, index: int, image: np.ndarray) -> None:
+    if folder is not None:
+        save_png(Image.fromarray(image), folder / image_name(index), compress_level=1)
+    if npz is not None:
+        npz.write(index, image)
 
 
-def write_npz(path: Path, files: Iterable[Path], config: GenerateConfig) -> None:
-    """ADM's sample format: arr_0 uint8 (M, H, W, 3) of the image files. Raises WriteError for a full disk."""
-    shape = (config.num_fid_samples, config.resolution, config.resolution, 3)
-    metrics.images.write_npz(path, shape, (np.asarray(Image.open(file)) for file in files))
+def npz_writer(config: GenerateConfig) -> NpzWriter:
+    """Of the npz beside the folder."""
+    folder = images_folder(config)
+    return NpzWriter(folder.with_name(folder.name + ".npz"), config.num_fid_samples, config.resolution)
+
+
+def missing_in_npz(npz: NpzWriter, before: ImageSet | None, indices: Sequence[int]) -> list[int]:
+    """Those of `indices` that are neither in the unfinished npz nor in the one `before` it, of which they are taken over."""
+
+    def good(index: int) -> bool:
+        if npz.holds(index):
+            return True
+        if before is None or index >= before.count:
+            return False
+        npz.write(index, before.read(range(index, index + 1))[0])
+        return True
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        return [i for i, ok in zip(indices, pool.map(good, indices), strict=True) if not ok]
+
+
+def whole_npz(path: Path, side: int) -> ImageSet | None:
+    """The npz of an earlier run with images of `side` pixels; None where there is none, or it is damaged. Reads all of it."""
+    try:
+        images = open_images(path)
+        images.sha256()
+        return images if images.size == (side, side) else None
+    except UserError:
+        return None

@@ -1,5 +1,7 @@
 """Generation as an iterable: the images of a checkpoint, batch by batch and by index, for files or for metrics."""
 
+import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -8,26 +10,49 @@ from torch import Tensor
 from common import precision
 from config.options import GenerateConfig
 from flows import OnStage
-from randomness import image_labels
 from sampling import session
 from sampling.session import Session
+
+AHEAD = 1  # batches that are sampled on CUDA before one is handed out: it is decoded meanwhile
 
 OnStageOf = Callable[[Sequence[int], int, Tensor], None]  # (indices, stage, latents): `flows.OnStage` of a batch
 
 
-def labels_of(config: GenerateConfig, indices: Sequence[int]) -> Tensor:
-    """Class ids (B,) of the images `indices`: random by index, balanced, or cycling through a list."""
-    if config.class_labels == ["random"]:
-        return image_labels(config.global_seed, indices, config.num_classes)
-    cycle = range(config.num_classes) if config.class_labels == ["balanced"] else [int(c) for c in config.class_labels]
-    return torch.tensor([cycle[i % len(cycle)] for i in indices])
+def latents_of(loaded: Session, config: GenerateConfig, indices: Sequence[int], on_stage: OnStage | None = None) -> Tensor:
+    """Latents (B, C, h, w) of the images `indices` by the options `config`. on_stage: see `FlowMatching.sample_state`."""
+    sampled = loaded.with_options(config)
+    return sampled.latents(session.guidance(config), config.global_seed, indices, sampled.condition(indices), on_stage)
 
 
 def draw(loaded: Session, config: GenerateConfig, indices: Sequence[int], on_stage: OnStage | None = None) -> Tensor:
-    """Images `indices` as uint8 (B, 3, H, W) by the options `config`. on_stage: see `FlowMatching.sample_state`."""
-    sampled = loaded.with_options(config)
-    labels = labels_of(config, indices)
-    return sampled.decode(sampled.latents(session.guidance(config), config.global_seed, indices, labels, on_stage))
+    """Images `indices` as uint8 (B, 3, H, W); otherwise as `latents_of`."""
+    return loaded.decode(latents_of(loaded, config, indices, on_stage))
+
+
+class Decoding:
+    """Images that are being decoded: on CUDA on a stream of its own, while the host goes on to sample the next batch."""
+
+    def __init__(self, loaded: Session, latents: Tensor):
+        self._stream = _decoding_stream(latents.device) if latents.is_cuda else None
+        if self._stream is None:
+            self._images = loaded.decode(latents)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._images = loaded.decode(latents)
+        latents.record_stream(self._stream)
+
+    def images(self) -> Tensor:
+        """Uint8 (B, 3, H, W)."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._images.record_stream(torch.cuda.current_stream())
+        return self._images
+
+
+@functools.cache
+def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def images(
@@ -56,18 +81,29 @@ def images(
     Raises:
         UserError: latents are not finite.
     """
+    ahead = AHEAD if loaded.device.type == "cuda" else 0
+    waiting: deque[tuple[Sequence[int], Decoding | None]] = deque()
     size = max(1, min(config.per_proc_batch_size, -(-len(indices) // processes)))
     for first in range(process * size, -(-len(indices) // (size * processes)) * size * processes, size * processes):
         batch = indices[first : first + size]
-        if not batch:
-            yield batch, torch.empty(0, 3, config.resolution, config.resolution, dtype=torch.uint8)
-            continue
+        waiting.append((batch, _start(loaded, config, batch, on_stage) if batch else None))
+        if len(waiting) > ahead:
+            yield _finish(*waiting.popleft(), config)
+    while waiting:
+        yield _finish(*waiting.popleft(), config)
 
-        def report(stage: int, latents: Tensor, batch: Sequence[int] = batch) -> None:
-            assert on_stage is not None
-            on_stage(batch, stage, latents)
 
-        # Not in inference mode: a training run may use what is cached here, such as masks, where gradients flow.
-        with torch.no_grad(), precision.tf32(config.tf32):
-            drawn = draw(loaded, config, batch, report if on_stage else None)
-        yield batch, drawn
+def _start(loaded: Session, config: GenerateConfig, batch: Sequence[int], on_stage: OnStageOf | None) -> Decoding:
+    def report(stage: int, latents: Tensor) -> None:
+        assert on_stage is not None
+        on_stage(batch, stage, latents)
+
+    # Not in inference mode: a training run may use what is cached here, such as masks, where gradients flow.
+    with torch.no_grad(), precision.tf32(config.tf32):
+        return Decoding(loaded, latents_of(loaded, config, batch, report if on_stage else None))
+
+
+def _finish(batch: Sequence[int], decoding: Decoding | None, config: GenerateConfig) -> tuple[Sequence[int], Tensor]:
+    if decoding is None:
+        return batch, torch.empty(0, 3, config.resolution, config.resolution, dtype=torch.uint8)
+    return batch, decoding.images()

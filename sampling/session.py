@@ -20,12 +20,14 @@ from common.errors import UserError
 from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from flows import FlowMatching, OnStage, flow_of
-from models.conditioning import Condition
+from models.conditioning import Condition, map_condition
 from models.layers import narrow_linears
 from models.vae import VAERecord, decode, load_vae
 from samplers import Guidance, parse_budget
-from sampling import core_cache, guides
+from sampling import conditions, core_cache, guides
+from sampling.conditions import Conditions, Labels
 from sampling.core_cache import CoreCaches, Drawn
+from sampling.cuda_graphs import FEW_IMAGES, Graphs
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -59,6 +61,7 @@ def read_checkpoint(config: Options, given: dict[str, Any]) -> Weights:
     weights = reading.read_weights(config.ckpt, config.weights, given)
     resolve_architecture(config, given, weights, config.ckpt)
     weights.check_velocity(f"--ckpt {config.ckpt}")
+    weights.prompts = conditions.read(config, weights, given)
     weights.guide = guides.read(config, weights)
     core_cache.check(config, weights)
     return weights
@@ -113,6 +116,8 @@ class Session:
         shape: (C, h, w) of the VAE latents.
         guide: the network that guides the model, in eval mode, if another does.
         caches: of its sampler's runs.
+        conditions: what images are drawn from, labels or prompts.
+        graphs: CUDA graphs of its networks.
         drawn: what it has drawn with a core cache, and with which passes; sessions of other options have it in common.
     """
 
@@ -123,7 +128,9 @@ class Session:
     shape: tuple[int, int, int]
     guide: nn.Module | None = None
     caches: CoreCaches = field(default_factory=CoreCaches)
+    graphs: Graphs = field(default_factory=Graphs)
     drawn: Drawn = field(default_factory=Drawn)
+    conditions: Conditions = field(default_factory=Labels)
 
     def with_options(self, config: Options) -> "Session":
         """The same checkpoint, sampled by other options."""
@@ -142,6 +149,10 @@ class Session:
     def flow(self) -> FlowMatching:
         """The model's flow, with the options of the sampler."""
         return flow_of(self.config)
+
+    def condition(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Condition:
+        """Labels (B,) or text of the images `indices`, on `device`."""
+        return map_condition(lambda v: v.to(device), self.conditions.of(self.config, indices))
 
     def autocast(self) -> AbstractContextManager:
         """The context of the model's forward passes: automatic mixed precision where the options ask for it."""
@@ -164,8 +175,8 @@ class Session:
         Raises:
             UserError: some are not finite; it names the first such image.
         """
-        model, guidance = self.networks(guidance)
-        if model is not self.model:
+        model, guidance = self.networks(guidance, len(indices))
+        if self.config.core_cache:
             self.drawn.images += len(indices)
         with self.autocast():
             latents = self.flow.sample(model, self.shape, seed, indices, y, guidance, on_stage)
@@ -183,12 +194,23 @@ class Session:
         """The guidance, with the guide's network where another network guides."""
         return guidance._replace(guide=self.guide) if guidance.guide_label else guidance
 
-    def networks(self, guidance: Guidance) -> tuple[nn.Module, Guidance]:
-        """The model for one run of the sampler, and the guidance with the guide's network; with caches where the options ask for them."""
+    def networks(self, guidance: Guidance, images: int) -> tuple[nn.Module, Guidance]:
+        """The model for one run of the sampler, and the guidance with the guide's network; with what speeds them up.
+
+        images: drawn by the run.
+        """
         guidance = self.with_guide(guidance)
         if not self.config.core_cache:
-            return self.model, guidance
+            if not self.uses_graphs(images):
+                return self.model, guidance
+            guide = None if guidance.guide is None else self.graphs.of(guidance.guide)
+            return self.graphs.of(self.model), guidance._replace(guide=guide)
         return self.caches.cached(self.config, self.model, guidance, self.flow.evaluations(), self.drawn)
+
+    def uses_graphs(self, images: int) -> bool:
+        """Whether forwards of so many images are replayed from CUDA graphs."""
+        requested = images <= FEW_IMAGES if self.config.cuda_graphs is None else self.config.cuda_graphs
+        return requested and self.device.type == "cuda"
 
     def starting_noise(self, seed: int, indices: Sequence[int]) -> Any:
         """The noise that the images `indices` start from, on the model's device: a state of the flow."""
@@ -220,8 +242,13 @@ def load(config: Options, weights: Weights, device: torch.device, vaes: dict | N
         networks.append(network)
     model, guide = networks
     side = config.resolution // weights.record.downsample_factor
-    shape = (weights.record.latent_channels, side, side)
-    return Session(config, model, vae, record.sha256, shape, guide)
+    loaded = Session(config, model, vae, record.sha256, (weights.record.latent_channels, side, side), guide)
+    if weights.prompts is None:
+        return loaded
+    prompts = weights.prompts.open(device)
+    for network in networks:
+        conditions.set_missing_null(network, prompts.null)
+    return dataclasses.replace(loaded, conditions=prompts)
 
 
 # ------------------------------------------------------------------------------------------------ the inference tools
@@ -237,11 +264,12 @@ def setup_tool(config: InferenceTool, weights: Weights, output_dir: str) -> tupl
     return session, folder
 
 
-def sample_classes(session: Session, config: InferenceTool, guidance: Guidance) -> tuple[Tensor, np.ndarray]:
-    """One image of each class label, in batches: latents (n, C, h, w), and the decoded images as uint8 (n, H, W, 3)."""
+def sample_examples(session: Session, config: InferenceTool, guidance: Guidance) -> tuple[Tensor, np.ndarray]:
+    """One image of each class label or prompt, in batches: latents (n, C, h, w), and the decoded images as uint8 (n, H, W, 3)."""
     latents, images = [], []
-    for first in range(0, len(config.class_label), config.per_proc_batch_size):
-        labels = torch.tensor(config.class_label[first : first + config.per_proc_batch_size])
-        latents.append(session.latents(guidance, config.seed, range(first, first + len(labels)), labels))
+    indices = range(len(session.conditions.names(config)))
+    for first in range(0, len(indices), config.per_proc_batch_size):
+        batch = indices[first : first + config.per_proc_batch_size]
+        latents.append(session.latents(guidance, config.seed, batch, session.condition(batch)))
         images.append(session.decode(latents[-1]).permute(0, 2, 3, 1).cpu().numpy())
     return torch.cat(latents), np.concatenate(images)

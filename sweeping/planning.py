@@ -112,6 +112,8 @@ class Plan:
         first = dataclasses.replace(base, **points[0])
         session.set_precision(first, self.device)
         weights = session.read_checkpoint(first, by_hand)
+        if weights.prompts is not None and "class_labels" in self.given:
+            raise UserError(f"--class-labels: {ckpt} is conditioned on text; give --prompts")
         for option, reason in flow_of(first).ignored_options.items():
             if option in self.given:
                 warn(f"{flag(option)} has no effect: {reason}")

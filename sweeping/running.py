@@ -186,12 +186,12 @@ def seconds_per_image(runner: Runner, cells: Sequence[Cell]) -> list[float]:
     loaded = runner.load(source)
     config = source.configs[0]
     indices = range(config.per_proc_batch_size)
-    noise, labels = loaded.starting_noise(0, indices), torch.zeros(len(indices), dtype=torch.long, device=device)
+    noise, y = loaded.starting_noise(0, indices), loaded.condition(indices, device)
     latents = torch.zeros(len(indices), *loaded.shape, device=device)
 
     def forward() -> None:
         with torch.inference_mode(), loaded.autocast():
-            loaded.flow.forward(loaded.model, noise, labels, None)
+            loaded.flow.forward(loaded.model, noise, y, None)
 
     def decode() -> None:
         loaded.decode(latents)

@@ -97,6 +97,14 @@ def test_fusing_never_adds(trace):
         assert size <= trace.total("element-wise", [part])[1]
 
 
+def test_the_update_of_eight_processes_moves_at_most_48_bytes_per_parameter():
+    """It was 60: clipping 12, the mean over processes 8, AdamW 28, an average 12."""
+    trace = trace_step(CONFIG, 2, 1.0, processes=8)
+    adam = next(op for op in trace.ops if "adamw" in op.name)
+    assert adam.bytes / trace.parameters == pytest.approx(32, abs=0.1)  # reads four, writes four: gradients too, once scaled
+    assert trace.total(parts=["update"])[1] / trace.parameters <= 48
+
+
 def test_a_chain_between_two_products_is_one_kernel():
     def op(name, reads, writes):
         return Op(name, "a", ("a", 1, True), False, 1, 0, dict.fromkeys(reads, 4), dict.fromkeys(writes, 4))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from common.distributed import end_with_parent
 from common.early_signals import SIGNALS
 from config.options import TrainConfig
+from data.captions import caption_of
 from data.dataset import LatentDataset
 from randomness import Draws, epoch_order, split_draws
 
@@ -107,14 +108,23 @@ def _unpack_items(flat: Tensor, shape: torch.Size, form: Sequence[Any], others: 
 
 
 class StepData(Dataset):
-    """The samples of a forward with its draws, both made where the data is read: in the data workers, if there are any."""
+    """The samples of a forward with its draws, both made where the data is read: in the data workers, if there are any.
 
-    def __init__(self, dataset: LatentDataset, draw: Callable[[int], Draws]):
-        self.dataset, self.draw = dataset, draw
+    Of an image with several captions, each forward draws one, by (seed, forward, place in the global batch).
+    """
+
+    def __init__(self, dataset: LatentDataset, draw: Callable[[int], Draws], seed: int = 0, first_place: int = 0):
+        """first_place: of this process's slice of the global batch."""
+        self.dataset, self.draw, self.seed, self.first_place = dataset, draw, seed, first_place
 
     def __getitems__(self, batch: Batch) -> dict[str, Any]:
         """The collated samples, and under "draws" what `draw` gives for the forward."""
-        return StepItems(default_collate(self.dataset.__getitems__(batch)), draws=self.draw(batch.forward))
+
+        def choose(place: int, count: int) -> int:
+            return caption_of(self.seed, batch.forward, self.first_place + place, count)
+
+        items = self.dataset.__getitems__(batch, *([choose] if getattr(self.dataset, "text", None) else []))
+        return StepItems(default_collate(items), draws=self.draw(batch.forward))
 
 
 def create_loader(
@@ -122,7 +132,7 @@ def create_loader(
 ) -> DataLoader:
     """The loader of a process's batches, whose memory a GPU can copy from without waiting."""
     return DataLoader(
-        StepData(dataset, draw),
+        StepData(dataset, draw, batches.seed, batches.batch_slice.start),
         batch_sampler=cast(Any, batches),
         collate_fn=cast(Any, _as_it_is),
         num_workers=num_workers,

@@ -1,6 +1,7 @@
 """What a training run holds in memory, counted on fake tensors."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from flows import flow_of
 from loss import Projecting, alignment_loss
 from models.backbone import Backbone
 from models.encoders import TargetEncoder
+from models.text_encoders import TextRecord
 from models.vae import VAERecord
 from training.setup import build_model
 
@@ -40,7 +42,12 @@ def state_bytes(model: nn.Module, ema_copies: int) -> StateBytes:
 
 
 def activation_bytes(
-    config: TrainConfig, record: VAERecord, encoders: list[TargetEncoder], batch_size: int, budget: float | None
+    config: TrainConfig,
+    record: VAERecord,
+    encoders: list[TargetEncoder],
+    batch_size: int,
+    budget: float | None,
+    text: TextRecord | None = None,
 ) -> int:
     """What autograd keeps of one forward of `batch_size` images for the backward pass, parameters not counted.
 
@@ -50,7 +57,7 @@ def activation_bytes(
     """
     saved: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode():
-        model = build_model(config, record, [e.z_dim for e in encoders])
+        model = build_model(config, record, [e.z_dim for e in encoders], text)
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,7 +97,7 @@ def _fake_losses(
     """The losses (B,) of a step at this budget, under the condition that keeps most."""
     flow, side = flow_of(config), config.resolution // record.downsample_factor
     draws = flow.empty_draws(batch_size, (record.latent_channels, side, side))
-    x, y = torch.empty_like(draws.noise), torch.empty(batch_size, dtype=torch.long)
+    x, y = torch.empty_like(draws.noise), cast(Backbone, model).example_condition(batch_size)
     call = Projecting(model) if hasattr(model, "projectors") else model
     with autocast(config.mixed_precision, torch.device("cpu")):
         losses = flow.loss_under(flow.conditions([budget])[-1], call, x, draws, y).losses

@@ -1,18 +1,19 @@
 """Optimizer, learning-rate schedule and averaged weights."""
 
 import copy
+import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from checkpoint.weights import load_state_dict
 from common.errors import UserError, first_line
 from config.options import TrainConfig
 
@@ -53,6 +54,48 @@ def load_optimizer(optimizer: AdamW, scaler: torch.amp.GradScaler | None, state:
         raise UserError(f"{where}: its optimizer state is not one of this model: {first_line(error)}") from None
 
 
+def clip_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter], optimizer: AdamW, max_norm: float) -> Tensor:
+    """Let the next step take gradients that are scaled down to `max_norm` where they exceed it; returns their norm before.
+
+    On CUDA the fused step scales them as it reads them; elsewhere they are scaled here.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    if accelerator.device.type != "cuda":
+        return torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_norm))
+    accelerator.unscale_gradients()
+    return clip_in_step(parameters, optimizer, max_norm)
+
+
+@torch.no_grad()
+def clip_in_step(parameters: list[nn.Parameter], optimizer: AdamW, max_norm: float) -> Tensor:
+    """The norm of the gradients, by whose excess over `max_norm` the fused step divides them."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # pyright: ignore[reportAttributeAccessIssue], which AdamW reads
+    return norm
+
+
+class IdleParameters:
+    """Parameters that the forwards of a step leave out, for several processes.
+
+    DDP waits for the gradients of all parameters. These get one of zeros, and after the backward pass none: the optimizer leaves
+    such parameters and their moments as they are, as it does with one process.
+    """
+
+    def __init__(self) -> None:
+        self._idle: set[nn.Parameter] | None = None
+
+    def touch(self, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        """The same loss, of which the parameters that its forward left out have gradients, too."""
+        self._idle = set(parameters) if self._idle is None else self._idle & set(parameters)
+        return loss + torch.stack([p.flatten()[:0].sum() for p in parameters]).sum() if parameters else loss
+
+    def drop_gradients(self) -> None:
+        """Of the parameters that no forward of the step used."""
+        for parameter in self._idle or ():
+            parameter.grad = None
+        self._idle = None
+
+
 def create_schedule(optimizer: AdamW, config: TrainConfig, step: int, total_steps: int) -> LambdaLR:
     """The learning-rate schedule after optimizer step `step` of `total_steps`.
 
@@ -86,31 +129,68 @@ def depends_on_length(config: TrainConfig) -> bool:
 
 
 class EMA:
-    """Averaged copies of the weights, one for each decay; each starts as a copy and follows every optimizer step."""
+    """Averages of the weights, one for each decay; each starts as a copy and follows every optimizer step.
 
-    def __init__(self, model: nn.Module, decays: list[float]):
-        self.models = {f"{d:g}": copy.deepcopy(model).eval().requires_grad_(False) for d in decays}
-        self.sources = list(model.parameters())  # not their storage: DDP gives them another one
-        self.updates: list[tuple[Callable, list[nn.Parameter]]] = [
-            (get_ema_multi_avg_fn(d), list(m.parameters())) for d, m in zip(decays, self.models.values(), strict=True)
-        ]
+    Of several processes each keeps and updates its part of every average: whole tensors, so that the bits are those of one process.
+
+    Args:
+        model: whose weights are averaged, before it is wrapped.
+        decays: of the averages.
+        process: which process this is.
+        processes: how many share the averages.
+    """
+
+    def __init__(self, model: nn.Module, decays: list[float], process: int = 0, processes: int = 1):
+        self.decays = [f"{decay:g}" for decay in decays]
+        self.sources = dict(model.named_parameters())  # not their storage: DDP gives them another one
+        self.owners = _owners(self.sources, processes)
+        self._is_shared = processes > 1
+        self._own = [name for name, owner in self.owners.items() if owner == process]
+        self.parts = {d: {name: self.sources[name].detach().clone() for name in self._own} for d in self.decays}
+        self._updates = [(get_ema_multi_avg_fn(decay), self.parts[d]) for decay, d in zip(decays, self.decays, strict=True)]
+        memo: dict[int, Any] = {id(b): b for b in model.buffers()}  # fixed tables
+        memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in self.sources.values()}
+        self._structure = copy.deepcopy(model, memo).eval()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Let each copy follow the weights by one step."""
-        for average, parameters in self.updates:
-            average(parameters, self.sources, None)
+        """Let each average follow the weights by one step."""
+        if self._own:
+            weights: list[Tensor] = [self.sources[name] for name in self._own]
+            for average, part in self._updates:
+                average(list(part.values()), weights, None)
 
-    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
-        """Those of the copies, by decay."""
-        return {decay: model.state_dict() for decay, model in self.models.items()}
+    @torch.no_grad()
+    def assign(self, decay: str, model: nn.Module) -> None:
+        """Set the average of this decay to the weights of `model`, which has the parameters of the averaged one."""
+        weights = dict(model.named_parameters())
+        for name, average in self.parts[decay].items():
+            average.copy_(weights[name])
 
-    def load(self, state: dict[str, Any], where: Path) -> None:
-        """Resume from a training state; a decay that is new starts from the weights, as in a new run."""
-        for decay, model in self.models.items():
-            load_state_dict(model, state["ema"].get(decay, state["model"]), where)
+    @torch.no_grad()
+    def model(self, decay: str | None = None) -> nn.Module:
+        """The model with the average of this decay (default: the first, for pictures and validation), in eval mode.
 
-    @property
-    def first(self) -> nn.Module:
-        """The copy that sample images and the validation loss use."""
-        return next(iter(self.models.values()))
+        Every process takes part, and gets all of it; with one process it shares the average's memory.
+        """
+        part = self.parts[decay or self.decays[0]]
+        memo: dict[int, Any] = {id(b): b for b in self._structure.buffers()}
+        for name, empty in self._structure.named_parameters():
+            weight = part[name] if name in part else torch.empty_like(self.sources[name], requires_grad=False)
+            if self._is_shared:
+                torch.distributed.broadcast(weight, self.owners[name])
+            memo[id(empty)] = nn.Parameter(weight, requires_grad=False)
+        return copy.deepcopy(self._structure, memo)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Decay → state of the model with that average; every process takes part."""
+        return {decay: self.model(decay).state_dict() for decay in self.decays}
+
+
+def _owners(tensors: dict[str, nn.Parameter], processes: int) -> dict[str, int]:
+    """Name → the process that keeps it: the largest first, each to the one that has least."""
+    loads, owners = [(0, process) for process in range(processes)], dict.fromkeys(tensors, 0)
+    for name in sorted(tensors, key=lambda name: -tensors[name].numel()):
+        load, owners[name] = loads[0]
+        heapq.heapreplace(loads, (load + tensors[name].numel(), owners[name]))
+    return owners

@@ -19,14 +19,15 @@ from checkpoint.init_from import init_from
 from common.errors import UserError
 from common.logging import warn
 from config.options import TrainConfig
-from models.costs import mean_forward_flops, projector_flops
+from models.costs import projector_flops
 from models.encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from models.vae import SD_VAE, load_vae
+from training.budgets import mean_training_flops, trained_budgets
 from training.memory import activation_bytes, format_gib, state_bytes
 from training.resume import with_recorded_split
 from training.run_data import RunData, open_data
 from training.run_dir import RunDir
-from training.setup import build_model, ema_warnings, token_grid, trained_budgets
+from training.setup import build_model, ema_warnings, token_grid
 from training.stats import encoder_flops
 
 SAMPLES_READ = 64  # by --plan, evenly spread
@@ -41,17 +42,17 @@ class Plan:
         self.lines: list[str] = []
         self.errors: list[str] = []
         self.data: RunData | None = None
-        self.record = SD_VAE  # where the data do not tell
+        self.record, self.text = SD_VAE, None  # where the data do not tell
         self.encoders: list[TargetEncoder] = []
         with self.checked():
             self.data = open_data(config, self.processes)
-            self.record = self.data.record
+            self.record, self.text = self.data.record, self.data.text_record
         with self.checked():
             names = encoder_names(config.enc_type, config.proj_coeff)
             self.encoders = describe_encoders(names, config.resolution, token_grid(config, self.record))
         self.budgets = trained_budgets(config)
         with torch.device("meta"):
-            self.model = build_model(config, self.record, [e.z_dim for e in self.encoders])
+            self.model = build_model(config, self.record, [e.z_dim for e in self.encoders], self.text)
 
     @contextlib.contextmanager
     def checked(self) -> Iterator[None]:
@@ -87,7 +88,7 @@ class Plan:
             budgets = f", trained at budget{'s' * (len(few) > 1)} {' … '.join(dict.fromkeys([few[0], few[-1]]))}"
         self.say("model", f"{config.model}: {parameters:,} parameters, {math.prod(model.grid_size)} tokens{budgets}")
         images = config.batch_size * config.gradient_accumulation_steps
-        forward = mean_forward_flops(model, self.budgets) + projector_flops(model)
+        forward = mean_training_flops(config, model) + projector_flops(model)
         self.flops = 3 * forward * images  # the backward pass is two forwards
         text = f"{_tera(self.flops)} TFLOPs per iteration, forward and backward of {images} images"
         if self.encoders:
@@ -112,6 +113,8 @@ class Plan:
             for i in np.linspace(0, count - 1, min(count, SAMPLES_READ)).astype(int).tolist():
                 data.dataset[i]
         classes = "unlabelled" if data.dataset.labels is None else f"{len(np.unique(data.dataset.labels))} classes"
+        if self.text is not None:
+            classes = f"captions of {self.text.length} tokens × {self.text.width} by {self.text.encoder}"
         images = " and images" if self.encoders else ""
         self.say(
             "data", f"{config.data_dir}: {count:,} samples, {classes}; latents {C} × {h} × {w} of {self.record.vae}{images}"
@@ -138,14 +141,15 @@ class Plan:
         state = state_bytes(self.model, len(config.ema_decay))
         local = max(1, config.batch_size // self.processes)
         ends = sorted(set(self.budgets[:1] + self.budgets[-1:]), key=lambda b: -(b or 1))
-        activations = [activation_bytes(config, self.record, self.encoders, local, b) for b in ends]
+        activations = [activation_bytes(config, self.record, self.encoders, local, b, self.text) for b in ends]
         encoders = sum(p.numel() * p.element_size() for e in self.encoders for p in e.parameters())
-        total = state.weights + state.gradients + state.optimizer + state.ema + activations[0] + encoders
+        ema = -(-state.ema // self.processes)  # each keeps its part
+        total = state.weights + state.gradients + state.optimizer + ema + activations[0] + encoders
         self.say(
             "memory",
             f"{format_gib(total)} per process and {local} images, {config.mixed_precision}; kernels' workspace not counted",
         )
-        names = {"weights": state.weights, "gradients": state.gradients, "AdamW": state.optimizer, "EMA": state.ema}
+        names = {"weights": state.weights, "gradients": state.gradients, "AdamW": state.optimizer, "EMA": ema}
         if encoders:
             names["encoders"] = encoders
         for name, size in names.items():

@@ -4,11 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import models
 from checkpoint import records, training_state
 from checkpoint.architecture import DEPTHS, with_former_defaults
+from checkpoint.weights import load_state_dict
 from common.errors import UserError
 from common.logging import warn
 from config.options import TrainConfig
@@ -16,7 +21,7 @@ from config.rules import names
 from flows import flow_of
 from models.encoders import encoder_names
 from training.data_order import DATA_POSITION, Progress, total_steps
-from training.optim import depends_on_length
+from training.optim import EMA, depends_on_length
 from training.run_data import RunData
 from training.run_dir import RunDir
 
@@ -35,6 +40,9 @@ LENGTH = names(TrainConfig, resume="changeable", when="schedule")
 DATA_SIZE, DATA_LABELS = "data_size", "data_labels"  # no options, but changed by --data-dir; recorded in checkpoints
 
 
+SMALL = 2**12  # bytes of a tensor that goes with the rest of a state
+
+
 VALIDATION_DUE = "validation_due"  # in checkpoints: a signal came while their step was validated
 
 
@@ -47,9 +55,10 @@ def format_option(value: Any) -> str:
 
 
 def load_state(run_dir: RunDir, resume_step: int, *, lazy: bool = False) -> dict[str, Any] | None:
-    """The training state to resume from, the same in every process; None for a new run. lazy: see `training_state.load`.
+    """The training state to resume from; None for a new run.
 
-    Rank 0 verifies the file and the others follow, so that all of them take the same.
+    Rank 0 alone reads and verifies the file. In the other processes tensors of more than `SMALL` bytes are on the meta device;
+    `shared` brings them there. lazy: for a sharded run, of which each process reads its part, see `training_state.load`.
     """
     step, state, problem = resume_step, None, ""
     if not step:
@@ -65,13 +74,44 @@ def load_state(run_dir: RunDir, resume_step: int, *, lazy: bool = False) -> dict
                 state = _checked(state, training_state.step_path(folder, state["step"]), lazy=lazy)
         except UserError as error:
             state, problem = None, str(error)
-    step, problem = broadcast_object_list([state and state["step"], problem])
+    outline = None if lazy else tree_map(lambda x: x.to("meta") if _is_large(x) else x, state)
+    step, outline, problem = broadcast_object_list([state and state["step"], outline, problem])
     if problem:
         raise UserError(problem)
-    if run_dir.is_main or step is None:
-        return state
+    if run_dir.is_main or step is None or not lazy:
+        return state if run_dir.is_main else outline
     path = training_state.step_path(run_dir.checkpoints, step)
-    return _checked(training_state.load(path, lazy=lazy), path, lazy=lazy)
+    return _checked(training_state.load(path, lazy=True), path, lazy=True)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.nbytes > SMALL
+
+
+def shared(part: Any, accelerator: Accelerator) -> Any:
+    """A part of the state that `load_state` gave, with the tensors of rank 0 in every process; all of them take part."""
+    if accelerator.num_processes == 1:
+        return part
+
+    def share(value: Any) -> Any:
+        if not _is_large(value):
+            return value
+        at = {"dtype": value.dtype, "device": accelerator.device}
+        tensor = torch.empty(value.shape, **at) if value.is_meta else value.contiguous().to(**at)
+        torch.distributed.broadcast(tensor, 0)
+        return tensor
+
+    return tree_map(share, part)
+
+
+def load_weights(state: dict[str, Any], model: nn.Module, ema: EMA, accelerator: Accelerator, where: Path) -> dict[str, Any]:
+    """Take weights and averages of what `load_state` gave; returns it with the optimizer's state of rank 0 in every process."""
+    model = accelerator.unwrap_model(model)
+    for decay in ema.decays:  # one that is new starts from the weights, as in a new run
+        load_state_dict(model, shared(state["ema"].get(decay, state["model"]), accelerator), where)
+        ema.assign(decay, model)
+    load_state_dict(model, shared(state["model"], accelerator), where)
+    return state | {"optimizer": shared(state["optimizer"], accelerator)}
 
 
 def _checked(state: dict[str, Any], path: Path, *, lazy: bool) -> dict[str, Any]:
@@ -108,6 +148,8 @@ def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, ru
             _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)
     if data.record != state["vae"]:
         raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
+    if (text := data.text_record) is not None and state[records.TEXT] is not None:
+        text.check_same(state[records.TEXT], f"--data-dir {config.data_dir}", f"the run in {run_dir.path}")
     _check_data(config, state, data, run_dir)
     _check_length(config, state, len(data.dataset), run_dir)
 

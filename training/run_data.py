@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import models
 from common.errors import UserError
 from config.options import TrainConfig
 from data.dataset import LatentDataset, channel_record
 from models.encoders import encoder_names
+from models.text_encoders import TextRecord
 from models.vae import VAERecord
+from sampling.conditions import Conditions, DataPrompts, Labels
 from training.data_order import Progress, total_steps
 
 
@@ -26,9 +29,20 @@ class RunData:
 
     @functools.cached_property
     def labels_sha256(self) -> str | None:
-        """A hash of the labels, in the order of the samples; None where there are none."""
-        labels = self.dataset.labels
+        """A hash of the labels, in the order of the samples; None where there are none, or text is trained on."""
+        labels = None if self.text_record else self.dataset.labels
         return None if labels is None else hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+
+    @functools.cached_property
+    def conditions(self) -> Conditions:
+        """What pictures are drawn from: labels, or the first captions of the held-out images, else of the training images."""
+        data = self.val_data or self.dataset
+        return Labels() if data.text is None else DataPrompts(data.text, str(data.data_dir))
+
+    @property
+    def text_record(self) -> TextRecord | None:
+        """What the captions' features are; None for a model of class labels."""
+        return None if self.dataset.text is None else self.dataset.text.record
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -36,18 +50,27 @@ class RunData:
         return (self.record.latent_channels, *self.dataset.shape[1:])
 
 
+def takes_text(config: TrainConfig) -> bool:
+    """Whether the run's model is conditioned on text, and not on class labels."""
+    return config.condition == "text" or models.model_spec(config.model).text
+
+
 def open_data(config: TrainConfig, num_processes: int) -> RunData:
     """Training and validation data. Raises UserError where they do not fit the options or each other."""
     if config.batch_size % num_processes:
         raise UserError(f"--batch-size {config.batch_size}: must be divisible by the {num_processes} processes")
-    dataset = LatentDataset(
-        config.data_dir, images=bool(encoder_names(config.enc_type, config.proj_coeff)), cache_dir=config.cache_dir
-    )
-    dataset.check(num_classes=config.num_classes, resolution=config.resolution)
+    text = takes_text(config)
+    num_classes = None if text else config.num_classes
+    images = bool(encoder_names(config.enc_type, config.proj_coeff))
+    dataset = LatentDataset(config.data_dir, images=images, text=text, cache_dir=config.cache_dir)
+    dataset.check(num_classes=num_classes, resolution=config.resolution)
     val_data = None
     if config.val_data_dir:
-        val_data = LatentDataset(config.val_data_dir, cache_dir=config.cache_dir)
-        val_data.check(num_classes=config.num_classes, resolution=config.resolution)
+        val_data = LatentDataset(config.val_data_dir, text=text, cache_dir=config.cache_dir)
+        val_data.check(num_classes=num_classes, resolution=config.resolution)
+        if dataset.text is not None and val_data.text is not None:
+            where = f"--val-data-dir {config.val_data_dir}", f"--data-dir {config.data_dir}"
+            val_data.text.record.check_same(dataset.text.record, *where)
         if val_data.record != dataset.record:
             raise UserError(
                 f"--val-data-dir {config.val_data_dir}: its latents were made by another VAE than those of --data-dir"

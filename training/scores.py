@@ -30,6 +30,7 @@ from metrics.images import open_images
 from metrics.scoring import Scorer
 from models.vae import load_vae
 from sampling.checks import check_budget, check_options
+from sampling.conditions import DataPrompts
 from sampling.images import images
 from sampling.session import Session
 from training.resume import format_option
@@ -56,6 +57,7 @@ def sampling_options(config: TrainConfig, budget: float | None, processes: int =
         tf32=config.allow_tf32,
         vae=config.vae,
         per_proc_batch_size=min(32, max(1, config.batch_size // processes)),
+        cuda_graphs=False,  # the weights change, and a signal is noticed between layers
     )
 
 
@@ -134,6 +136,7 @@ class Scores:
     ):
         """vae: where it is loaded already."""
         self.config, self.accelerator, self.run_dir, self.shape = config, accelerator, run_dir, data.shape
+        self.conditions = data.conditions
         self.vae = vae or load_vae(config.vae or data.record.vae, accelerator.device, expected=data.record)[0]
         size = (config.resolution, config.resolution)
         with _own_options():
@@ -196,7 +199,7 @@ class Scores:
         """This process's share of the images. All processes stop together where one was told to or failed."""
         accelerator, path = self.accelerator, training_state.step_path(self.run_dir.checkpoints, step)
         options = dataclasses.replace(sampling_options(self.config, budget, accelerator.num_processes), ckpt=str(path))
-        session = Session(options, model, self.vae, None, self.shape)
+        session = Session(options, model, self.vae, None, self.shape, conditions=self.conditions)
         share = images(session, options, range(self.config.eval_samples), accelerator.process_index, accelerator.num_processes)
         while True:
             batch, problem = None, ""
@@ -250,6 +253,8 @@ class Scores:
             "vae",
         ):
             value = getattr(options, name)
+            if name == "class_labels" and isinstance(self.conditions, DataPrompts):
+                name, value = "prompts", self.conditions.data_dir
             if value is not None:
                 words += [f"--{name.replace('_', '-')}", format_option(value)]
         return shlex.join(words)

@@ -8,27 +8,43 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, broadcast_object_list
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch import nn
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 import models
 from checkpoint import reading
 from checkpoint.init_from import init_from
 from checkpoint.weights import model_options
-from common.distributed import check_world_size
+from common.distributed import LONG_WAIT, check_world_size
 from common.errors import UserError, did_you_mean
 from common.files import check_name
 from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
-from models.elit import Elastic, mask_levels, mask_to_budget
+from models.elit import Elastic
 from models.encoders import encoder_names
+from models.text_encoders import TextRecord
 from models.vae import VAERecord
 from training import scores, sharding
+from training.budgets import check_budgets, trained_budgets
 from training.profiler import parse_steps
 from training.resume import ALLOWED
+from training.run_data import takes_text
+
+# The type that gradients are summed in over the processes → accelerate's hook of DDP for it.
+COMM_HOOKS = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
 def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
@@ -37,9 +53,10 @@ def token_grid(config: TrainConfig, record: VAERecord) -> tuple[int, int]:
         return build_model(config, record, []).feature_grid
 
 
-def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Backbone:
-    """The model that the options describe, on latents of the VAE `record`, freshly initialised."""
-    return models.create_model(
+def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int], text: TextRecord | None = None) -> Backbone:
+    """The model that the options describe, on latents of the VAE `record` and `text` features, freshly initialised."""
+    sizes = (text.length, text.width, text.pooled) if text else ()
+    model = models.create_model(
         config.model,
         input_size=config.resolution // record.downsample_factor,
         in_channels=record.latent_channels,
@@ -47,8 +64,12 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int]) -> Ba
         fused_attn=config.fused_attn,
         encoder_depth=config.encoder_depth,
         z_dims=z_dims,
+        arguments=models.model_spec(config.model).constructor.text_arguments(*sizes) if sizes else {},
         **model_options(dataclasses.asdict(config)),
     )
+    if isinstance(model, Elastic) and config.elit_init == "spread":
+        model.interface.spread()
+    return model
 
 
 def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
@@ -78,14 +99,6 @@ def init_weights(path: str, config: TrainConfig, model: nn.Module, is_main: bool
     return made.summary()
 
 
-def trained_budgets(config: TrainConfig) -> list[float | None]:
-    """The budgets that training draws from, the largest first; [None] for a model that has none."""
-    if not models.model_spec(config.model).elastic:
-        return [None]
-    J = config.elit_group_size**2
-    return [mask_to_budget(m, J) for m in mask_levels(J, config.elit_min_mask_prob, config.elit_max_mask_prob)]
-
-
 def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     """Refuse what cannot work, before anything is loaded or written. Returns warnings; changes nothing.
 
@@ -94,7 +107,12 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     check_model(config)
     scores.check(config)
     check_name(config.exp_name, "--exp-name", plain=True)
-    sharding.group_size(config.shard, config.plan_processes or sharding.launched_processes())
+    size = sharding.group_size(config.shard, config.plan_processes or sharding.launched_processes())
+    if size > 1 and config.elit_budget_schedule is not None:
+        raise UserError(
+            f"--shard {config.shard}: --elit-budget-schedule gives each process forwards of its own, but they run sharded ones together; "
+            "leave one of the two out"
+        )
     if config.profile_steps:
         parse_steps(config.profile_steps)
     for name in map(_option_name, config.allow_change):
@@ -129,17 +147,13 @@ def ema_warnings(config: TrainConfig, total_steps: int) -> list[str]:
 def check_model(config: TrainConfig) -> None:
     """Refuse options that contradict the model or its flow."""
     spec = models.model_spec(config.model)
-    if spec.text:
-        raise UserError(
-            f"--model {config.model}: is conditioned on text, which arrives with captions; training takes class labels"
-        )
+    if config.condition == "text" and not spec.constructor.takes_text:
+        raise UserError(f"--condition text: {config.model} is conditioned on class labels; MMDiT and U-ViT models take text")
+    if config.condition == "labels" and spec.text:
+        raise UserError(f"--condition labels: {config.model} is conditioned on text, the captions of --data-dir")
     if config.levels is not None and not spec.takes("levels"):
         raise UserError(f"--levels {config.levels}: {config.model} has no levels; only HDiT models do")
-    masks = [config.elit_min_mask_prob, config.elit_max_mask_prob]
-    if not spec.elastic and any(masks):
-        raise UserError(f"--elit-max-mask-prob: {config.model} has no latents to mask; only ELIT models do")
-    if spec.elastic:
-        mask_levels(config.elit_group_size**2, *masks)
+    check_budgets(config)
     flow_of(config).check_training()
 
 
@@ -149,7 +163,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     precision = config.mixed_precision if config.plan else supported_precision(config.mixed_precision, on_cpu)
     names = [_option_name(name) for name in config.allow_change]
     name = models.model_spec(config.model).name  # the spelling that checkpoints record
-    return dataclasses.replace(config, model=name, allow_change=names, mixed_precision=precision)
+    condition = "text" if takes_text(config) else "labels"
+    return dataclasses.replace(config, condition=condition, model=name, allow_change=names, mixed_precision=precision)
 
 
 def _option_name(given: str) -> str:
@@ -162,11 +177,23 @@ class DDPOptions(DistributedDataParallelKwargs):
 
     forward_sync_buffers: bool | None = None
 
+    @override
+    def register_comm_hook(self, model: DistributedDataParallel) -> None:
+        """As accelerate, but on any backend: PyTorch permits its own hook on CUDA alone."""
+        if self.comm_hook == DDPCommunicationHookType.BF16:
+            model.register_comm_hook(None, _sum_in_bf16)
 
-def ddp_options(find_unused_parameters: bool) -> DDPOptions:
+
+def _sum_in_bf16(group: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return bf16_compress_hook(group, bucket)
+
+
+def ddp_options(config: TrainConfig) -> DDPOptions:
     """Buffers are fixed tables here, the same in every process: no forward needs to copy them."""
     is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    options = DDPOptions(gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters)
+    options = DDPOptions(
+        gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_cap_mb, comm_hook=COMM_HOOKS[config.comm_dtype]
+    )
     setattr(options, "forward_sync_buffers" if is_new else "broadcast_buffers", False)
     return options
 
@@ -180,9 +207,11 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
+        # One process works out the scores.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONG_WAIT)] if config.eval_steps else None,
     )
     # Accelerate takes no subclass as an argument.
-    accelerator.ddp_handler = ddp_options(flow_of(config).leaves_parameters_unused)  # pyright: ignore[reportAttributeAccessIssue]
+    accelerator.ddp_handler = ddp_options(config)  # pyright: ignore[reportAttributeAccessIssue]
     check_accelerator(accelerator, config)
     set_tf32(config.allow_tf32)
     if config.deterministic:

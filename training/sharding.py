@@ -6,6 +6,8 @@ tensors, and compute what they compute without sharding.
 """
 
 import copy
+import functools
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,14 +16,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from typing_extensions import override
 
 from checkpoint.sharded import fill
 from checkpoint.weights import check_fits
+from common.distributed import LONG_WAIT
 from common.errors import UserError
+from common.precision import AMP_TYPES
+from config.options import TrainConfig
 from models.backbone import Backbone
 from models.layers import FinalLayer, narrow_linears
+from training.optim import EMA
 
 if TYPE_CHECKING:  # they take a while to import, for what few runs need
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +37,7 @@ if TYPE_CHECKING:  # they take a while to import, for what few runs need
     from torch.distributed.tensor import DTensor
 
 EMBEDDERS = ("x_embedder", "t_embedder", "y_embedder")  # small: they stay with what lies around the parts
+COMM_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --comm-dtype
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -95,26 +104,30 @@ class ShardedModel:
         model: on the CPU or the device; of each parameter this process keeps its shard, on the device.
         frame: `on_meta(model)`, made before it was compiled.
         mesh: see `create_mesh`.
-        narrow: the type of mixed precision, None without.
+        accelerator: whose autocast the forward gets.
 
     Attributes:
+        ema: its averages.
         group: all processes, on the CPU, for checkpoints that are written while training goes on.
     """
 
-    def __init__(self, model: nn.Module, frame: nn.Module, mesh: "DeviceMesh", narrow: torch.dtype | None):
+    def __init__(self, model: nn.Module, frame: nn.Module, mesh: "DeviceMesh", accelerator: Accelerator, config: TrainConfig):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         # Of outputs that are views, which nothing here changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast alone, in place
+        narrow, summed = AMP_TYPES[config.mixed_precision], COMM_TYPES[config.comm_dtype]
         for part in sharded_parts(cast(Backbone, model)):
-            policy = MixedPrecisionPolicy(gathered_dtype(part, narrow), torch.float32, cast_forward_inputs=False)
+            policy = MixedPrecisionPolicy(gathered_dtype(part, narrow), summed, cast_forward_inputs=False)
             fully_shard(part, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=summed, cast_forward_inputs=False))
         self._model, self._frame, self._narrow = model, frame, narrow
         self._whole = {name: cast("DTensor", p) for name, p in model.named_parameters()}
         self._own = [nn.Parameter(p.to_local().detach()) for p in self._whole.values()]  # the same memory
         self._shard_group = mesh.get_group("shard")
-        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONG_WAIT))
+        self.ema = ShardedEMA(self, config.ema_decay)
 
     def parameters(self) -> list[nn.Parameter]:
         """This process's shard of each parameter of the model, in its order, as plain tensors; some may be empty."""
@@ -127,20 +140,15 @@ class ShardedModel:
         cast("FSDPModule", self._model).set_requires_all_reduce(is_last)
 
     @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """After the last backward pass of a step: the mean gradient over all processes becomes that of `parameters`."""
+    def clip_gradients(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+        """As `optim.clip_gradients`, by the norm of all shards; after the last backward pass of a step."""
         for own, parameter in zip(self._own, self._whole.values(), strict=True):
             own.grad = None if parameter.grad is None else cast("DTensor", parameter.grad).to_local()
             parameter.grad = None
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> Tensor:
-        """As `torch.nn.utils.clip_grad_norm_`, by the norm of all shards; returns that.
-
-        A gradient that `scaler` found not to be finite in one shard is so for all.
-        """
-        if scaler is not None and scaler.is_enabled():
-            for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+        accelerator.unscale_gradients()
+        if accelerator.scaler is not None and accelerator.scaler.is_enabled():
+            # What is not finite in one shard is so for all.
+            for found in accelerator.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
                 dist.all_reduce(found, dist.ReduceOp.MAX, group=self._shard_group)
         square = torch.nn.utils.get_total_norm([p.grad for p in self._own if p.grad is not None]).square()
         dist.all_reduce(square, group=self._shard_group)
@@ -181,15 +189,26 @@ class ShardedModel:
         return {"state": moments, "param_groups": state["param_groups"]}
 
     def load(self, state: dict[str, Any], where: Path) -> dict[str, Any]:
-        """Take the weights of the training state `state` of `where`; returns it with this process's part of the moments.
+        """Take weights and averages of the training state `state` of `where`; returns it with this process's part of the moments.
 
         Raises UserError where these are not of this model.
         """
-        weights, moments = self.state_dict(), self._moments(state, where)
-        check_fits(weights, state["model"], where)
+        moments = self._moments(state, where)
+        for decay in self.ema.decays:  # one that is new starts from the weights, as in a new run
+            self._fill(["ema", decay] if decay in state["ema"] else ["model"], state, where)
+            self.ema.assign(decay, self._model)
+        self._fill(["model"], state, where)
         parts = {i: {k: self._part(self._names[i], entry[k]) for k in MOMENTS} for i, entry in moments.items()}
-        fill({"model": weights, "optimizer": {"state": parts}}, state, where)
+        fill({"optimizer": {"state": parts}}, state, where)
         return state | {"optimizer": {"state": moments}}
+
+    def _fill(self, keys: list[str], state: dict[str, Any], where: Path) -> None:
+        """Load the weights that stand under `keys` of the state."""
+        targets: dict[str, Any] = self.state_dict()
+        check_fits(targets, functools.reduce(operator.getitem, keys, state), where)
+        for key in reversed(keys):
+            targets = {key: targets}
+        fill(targets, state, where)
 
     def _moments(self, state: dict[str, Any], where: Path) -> dict[int, dict[str, Tensor]]:
         """Entries of the optimizer's state with zeros for this process's part of the moments."""
@@ -219,45 +238,34 @@ class ShardedModel:
         return DTensor.from_local(own.detach(), p.device_mesh, p.placements, run_check=False, **size)
 
 
-class ShardedEMA:
-    """`optim.EMA` of a sharded model: each process averages its own shards.
-
-    Attributes:
-        shards: by decay, those of each parameter.
-    """
+class ShardedEMA(EMA):
+    """Averages of a sharded model's weights: each process averages its own shards."""
 
     def __init__(self, sharded: ShardedModel, decays: list[float]):
+        self.decays = [f"{decay:g}" for decay in decays]
         self._sharded = sharded
-        self.shards: dict[str, list[Tensor]] = {f"{d:g}": [p.detach().clone() for p in sharded.parameters()] for d in decays}
-        self._averages = [get_ema_multi_avg_fn(d) for d in decays]
+        self._shards = {d: [p.detach().clone() for p in sharded.parameters()] for d in self.decays}
+        self._averages = [get_ema_multi_avg_fn(decay) for decay in decays]
 
+    @override
     @torch.no_grad()
     def update(self) -> None:
-        """Let each copy follow the weights by one step."""
-        for average, own in zip(self._averages, self.shards.values(), strict=True):
+        for average, own in zip(self._averages, self._shards.values(), strict=True):
             average(own, cast(list[Tensor], self._sharded.parameters()), None)
 
-    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
-        """Those of the copies, by decay: DTensors."""
-        return {decay: self._sharded.state_dict(own) for decay, own in self.shards.items()}
-
+    @override
     @torch.no_grad()
-    def load(self, state: dict[str, Any], where: Path) -> None:
-        """Resume from a training state; a decay that is new starts from the weights, as in a new run."""
-        targets: dict[str, dict[str, Tensor]] = {}
-        for decay, averages in self.state_dicts().items():
-            if decay in state["ema"]:
-                targets[decay] = averages
-                check_fits(averages, state["ema"][decay], where)
-            else:
-                for own, parameter in zip(self.shards[decay], self._sharded.parameters(), strict=True):
-                    own.copy_(parameter)
-        fill({"ema": targets}, state, where)
+    def assign(self, decay: str, model: nn.Module) -> None:
+        for own, parameter in zip(self._shards[decay], model.parameters(), strict=True):
+            own.copy_(cast("DTensor", parameter).to_local())
 
-    @property
-    def first(self) -> nn.Module:
-        """The copy that sample images and the validation loss use, gathered; every process takes part."""
-        return self._sharded.gathered(next(iter(self.shards.values())))
+    @override
+    def model(self, decay: str | None = None) -> nn.Module:
+        return self._sharded.gathered(self._shards[decay or self.decays[0]])
+
+    @override
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {decay: self._sharded.state_dict(own) for decay, own in self._shards.items()}
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,8 +1,6 @@
 """What training measures: losses and gradients, summed on the device until a line is logged, and speed."""
 
 import contextlib
-import copy
-import functools
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -10,10 +8,11 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.costs import count_flops, projector_flops
+from models.backbone import Backbone
+from models.costs import forward_flops, projector_flops
 from models.encoders import TargetEncoder
 
 TENTHS = 10  # intervals of t whose losses are told apart
@@ -78,14 +77,20 @@ class Speed:
     """Images and FLOPs per second of all processes, since the last time they were read, and the peak of this device's memory.
 
     Args:
-        model: before it is wrapped. encoders: REPA's, on the meta device.
+        model: before it is wrapped. budgets: those that are trained. encoders: REPA's, on the meta device.
         num_processes: between which the images are split.
         peak: TFLOP/s that a device can reach (`peak_tflops`); None where it is not known.
     """
 
-    def __init__(self, model: nn.Module, encoders: Sequence[TargetEncoder], num_processes: int, peak: float | None):
-        # Of one image's forward at a budget; each is counted once, when it is first met.
-        self._forward_flops = functools.cache(functools.partial(count_flops, copy.deepcopy(model).to("meta")))
+    def __init__(
+        self,
+        model: Backbone,
+        budgets: Sequence[float | None],
+        encoders: Sequence[TargetEncoder],
+        num_processes: int,
+        peak: float | None,
+    ):
+        self._forward_flops = dict(zip(budgets, forward_flops(model, budgets), strict=True))  # of one image
         self._repa_flops = 3 * projector_flops(model) + sum(map(encoder_flops, encoders))  # of one image's step
         self._num_processes, self._peak = num_processes, peak
         self.start()
@@ -113,7 +118,7 @@ class Speed:
     def add(self, images: int, budget: float | None) -> None:
         """Forward and backward of `images` images of all processes. A backward pass is two forwards."""
         self._images += images
-        self._flops += images * (3 * self._forward_flops(budget) + self._repa_flops)
+        self._flops += images * (3 * self._forward_flops[budget] + self._repa_flops)
 
     def read(self, device: torch.device) -> dict[str, float]:
         """images_per_second, tflops, mfu where it is known, and on CUDA peak_memory_gib of this process since the last line.

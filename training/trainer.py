@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
 import models
 from checkpoint import async_writer, training_state
-from checkpoint.weights import load_state_dict
+from checkpoint.records import TEXT
 from common.distributed import data_workers
 from common.errors import UserError
 from common.logging import log, warn
@@ -20,12 +21,14 @@ from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
+from models.conditioning import NullText, condition_of, map_condition
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
 from training import resume, scores, setup, sharding, trackers
+from training.budgets import budget_schedule, parts_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
-from training.optim import EMA, create_optimizer, create_schedule, load_optimizer
+from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
 from training.preemption import Preemption
 from training.profiler import StepProfiler
 from training.run_data import open_data
@@ -47,22 +50,27 @@ class Trainer:
         self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
-        config = resume.with_recorded_split(config, self.run_dir)
+        (config,) = broadcast_object_list(
+            [resume.with_recorded_split(config, self.run_dir) if self.run_dir.is_main else config]
+        )
         self.data = open_data(config, accelerator.num_processes)
         local = config.batch_size // accelerator.num_processes
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-        self.flow, self.budgets = flow_of(config), setup.trained_budgets(config)
+        self.flow, self.budgets, self.schedule_of_budgets = flow_of(config), trained_budgets(config), budget_schedule(config)
         grid = setup.token_grid(config, self.data.record)
         self.encoder_names = encoder_names(config.enc_type, config.proj_coeff)
         targets = describe_encoders(self.encoder_names, config.resolution, grid)
         torch.manual_seed(config.seed)
-        self.model = setup.build_model(config, self.data.record, [target.z_dim for target in targets])
+        self.model = setup.build_model(config, self.data.record, [t.z_dim for t in targets], self.data.text_record)
+        if isinstance(self.model, NullText) and self.data.dataset.text is not None:
+            self.model.set_null_text(*self.data.dataset.text.null)
         self.config = self.run_dir.config = setup.with_split(config, self.model)
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
-        self.speed = Speed(self.model, targets, accelerator.num_processes, peak)
+        self.speed = Speed(self.model, self.budgets, targets, accelerator.num_processes, peak)
         kinds = dict.fromkeys("loss" + condition.metric_suffix for condition in self.flow.conditions(self.budgets))
         losses = ["loss", *(kind for kind in kinds if kind != "loss"), *(["alignment_loss"] if targets else [])]
         self.stats = TrainingStats(losses, accelerator.device)
+        self.idle = IdleParameters()
         self.step = self.saved_step = 0
 
     # ------------------------------------------------------------------------------------------------------ set-up
@@ -119,22 +127,19 @@ class Trainer:
         self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
         if self.mesh is None:
             self.model.to(device)
-            self.ema = EMA(self.model, config.ema_decay)
+            self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
         frame = sharding.on_meta(self.model)
         if config.gradient_checkpointing:
             models.checkpoint_blocks(self.model)
         if device.type == "cuda" if config.compile is None else config.compile:
             models.compile_model(self.model)
-        kept = (self.run_dir.checkpoints, config.keep_last, config.keep_every, warn)
+        kept, self.sharded = (self.run_dir.checkpoints, config.keep_last, config.keep_every, warn), None
         if self.mesh is None:
-            self.sharded = None
             self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
             self.writer = async_writer.Writer(*kept)
         else:  # accelerate knows FSDP2 on CUDA alone
-            self.model = self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-            self.sharded = sharding.ShardedModel(self.model, frame, self.mesh, AMP_TYPES[config.mixed_precision])
-            self.ema = sharding.ShardedEMA(self.sharded, config.ema_decay)
-            self.optimizer = self.accelerator.prepare(create_optimizer(self.sharded, config))
+            self.sharded = sharding.ShardedModel(self.model, frame, self.mesh, self.accelerator, config)
+            self.ema, self.optimizer = self.sharded.ema, self.accelerator.prepare(create_optimizer(self.sharded, config))
             self.writer = async_writer.ShardedWriter(*kept, self.sharded.group)
         self.validation_due = self.scores_due = False
         self._go_to(Progress(0, 0, len(data.dataset), config.batch_size))
@@ -161,8 +166,7 @@ class Trainer:
         if self.sharded is not None:
             state = self.sharded.load(state, where)
         else:
-            load_state_dict(self.accelerator.unwrap_model(self.model), state["model"], where)
-        self.ema.load(state, where)
+            state = resume.load_weights(state, self.model, self.ema, self.accelerator, where)
         load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
@@ -171,7 +175,8 @@ class Trainer:
     def _open_validation(self) -> Validation | None:
         if not self.config.sampling_steps or (self.step >= self.total_steps and not self.validation_due):
             return None
-        return Validation(self.config, self.accelerator, self.data.val_data, self.data.record, self.budgets)
+        data = self.data
+        return Validation(self.config, self.accelerator, data.val_data, data.record, data.conditions)
 
     def _is_scored_at(self, step: int) -> bool:
         every = self.config.eval_steps
@@ -235,8 +240,8 @@ class Trainer:
                 if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or is_scored:
                     with self.speed.untimed():
                         self.save()
-                elif self.step == first and is_main:
-                    self.writer.copy(self.state())  # makes the memory, so that no checkpoint waits for it
+                elif self.step == first:
+                    self._reserve_memory()
                 if is_scored:
                     with self.speed.untimed():
                         self.score(preemption)
@@ -250,7 +255,12 @@ class Trainer:
                     self.sharded.begin_micro_step(accelerator.sync_gradients)
                 accelerator.backward(self.forward(next(batches)))
                 if accelerator.sync_gradients:
-                    norm = self._clip()
+                    clip = (self.optimizer.optimizer, config.max_grad_norm)
+                    if self.sharded is None:
+                        self.idle.drop_gradients()
+                        norm = clip_gradients(accelerator, self.model.parameters(), *clip)
+                    else:
+                        norm = self.sharded.clip_gradients(accelerator, *clip)
                     skip = self.stats.step(norm)
                     if accelerator.scaler is None:  # which sets this itself
                         self.optimizer.optimizer.found_inf = skip  # fused AdamW then leaves weights and state as they are
@@ -259,32 +269,31 @@ class Trainer:
         self.schedule.step()
         self.ema.update()
 
-    def _clip(self) -> Tensor:
-        """Clip the gradient; returns its norm."""
-        if self.sharded is None:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-            return torch.as_tensor(norm)
-        self.sharded.collect_gradients()
-        self.accelerator.unscale_gradients()
-        return self.sharded.clip_grad_norm_(self.config.max_grad_norm, self.accelerator.scaler, self.optimizer.optimizer)
-
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        """Mean loss of this process's images in one forward, with its draws."""
-        config, device = self.config, self.accelerator.device
-        draws = batch["draws"].to(device)
-        moments, y = (batch[k].to(device, non_blocking=True) for k in ("moments", "label"))
-        x = sample_latents(moments, draws.posterior, self.data.record)
-        y = drop_conditions(self.model, y, draws, config.cfg_prob)
-        budget = self.budgets[int(draws.level * len(self.budgets))]  # one for all processes
+        """Mean loss of this process's images with their draws: of one forward, or of one for each budget of a schedule."""
+        device, draws = self.accelerator.device, batch["draws"]
+        moved = {k: batch[k].to(device, non_blocking=True) for k in ("moments", "image") if k in batch}
+        moved["y"] = map_condition(lambda v: v.to(device, non_blocking=True), condition_of(batch))
+        moved["draws"] = draws.to(device)
+        if self.schedule_of_budgets is None:
+            return self._forward(moved, self.budgets[int(draws.level * len(self.budgets))])  # one for all processes
+        parts = parts_by_budget(self.schedule_of_budgets, self.flow.times(draws), moved)
+        return torch.stack([share * self._forward(part, budget) for budget, share, part in parts]).sum()
+
+    def _forward(self, batch: dict[str, Any], budget: float | None) -> Tensor:
+        config, draws = self.config, batch["draws"]
+        x = sample_latents(batch["moments"], draws.posterior, self.data.record)
+        y = drop_conditions(self.model, batch["y"], draws, config.cfg_prob)
         model = Projecting(self.model) if self.encoders else self.model
         losses, times, condition = self.flow.loss(model, x, draws, y, budget)
         self.stats.add(losses, times, "loss" + condition.metric_suffix)
-        self.speed.add(config.batch_size, budget)
+        self.speed.add(len(x) * self.accelerator.num_processes, budget)
         loss = losses.mean()
+        if self.accelerator.num_processes > 1:
+            loss = self.idle.touch(loss, self.accelerator.unwrap_model(self.model).unused_parameters(condition.stage))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
-            images = batch["image"].to(device, non_blocking=True)
             with self.accelerator.autocast():
-                features = [encoder(images) for encoder in self.encoders]
+                features = [encoder(batch["image"]) for encoder in self.encoders]
             alignment = alignment_loss(model.projections, features)
             self.stats.add_mean("alignment_loss", alignment)
             loss = loss + config.proj_coeff * alignment
@@ -320,7 +329,7 @@ class Trainer:
         self.validation_due = False
         if self.validation is None:
             return
-        model = self.validation.narrowed(self.ema.first)
+        model = self.validation.narrowed(self.ema.model())
         try:
             losses = self.validation.validate(model, lambda: preemption.signal > 0)
             grids = self.validation.sample_images(model, self.data.shape, lambda: preemption.signal > 0)
@@ -333,6 +342,7 @@ class Trainer:
             path = self.run_dir.samples / f"{self.step:07d}.png"
             with warn_if_unwritable(path):
                 save_samples(grids, path)
+                self.data.conditions.save_names(path.with_name("captions.txt"), len(grids[0]))
             trackers.log_images(self.accelerator, grids[self.flow.num_views - 1], self.step)
 
     def score(self, preemption: Preemption) -> None:
@@ -342,7 +352,7 @@ class Trainer:
         self.scores_due = True
         self.writer.wait()
         try:
-            values = self.scores.score(self.ema.first, self.step, lambda: preemption.signal > 0)
+            values = self.scores.score(self.ema.model(), self.step, lambda: preemption.signal > 0)
         except Interrupted:
             return
         self.scores_due = False
@@ -351,17 +361,18 @@ class Trainer:
         self.writer.keep_best(self.scores.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs; of a sharded run with DTensors."""
+        """Everything that a resumed run needs, of a sharded run with DTensors; every process takes part."""
         scaler, sharded = self.accelerator.scaler, self.sharded
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict() if sharded is None else sharded.state_dict(),
-            "ema": self.ema.state_dicts(),
+            "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict() if sharded is None else sharded.optimizer_state(self.optimizer.optimizer),
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "vae": self.data.record.to_dict(),
+            **({} if self.data.text_record is None else {TEXT: self.data.text_record.to_dict()}),
             resume.DATA_SIZE: len(self.data.dataset),
             resume.DATA_LABELS: self.data.labels_sha256,
             DATA_POSITION: self._data_position(self.step),
@@ -373,10 +384,17 @@ class Trainer:
         """checkpoints/{step}.pt, or a folder with a part of each process, written in the background. A failing write harms none before it; the next one is as always."""
         self.stats.gather(self.accelerator)
         self.saved_step = self.step
+        state = self.state()
         if self.run_dir.is_main or self.sharded is not None:
             good = self.step - int(self.stats.streak)  # the last step that was not skipped
-            self.writer.save(self.step, self.state(), good)
+            self.writer.save(self.step, state, good)
             log.info(f"step {self.step}: saving")
+
+    def _reserve_memory(self) -> None:
+        """Make the memory of the first checkpoint, so that it does not wait for it."""
+        state = self.state()
+        if self.run_dir.is_main or self.sharded is not None:
+            self.writer.copy(state)
 
     def _finish_saving(self) -> None:
         """The last step's checkpoint, on the disk."""

@@ -17,13 +17,14 @@ from common.image_files import save_png
 from common.logging import warn
 from common.plotting import image_grid
 from common.precision import AMP_TYPES
-from config.options import TrainConfig
+from config.options import GenerateConfig, TrainConfig
 from data.dataset import LatentDataset
 from flows import LossCondition, flow_of
 from models.layers import narrow_linears
 from models.vae import VAERecord, load_vae
-from randomness import image_labels
-from samplers import Guidance
+from samplers import BudgetSchedule, Guidance
+from sampling.conditions import Conditions
+from training.budgets import budget_schedule, rows_by_budget, trained_budgets
 from training.stats import sum_over_processes
 
 if TYPE_CHECKING:
@@ -55,11 +56,21 @@ class Validation:
         accelerator: Accelerator,
         data: LatentDataset | None,
         record: VAERecord,
-        budgets: Sequence[float | None],
+        conditions: Conditions,
     ):
-        """data: the validation set. record: of the VAE, as training normalises latents. budgets: those trained, largest first."""
-        self.config, self.accelerator, self.data, self.record, self.budgets = config, accelerator, data, record, budgets
-        self.flow = flow_of(config, num_steps=SAMPLE_STEPS)
+        """Open what is needed.
+
+        Args:
+            config: of the run.
+            accelerator: of the run.
+            data: the validation set.
+            record: of the VAE, as training normalises latents.
+            conditions: what pictures are drawn from.
+        """
+        self.config, self.accelerator, self.data, self.record = config, accelerator, data, record
+        self.budgets, self.schedule = trained_budgets(config), budget_schedule(config)
+        self.flow, self.conditions = flow_of(config, num_steps=SAMPLE_STEPS), conditions
+        self.sampled = sampling_options(config)
         self.vae = self._load_vae() if config.sampling_steps else None
 
     def _load_vae(self) -> "AutoencoderKL | None":
@@ -82,20 +93,24 @@ class Validation:
     def validate(self, model: nn.Module, should_stop: Callable[[], bool]) -> dict[str, float]:
         """Mean validation loss at each trained budget that is a power of two (and stage), by metric name.
 
+        With a schedule of budgets: at each of its budgets, and as `val_loss` that of each image at the budget of its time.
+
         Raises Interrupted, in every process, if `should_stop()` became true in one.
         """
         if self.data is None:
             return {}
         accelerator = self.accelerator
-        budgets = [b for b in self.budgets if b is None or math.log2(b).is_integer()] or [self.budgets[0]]
-        conditions = self.flow.conditions(budgets)
+        powers = [b for b in self.budgets if b is None or math.log2(b).is_integer()] or [self.budgets[0]]
+        conditions = self.flow.conditions(self.budgets if self.schedule else powers)
+        scheduled = self.flow.conditions([None]) if self.schedule else []
         count = min(len(self.data), VAL_SAMPLES)
-        sums = torch.zeros(len(conditions), device=accelerator.device)
+        sums = torch.zeros(len(conditions) + len(scheduled), device=accelerator.device)
         with together(accelerator, self._networks(model), should_stop):
             for indices in self._batches(count):
-                sums += self._losses(model, indices, conditions).sum(dim=1)
+                losses = self._losses(model, indices, conditions)  # (conditions, B)
+                sums += torch.cat([losses, self._scheduled(losses, indices)]).sum(dim=1)
         means = (sum_over_processes(accelerator, sums) / count).tolist()
-        return {"val_loss" + c.metric_suffix: mean for c, mean in zip(conditions, means, strict=True)}
+        return {"val_loss" + c.metric_suffix: mean for c, mean in zip([*conditions, *scheduled], means, strict=True)}
 
     def _batches(self, count: int) -> Iterator[range]:
         """This process's part of the samples, in batches of the size that it trains with."""
@@ -111,22 +126,36 @@ class Validation:
     def _losses(self, model: nn.Module, indices: range, conditions: list[LossCondition]) -> Tensor:
         assert self.data is not None
         batch = torch.utils.data.default_collate(self.data.__getitems__(list(indices)))
-        batch = {k: batch[k].to(self.accelerator.device) for k in ("moments", "label")}
+        batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
         with self.accelerator.autocast():
             return self.flow.val_losses(model, batch, indices, self.record, conditions)
 
+    def _scheduled(self, losses: Tensor, indices: range) -> Tensor:
+        """Of losses (budgets × stages, B), those of each image at the budget that the schedule gives its time: (stages, B)."""
+        if self.schedule is None:
+            return losses[:0]
+        assert self.data is not None
+        channels, *sides = self.data.shape
+        times = self.flow.times(self.flow.val_draws(indices, (channels // 2, *sides)))
+        of_budgets = losses.unflatten(0, (len(self.budgets), -1))  # (budgets, stages, B)
+        chosen = torch.empty_like(of_budgets[0])
+        for budget, rows in rows_by_budget(self.schedule, times):
+            chosen[:, rows] = of_budgets[self.budgets.index(budget)][:, rows]
+        return chosen
+
     @torch.no_grad()
     def sample_images(self, model: nn.Module, shape: tuple[int, int, int], should_stop: Callable[[], bool]) -> list[np.ndarray]:
-        """64 images at the full budget, then at the lowest trained one, uint8 (64, H, W, 3); of DFM each stage before them.
+        """64 images at the full budget, then at the lowest trained one (or once, by the schedule of budgets), uint8 (64, H, W, 3).
 
-        shape: (C, h, w) of the latents. Noise and labels are always the same. Raises Interrupted as `validate` does.
+        Of DFM each stage before them. shape: (C, h, w) of the latents. Noise and labels are always the same. Raises Interrupted as `validate` does.
         """
         if self.vae is None:
             return []
         accelerator, side = self.accelerator, self.config.resolution
         indices = range(accelerator.process_index, SAMPLE_IMAGES, accelerator.num_processes)
         grids: list[np.ndarray] = []
-        for budget in sorted({self.budgets[0], self.budgets[-1]}, key=lambda b: -(b or 1)):
+        ends = sorted({self.budgets[0], self.budgets[-1]}, key=lambda b: -(b or 1))
+        for budget in [self.schedule] if self.schedule else ends:
             images = torch.zeros((self.flow.num_views, SAMPLE_IMAGES, 3, side, side), dtype=torch.uint8)
             with together(accelerator, self._networks(model), should_stop):
                 if len(indices):
@@ -137,10 +166,12 @@ class Validation:
             grids.extend(images.to(torch.uint8).permute(0, 1, 3, 4, 2).numpy())
         return grids
 
-    def _sample(self, model: nn.Module, shape: tuple[int, int, int], indices: range, budget: float | None) -> Tensor:
+    def _sample(
+        self, model: nn.Module, shape: tuple[int, int, int], indices: range, budget: float | BudgetSchedule | None
+    ) -> Tensor:
         """Views of the images `indices`, uint8 (views, n, 3, H, W)."""
         config = self.config
-        y = image_labels(config.seed, indices, config.num_classes)
+        y = self.conditions.of(self.sampled, indices)
         guidance = Guidance(cfg_scale=SAMPLE_CFG if config.cfg_prob else 1.0, inference_budget=budget)
         with self.accelerator.autocast():
             state = self.flow.sample_state(model, shape, config.seed, indices, y, guidance)
@@ -171,6 +202,11 @@ def together(accelerator: Accelerator, networks: Sequence[nn.Module], should_sto
     flag = torch.tensor(float(stopped), device=accelerator.device)
     if sum_over_processes(accelerator, flag) > 0:
         raise Interrupted
+
+
+def sampling_options(config: TrainConfig) -> GenerateConfig:
+    """What of generate.py's options tells the pictures' labels: random ones, by the run's seed."""
+    return GenerateConfig(num_classes=config.num_classes, global_seed=config.seed)
 
 
 def save_samples(grids: list[np.ndarray], path: Path) -> None:

@@ -23,7 +23,7 @@ from common.tables import markdown_table
 from experiments_updated import digit_classifier, quickstart_report
 from experiments_updated.quickstart_report import ReportConfig
 from sampling import session
-from sampling.images import labels_of
+from sampling.conditions import labels_of
 
 HEAD = "model", "parameters", "budget", "GFLOPs", "held-out loss", "− without ELIT (± s.e.)", "FID", "digits in class"
 

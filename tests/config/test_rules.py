@@ -48,11 +48,19 @@ def test_every_option_of_generation_says_whether_it_changes_the_images():
 
 
 def test_what_a_resumed_run_must_share():
-    assert set(SAME) == CHECKPOINT | {"latent_norm", "enc_type", "prediction", "encoder_depth"}
+    assert set(SAME) == CHECKPOINT | {"latent_norm", "condition", "enc_type", "prediction", "encoder_depth"}
     assert SAME[0] == "model"  # the first difference is reported
     assert set(CHANGEABLE) == {
         *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),
-        *("elit_min_mask_prob", "elit_max_mask_prob", "stage_weights", "proj_coeff", "ema_decay", "max_grad_norm"),
+        *(
+            "elit_min_mask_prob",
+            "elit_max_mask_prob",
+            "elit_budget_schedule",
+            "stage_weights",
+            "proj_coeff",
+            "ema_decay",
+            "max_grad_norm",
+        ),
         *("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
         *("lr_scheduler_type", "warmup_steps", "lr_cooldown"),
     }
@@ -79,13 +87,19 @@ def test_what_changes_the_images_of_a_checkpoint():
         *("global_seed", "class_labels", "mixed_precision", "tf32"),
         *("cfg_channels", "guide_weights", "guide_label", "guide_budget", "core_cache", "cache_rule", "cache_after"),
     } == SETTINGS
-    # A guide is recorded by its SHA-256, as the checkpoint is.
-    assert set(folder_labels(GenerateConfig)) < SETTINGS | {"num_steps_per_scale", "stage_sampling_thresholds", "guide_ckpt"}
+    # A guide and prompts are recorded by their SHA-256, as the checkpoint is.
+    assert set(folder_labels(GenerateConfig)) < SETTINGS | {
+        "num_steps_per_scale",
+        "stage_sampling_thresholds",
+        "guide_ckpt",
+        "prompt",
+        "prompts",
+    }
 
 
 def test_folder_labels_stand_in_one_order():
     labels = ["weights", "budget", "uncond", "autoguidance", "low", "high", "heun", "labels", "", "scales", "thresholds"]
-    labels += ["channels", "guide", "", "label", "at", "cache", "by", "after"]
+    labels += ["channels", "guide", "", "label", "at", "cache", "by", "after", "", "prompts"]
     assert list(folder_labels(GenerateConfig).values()) == labels
 
 

@@ -1,13 +1,16 @@
 """Packed latents behind s3://: a real server that speaks S3, on loopback, and a cache that processes share."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import make_latents, make_vae, reset_accelerate
 from sets import content
 
@@ -81,6 +84,38 @@ def test_remote_data_are_read_as_local_ones(url, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(remote._Source, "copy", lambda *_: pytest.fail("copied again"))
     LatentDataset(url, cache_dir=str(tmp_path))
     assert all(times[p.name] == p.stat().st_mtime_ns for p in copy.iterdir() if p.name != "index.json")
+
+
+def test_remote_text_features_are_read_as_local_ones(url, folder, tmp_path, capsys):
+    import s3fs
+
+    names = [f"{i:02d}.png" for i in range(COUNT)]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        Image.new("RGB", (2, 2)).save(tmp_path / "images" / name)
+    captions = {"captions": [[name, [f"picture {name}", "another"]] for name in names]}
+    (tmp_path / "images/captions.json").write_text(json.dumps(captions))
+    main(["text", f"--source={tmp_path}", "--encoder=words", "--length=3", "--packed"])
+    shutil.copytree(folder / "packed", tmp_path / "packed", dirs_exist_ok=True)
+    s3, cache = s3fs.S3FileSystem(), str(tmp_path / "cache")
+    s3.put(f"{tmp_path}/packed", "bucket/captioned/", recursive=True)
+    local, found = LatentDataset(tmp_path, text=True), LatentDataset("s3://bucket/captioned", text=True, cache_dir=cache)
+    for a, b in zip(found, local, strict=True):
+        assert torch.equal(a["moments"], b["moments"]) and torch.equal(a["text"], b["text"])
+    assert torch.equal(found.text.null.features, local.text.null.features)
+    with pytest.raises(UserError, match=r"s3://bucket/set: holds no text\.json; .*text --packed"):
+        LatentDataset(url, text=True, cache_dir=cache)
+    for whole, message in (
+        (True, "text.bin: damaged: its SHA-256 is not what text.json says"),
+        (False, "names no packed files"),
+    ):
+        record = json.loads((tmp_path / "packed/text.json").read_text()) | {"encoder": message}
+        if not whole:
+            del record["files"]
+        s3.pipe("bucket/captioned/packed/text.json", json.dumps(record).encode())
+        s3.pipe("bucket/captioned/packed/text.bin", b"x")
+        with pytest.raises(UserError, match=message):
+            LatentDataset("s3://bucket/captioned", text=True, cache_dir=cache)
 
 
 def test_training_on_remote_data_is_that_on_local_ones(url, folder, tmp_path):

@@ -26,9 +26,10 @@ from models.vae import VAERecord
 from sampling import cost as cost_module
 
 ROOT = Path(__file__).resolve().parents[2] / "experiments_updated"
-TRAIN = sorted(p for p in (ROOT / "train").glob("*.yaml") if not re.match("quickstart|.*(vit|hdit)_", p.stem))
+TRAIN = sorted(p for p in (ROOT / "train").glob("*.yaml") if not re.match("quickstart|.*(vit|hdit|mmdit)_", p.stem))
 CHEAP = ROOT / "generation" / "cheap_cfg.yaml"  # laid over another
-GENERATION = sorted(p for p in (ROOT / "generation").glob("*.yaml") if not p.stem.startswith("quickstart") and p != CHEAP)
+COCO = ROOT / "generation" / "coco_256.yaml"  # of both text models
+GENERATION = [p for p in sorted((ROOT / "generation").glob("*.yaml")) if "quickstart" not in p.stem and p not in (CHEAP, COCO)]
 
 NAMES = [
     "sit_b_256",
@@ -76,6 +77,19 @@ def test_train_config(path):
         assert side // 2 % config.elit_group_size == 0
 
 
+def test_text_configs():
+    plain, elit = (
+        vars(parse(TrainConfig, ["--config", str(ROOT / f"train/{n}mmdit_b_coco_256.yaml")])[0]) for n in ("", "elit_")
+    )
+    assert {name for name in plain if plain[name] != elit[name]} == {
+        *("model", "exp_name", "config", "elit_min_mask_prob", "elit_max_mask_prob"),
+    }
+    assert (plain["model"], plain["enc_type"], plain["proj_coeff"]) == ("MMDiT-B/2", "dinov2-vit-b", 0.5)
+    assert len(budgets_of(TrainConfig(**elit))) == 16
+    generation = parse(GenerateConfig, ["--config", str(COCO)])[0]
+    assert (generation.prompts, generation.cfg_scale) == ("../data/coco256_val", 2.0)
+
+
 @pytest.mark.parametrize(
     ("stem", "lowest", "highest", "count"),
     [
@@ -114,7 +128,7 @@ def test_generation_config(path, cheap):
 
 
 def test_generation_configs_are_few_and_those_of_the_wrappers():
-    assert len(list((ROOT / "generation").glob("*.yaml"))) <= 14
+    assert len(list((ROOT / "generation").glob("*.yaml"))) <= 15
     wrappers = sorted((ROOT / "evaluation").glob("eval_*.sh"))
     named = {name for path in wrappers for name in re.findall(r"\$D/../(\w+/[\w.]+\.yaml)", path.read_text())}
     assert len(wrappers) == 10 and all((ROOT / name).is_file() for name in named) and len(named) == 19, named

@@ -100,6 +100,10 @@ def test_running_statistics_are_numpys_in_any_batches():
     right.update(rows[700:])
     left.merge(right)
     left.merge(metrics.RunningStatistics(DIM))
+    placed = metrics.RunningStatistics(DIM, torch.device("cpu"))  # as on another device
+    placed.update(rows)
+    assert (placed.mean == whole.mean).all()
+    np.testing.assert_allclose(placed.covariance, whole.covariance, rtol=1e-12)
     assert left.count == 2345
     np.testing.assert_allclose(left.mean, expected[0], rtol=1e-12)
     np.testing.assert_allclose(left.covariance, expected[1], rtol=1e-9, atol=1e-12)

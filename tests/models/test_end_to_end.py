@@ -97,7 +97,7 @@ def test_train_resume_and_generate(model, data, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("model", "more", "words"),
     [
-        ("MMDiT-Ti/2", (), "--model MMDiT-Ti/2: is conditioned on text, which arrives with captions"),
+        ("MMDiT-Ti/2", (), "holds no text features, no text/ with text.json; `dataset_tools.py text` makes them"),
         ("DFM-U-ViT-Ti/2", (), "DFM exists only for SiT"),
         ("ELIT-U-ViT-Ti/2", ("--head-depth", 2), "head_depth 2 and tail_depth 1: must be equal in a U-ViT"),
         ("U-ViT-Ti/2", ("--levels", 2), "--levels 2: U-ViT-Ti/2 has no levels; only HDiT models do"),

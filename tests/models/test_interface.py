@@ -21,6 +21,23 @@ def windows_of(grid, shape):
     return windows
 
 
+def test_a_spread_start_widens_the_queries_and_positions_opens_the_gates_of_read_and_changes_nothing_else():
+    torch.manual_seed(0)
+    interface = LatentInterface(64, 4, (8, 8), 4)
+    before = {name: parameter.clone() for name, parameter in interface.named_parameters()}
+    interface.spread()
+    gates = torch.zeros(6, 64)
+    gates[2], gates[5] = 1, 1
+    for name, parameter in interface.named_parameters():
+        if name in ("query", "read_pos", "write_pos", "latent_pos"):
+            assert torch.allclose(parameter, before[name] * 15)
+            assert abs(parameter.std().item() - 0.3) < 0.03
+        elif name == "reader.adaLN_modulation.1.bias":
+            assert torch.equal(parameter, gates.flatten())
+        else:
+            assert torch.equal(parameter, before[name])
+
+
 @pytest.mark.parametrize(
     ("grid", "group"),
     [((8, 4, 6), (2, 4, 3)), ((4, 4, 4), 2), ((12,), 3), ((4, 6), (1, 3)), ((2, 4, 2, 6), (2, 2, 1, 3))],

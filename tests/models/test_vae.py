@@ -10,6 +10,7 @@ import pytest
 import torch
 from runs import tiny_vae
 
+import models.vae
 from common.errors import UserError
 from models.vae import SD_VAE, VAERecord, decode, encode_moments, load_vae, sample_latents, to_uint8
 from preprocessing import demo
@@ -119,6 +120,16 @@ def test_decode_takes_float64_and_undoes_scale_and_shift(folder):
     expected = to_uint8(vae.decode(z).sample)
     assert (images.int() - expected.int()).abs().max() <= 1
     assert expected.float().std() > 1  # not one grey
+
+
+def test_many_latents_are_decoded_in_parts_that_keep_tensors_small(folder, monkeypatch):
+    vae, _ = load_vae(str(folder))
+    z, sizes = torch.randn(5, vae.config.latent_channels, 4, 4), []
+    whole, decode_part = decode(vae, z), vae.decode
+    channels, side = vae.config.block_out_channels[1], whole.shape[-1]
+    monkeypatch.setattr(models.vae, "MAX_DECODED", 2 * 4 * channels * side * side)
+    monkeypatch.setattr(vae, "decode", lambda z: sizes.append(len(z)) or decode_part(z))
+    assert (decode(vae, z).int() - whole.int()).abs().max() <= 1 and sizes == [2, 2, 1]
 
 
 def test_relative_name_is_found_beside_the_code(monkeypatch, tmp_path):

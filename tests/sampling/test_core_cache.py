@@ -142,7 +142,7 @@ def test_a_threshold_that_nothing_stays_below_changes_no_bit_and_zero_makes_no_c
     tiny = drawing(elit, core_cache=1e-9, **options)
     off = drawing(elit, core_cache=0.0, **options)
     assert torch.equal(latents(tiny, range(2)), latents(off, range(2)))
-    assert tiny.drawn.share == 1 and off.drawn.images == 0 and off.networks(Guidance())[0] is elit
+    assert tiny.drawn.share == 1 and off.drawn.images == 0 and off.networks(Guidance(), 1)[0] is elit
     # The other extreme: the core runs in the first and last step alone; Heun's first step has two evaluations.
     never = drawing(elit, core_cache=1e4, **options)
     latents(never, range(2))
@@ -196,7 +196,7 @@ def test_rows_that_run_and_rows_that_reuse(name):
 @pytest.mark.parametrize("rule", ["head", "time"])
 def test_flops_are_those_of_what_ran(elit, rule):
     drawn = drawing(elit, cache_rule=rule, core_cache=0.2, num_steps=6, inference_budget="0.25@1.0-0.5,1.0@0.5-0.0")
-    drawn.networks(session.guidance(drawn.config))  # embeds the times, once
+    drawn.networks(session.guidance(drawn.config), 1)  # embeds the times, once
     with FlopCounterMode(display=False) as counted:
         latents(drawn, range(3))
     # Read's queries are projected once for a batch.

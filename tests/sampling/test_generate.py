@@ -22,10 +22,11 @@ import randomness
 from checkpoint import reading
 from config.options import GenerateConfig
 from flows import FLOWS, FlowMatching
+from metrics.images import write_npz
 from models.dfm import recompose
 from models.vae import load_vae
-from sampling import image_folder
-from sampling.images import labels_of
+from sampling.conditions import labels_of
+from sampling.npz_writer import NpzWriter
 
 pytestmark = pytest.mark.slow
 
@@ -155,11 +156,31 @@ def test_killed_and_restarted_gives_the_same_set(ckpt, whole, tmp_path):
 
 
 def test_the_npz_is_a_stored_zip_that_repeats_to_the_byte(ckpt, whole, tmp_path):
-    config = GenerateConfig(num_fid_samples=COUNT, resolution=RESOLUTION)
-    image_folder.write_npz(tmp_path / "again.npz", sorted(whole.glob("*.png")), config)
+    images = images_of(whole)
+    write_npz(tmp_path / "again.npz", images.shape, images)
     assert (tmp_path / "again.npz").read_bytes() == whole.with_name(whole.name + ".npz").read_bytes()
     with zipfile.ZipFile(tmp_path / "again.npz") as archive:
         assert [m.compress_type for m in archive.infolist()] == [zipfile.ZIP_STORED]
+
+
+def test_without_png_the_npz_is_all_and_what_a_killed_run_wrote_is_kept_where_it_is_whole(ckpt, whole, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NpzWriter, "finish", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            generate.main(arguments(ckpt, tmp_path, "--no-png", "--num-fid-samples", 7))
+    (unfinished,) = tmp_path.rglob("*.npz.tmp")
+    content = bytearray(unfinished.read_bytes())
+    content[6400] ^= 255  # of image 2
+    unfinished.write_bytes(content)
+    PartialState._reset_state()
+    generate.main(arguments(ckpt, tmp_path, "--no-png"))
+    assert "5 images drawn" in (said := capsys.readouterr().out) and "6 kept" in said
+    generate.main(arguments(ckpt, tmp_path, "--no-png"))
+    assert f"{COUNT} kept" in capsys.readouterr().out
+    (made,) = [p for p in (tmp_path / "made").iterdir() if p.suffix != ".json"]
+    with np.load(made) as npz:
+        assert_same_images(npz["arr_0"], images_of(whole))
+    assert made.name == whole.name + ".npz"
 
 
 @pytest.mark.parametrize("more", [("--mode", "sde"), ("--heun",), ("--autoguidance", "--unconditional-inference-budget", 0.25),
@@ -221,6 +242,7 @@ refused = partial(runs.refused, generate.main)
         (("--vae", "nowhere/at-all"), ["--vae nowhere/at-all"]),
         (("--inference_budgt", 1), ["--inference-budget"]),
         (("--preview",), ["--preview", "ELIT-SiT-Ti/2", "DFM"]),
+        (("--cuda-graphs",), ["--cuda-graphs", "CUDA"]),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(ckpt, tmp_path, capsys, more, words, monkeypatch):
@@ -262,7 +284,7 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["PIL.Image.Image.save", "numpy.lib.format.write_array_header_1_0"])
+@pytest.mark.parametrize("where", ["PIL.Image.Image.save", "os.pwrite"])
 def test_a_full_disk_is_one_line(ckpt, tmp_path, capsys, monkeypatch, where):
     with monkeypatch.context() as patch:
         patch.setattr(where, no_space)
@@ -365,6 +387,7 @@ def test_dfm_is_repeatable_and_a_lost_preview_is_made_again(dfm, tmp_path):
         (("--num-steps-per-scale", 5), ["num_steps_per_scale 5", "2 whole numbers"]),
         (("--num-steps-per-scale", 5, 0), ["--num-steps-per-scale", "0"]),
         (("--stages-count", 3), ["--stages-count 3", "2"]),
+        (("--no-png", "--preview"), ["--no-png", "--preview"]),
     ],
 )
 def test_what_dfm_cannot_do_is_refused(dfm, tmp_path, capsys, more, words):

@@ -17,12 +17,14 @@ from config.options import TrainConfig
 from config.parsing import parse
 from flows import flow_of
 from loss import Projecting, alignment_loss
+from models.costs import forward_flops, mean_forward_flops
 from models.encoders import load_encoders
 from models.vae import SD_VAE, VAERecord
 from training import optim, plan
+from training.budgets import trained_budgets
 from training.memory import activation_bytes, state_bytes
-from training.plan import Plan, mean_forward_flops
-from training.setup import build_model, trained_budgets
+from training.plan import Plan
+from training.setup import build_model
 
 COUNT = 24
 RECORD = VAERecord("v", None, 4, 4, 0.5, 0.0)
@@ -72,8 +74,9 @@ def test_mean_flops_of_all_budgets_is_that_of_counting_each():
         model = build_model(config, SD_VAE, [])
     budgets = trained_budgets(config)
     assert len(budgets) == 9
-    expected = sum(models.count_flops(model, b) for b in budgets) / 9
-    assert mean_forward_flops(model, budgets) == pytest.approx(expected, rel=1e-9)
+    expected = [models.count_flops(model, b) for b in budgets]
+    assert forward_flops(model, budgets) == expected
+    assert mean_forward_flops(model, budgets) == pytest.approx(sum(expected) / 9, rel=1e-9)
 
 
 def tensor_bytes(tensors):
@@ -90,8 +93,8 @@ def test_state_is_counted_exactly():
     optimizer.step()
     assert found.optimizer == tensor_bytes(v for s in optimizer.state.values() for v in s.values())
     assert found.gradients == tensor_bytes(p.grad for p in model.parameters())
-    ema = optim.EMA(model, [0.9, 0.99])
-    assert found.ema == sum(tensor_bytes(m.state_dict().values()) for m in ema.models.values())
+    averages = optim.EMA(model, [0.9, 0.99]).state_dict().values()
+    assert found.ema == sum(tensor_bytes(average.values()) for average in averages)
     assert found.weights == tensor_bytes(model.state_dict().values())
 
 
@@ -188,6 +191,8 @@ def test_time_memory_and_batch_of_several_processes(data, tmp_path, capsys):
     assert "batch       8 = 1 processes × 8 × 1" in one and "batch       8 = 2 processes × 4 × 1" in two
     rates = [float(re.search(r"([\d,]+) images/s", text)[1].replace(",", "")) for text in (one, two)]
     assert rates[1] == pytest.approx(2 * rates[0], rel=0.01)
+    averages = [float(re.search(r"EMA +([\d.]+) MiB", text)[1]) for text in (one, two)]
+    assert averages[1] == pytest.approx(averages[0] / 2, rel=0.01)  # each process keeps its part
 
 
 def test_a_launcher_s_processes_print_one_plan(data, tmp_path, capsys, monkeypatch):

@@ -66,7 +66,7 @@ def test_on_cuda_a_snapshot_of_the_memory_is_written_and_the_recording_ends(tmp_
 
 
 def test_peak_memory_is_measured_where_there_is_a_device(monkeypatch):
-    speed = Speed(torch.nn.Linear(1, 1), [], 2, 10.0)
+    speed = Speed(torch.nn.Linear(1, 1), [], [], 2, 10.0)
     speed.start()
     assert set(speed.read(CPU)) == {"images_per_second", "tflops", "mfu"}
     resets = []

@@ -36,15 +36,15 @@ out, source, start = Path({out!r}), Path({source!r}), Trainer._start_logging
 def again(self):
     start(self)
     sharded.save(out / "again.dcp", self.writer.copy(self.state()), self.sharded.group)
-    whole = self.ema.first.state_dict()  # every process gathers it
+    whole = self.ema.model().state_dict()  # every process gathers it
     if self.run_dir.is_main:
         torch.save(whole, out / "gathered.pt")
         training_state.save(out / "one.pt", training_state.load(source))
-    for own in (*self.sharded.parameters(), *self.ema.shards["0.5"]):
+    for own in (*self.sharded.parameters(), *self.ema._shards["0.5"]):
         own.data.zero_()
     self.accelerator.wait_for_everyone()
     state = records.check_training_state(training_state.load(out / "one.pt", lazy=True), out, lazy=True)
-    self.ema.load(self.sharded.load(state, out), out)
+    self.sharded.load(state, out)
     sharded.save(out / "of-one.dcp", self.writer.copy(self.state()), self.sharded.group)
 Trainer._start_logging = again
 """

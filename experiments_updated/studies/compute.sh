@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Where does compute go (the paper's Figure 2)? Every canvas with its patches spread over a grid of four times the tokens, zeros
+# between them: does the plain transformer gain by the empty tokens, does ELIT?
+. "$(dirname "$0")/common.sh"
+SPREAD=$RUNS/spread
+for split in train val; do
+    python experiments_updated/studies/spread.py --source "$OUT/data/$split" --dest "$SPREAD/$split"
+done
+train sit --model SiT-Ti/2
+train sit-1 --model SiT-Ti/1
+train elit-1 --model ELIT-SiT-Ti/1
+train sit-synth --model SiT-Ti/2 --data-dir "$SPREAD/train" --resolution 128
+train elit-synth --model ELIT-SiT-Ti/2 --data-dir "$SPREAD/train" --resolution 128
+report sit sit-1 elit-1 sit-synth elit-synth
