@@ -1,6 +1,7 @@
 """Any checkpoint that is read → ours or safetensors, and what is in a file.
 
     python convert_checkpoint.py IN OUT.pt                          ours, with every set of weights that IN holds
+    python convert_checkpoint.py IN.dcp OUT.pt                      a sharded run's folder as one file, and the reverse: all of its state
     python convert_checkpoint.py IN OUT.safetensors --safetensors   one set of weights, the configuration in the metadata
     python convert_checkpoint.py IN --show
     python convert_checkpoint.py --list                             released weights by name, each of which can be IN
@@ -14,10 +15,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoint import reading, training_state, weights, zoo
+from checkpoint import reading, sharded, training_state, weights, zoo
 from checkpoint.architecture import resolve_architecture
 from checkpoint.inspect import look, show
-from checkpoint.records import TEXT
+from checkpoint.records import TEXT, check_format, check_state_dict, recorded_config, recorded_step
 from common import tensor_files
 from common.errors import UserError, cli_main
 from common.files import WriteError, check_folder
@@ -53,6 +54,8 @@ def check_dest(config: ConvertCheckpointConfig) -> None:
     dest = Path(config.dest)
     if dest.exists():
         raise UserError(f"{dest}: exists already; choose another name")
+    if dest.suffix == sharded.ENDING and config.weights:
+        raise UserError(f"{dest}: a folder of parts holds all of a training state; leave --weights out, or write a .pt file")
     if config.safetensors != (dest.suffix == ".safetensors"):
         raise UserError(f"{dest}: --safetensors belongs to a name that ends in .safetensors, and only to such a name")
     check_folder("the folder of OUT,", dest.parent)
@@ -62,6 +65,9 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     """Write OUT; the weights are checked against the model first."""
     assert config.dest is not None
     dest = Path(config.dest)
+    if not config.safetensors and not config.weights and sharded.ENDING in (dest.suffix, source.suffix):
+        change_form(source, dest)
+        return
     if config.safetensors:
         names = [config.weights or "ema"]
     else:
@@ -96,6 +102,25 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     except OSError as error:
         raise UserError(f"{dest}: cannot be written: {error}") from None
     print(f"{dest}: {found.config['model']}, step {found.step}, weights {', '.join(sets)}")
+
+
+def change_form(source: Path, dest: Path) -> None:
+    """Write the training state of a file to a folder of parts, or of a folder to a file, with all that it holds."""
+    state = training_state.load(source, verify=True)
+    if "format" not in state:
+        raise UserError(f"{dest}: is made of a training state of this code, which {source} is not; write a .pt file")
+    check_format(state, source)
+    for place, tensors in {"model": state["model"], **{f"ema {d}": v for d, v in state["ema"].items()}}.items():
+        check_state_dict(tensors, f"{source}: {place}")
+    model, step = recorded_config(state["config"], source).get("model"), recorded_step(state["step"], source)
+    try:
+        if dest.suffix == sharded.ENDING:
+            sharded.save(dest, state)
+        else:
+            training_state.save(dest, state)
+    except OSError as error:
+        raise UserError(f"{dest}: cannot be written: {error}") from None
+    print(f"{dest}: {model}, step {step}, all of the training state")
 
 
 def _decay(name: str) -> str:

@@ -2,6 +2,9 @@
 
 The moments come from a seed and are printed: some before the first checkpoint is there, some while a checkpoint is being
 written (at a share of its bytes), the others at any time. CPU, where the two runs must be the same to the last bit.
+
+With `--shard full` the run has two processes, which write their checkpoints as folders of parts; either both are killed, or
+one, whose end the other must notice.
 """
 
 import argparse
@@ -9,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,12 +24,14 @@ import torch
 
 import train
 from checkpoint import training_state
-from common import tensor_files
 from common.errors import cli_main
 
 SIDE, CLASSES = 8, 5
 EVERY = 10  # steps between checkpoints
+EVERY_SHARDED = 3  # whose steps take longer: the processes wait for each other in every block
 KEPT = 3
+PROCESSES = 2  # of a sharded run
+PATIENCE = 60  # seconds in which the others of a run end, once one is killed
 TIMED = ("images_per_second", "tflops", "step_ms", "host_ms")  # the entries of a line that two runs need not share
 FIFTH = 0.2
 
@@ -52,7 +58,7 @@ def make_data(folder: Path, samples: int, side: int, classes: int) -> Path:
     return folder
 
 
-def arguments(data: Path, run_dir: Path, steps: int) -> list[str]:
+def arguments(data: Path, run_dir: Path, steps: int, **more: object) -> list[str]:
     options = {
         "model": "ELIT-SiT-Ti/2",
         "exp-name": run_dir.name,
@@ -75,7 +81,7 @@ def arguments(data: Path, run_dir: Path, steps: int) -> list[str]:
         "report-to": "none",
         "resume-step": -1,
     }
-    return [str(part) for name, value in options.items() for part in ("--" + name, value)]
+    return [str(part) for name, value in (options | more).items() for part in ("--" + name, value)]
 
 
 def start(argv: list[str], log: Path, main: Callable[[list[str]], object] = train.main) -> int:
@@ -96,17 +102,75 @@ def start(argv: list[str], log: Path, main: Callable[[list[str]], object] = trai
     return child
 
 
+def start_ranks(argv: list[str], log: Path, pids: Path) -> int:
+    """Fork a process that starts and awaits the processes of a sharded run, whose ids it writes to the file `pids`; returns its id."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    leader = os.fork()
+    if leader:
+        return leader
+    os.environ |= {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in range(PROCESSES):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(start(argv, log))
+    pids.write_text(" ".join(map(str, ranks)))
+    os._exit(max(abs(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])) for rank in ranks))
+
+
+class Runner:
+    """Starts and kills a run of one process, or a sharded one of several."""
+
+    def __init__(self, argv: list[str], log: Path, sharded: bool):
+        self.argv, self.log, self.pids = argv, log, log.with_suffix(".pids") if sharded else None
+
+    def start(self) -> int:
+        if self.pids is None:
+            return start(self.argv, self.log)
+        self.pids.unlink(missing_ok=True)
+        return start_ranks(self.argv, self.log, self.pids)
+
+    def kill(self, child: int, one: int | None = None) -> None:
+        """SIGKILL to all of its processes, or to that of rank `one`; returns once all have ended."""
+        deadline = time.monotonic() + PATIENCE
+        ranks = [child]
+        if self.pids is not None:
+            while not (text := self.pids.read_text() if self.pids.exists() else ""):
+                time.sleep(0.001)
+            ranks = list(map(int, text.split()))
+        for rank in ranks if one is None or self.pids is None else [ranks[one]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+        while not ended(child):
+            if time.monotonic() > deadline:
+                for rank in ranks:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(rank, signal.SIGKILL)
+                raise SystemExit(f"one process was killed; the others had not ended {PATIENCE} s later")
+            time.sleep(0.001)
+
+
 def ended(child: int) -> bool:
     return os.waitpid(child, os.WNOHANG)[0] != 0
 
 
 def writing(folder: Path) -> tuple[str, int]:
     """Name and size of the checkpoint that this attempt is writing."""
-    for path in folder.glob("*.pt.tmp"):
+    for path in unfinished(folder):
         with contextlib.suppress(FileNotFoundError):
-            if (status := path.stat()).st_mtime > 0:
-                return path.name, status.st_size
+            if path.stat().st_mtime > 0:
+                return path.name, size_of(path)
     return "", 0
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return [*folder.glob("*.pt.tmp"), *folder.glob("*.dcp.tmp")]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of those in a folder."""
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def at_time(seconds: float) -> Callable[[Path, float], bool]:
@@ -127,19 +191,20 @@ def in_write(number: int, size: int) -> Callable[[Path, float], bool]:
     return now
 
 
-def kill(argv: list[str], run_dir: Path, log: Path, kind: str, moment: str, now: Callable[[Path, float], bool]) -> Kill | None:
-    """One attempt, ended by SIGKILL at the moment; `None` where it came to its own end before."""
+def kill(
+    runner: Runner, run_dir: Path, kind: str, moment: str, now: Callable[[Path, float], bool], one: int | None
+) -> Kill | None:
+    """One attempt, ended by SIGKILL at the moment; `None` where it came to its own end before. one: see `Runner.kill`."""
     folder = run_dir / "checkpoints"
-    for path in folder.glob("*.pt.tmp"):
+    for path in unfinished(folder):
         os.utime(path, (0, 0))  # known from now on as an earlier attempt's
     since = time.perf_counter()
-    child = start(argv, log)
+    child = runner.start()
     while not now(folder, since):
         if ended(child):
             return None
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    runner.kill(child, one)
     lines = lines_of(run_dir)
     return Kill(kind, moment, lines[-1]["step"] if lines else 0, newest(folder), writing(folder)[1])
 
@@ -162,7 +227,7 @@ def lost(folder: Path, before: int) -> int:
     damaged = 0
     for step in training_state.saved_steps(folder):
         try:
-            tensor_files.load(training_state.step_path(folder, step), verify=True)
+            training_state.load(training_state.step_path(folder, step), verify=True)
         except ValueError:
             damaged += 1
     return damaged + (newest(folder) < before)
@@ -187,7 +252,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=240, help="length of the run [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard", choices=("none", "full"), default="none", help="full: a run of two processes [%(default)s]")
     args = parser.parse_args(argv)
+    is_sharded = args.shard != "none"
+    more = {"shard": args.shard, "checkpointing-steps": EVERY_SHARDED} if is_sharded else {}
     rng = np.random.default_rng(args.seed)
     torch.set_num_threads(1)  # and no computing here: a forked process must not inherit a pool of threads
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         log, whole, cut = root / "log.txt", root / "whole", root / "cut"
 
         since = time.perf_counter()
-        child, first = start(arguments(root / "data", whole, args.steps), log), None
+        child, first = Runner(arguments(root / "data", whole, args.steps, **more), log, is_sharded).start(), None
         while not ended(child):
             if first is None and newest(whole / "checkpoints"):
                 first = time.perf_counter() - since
@@ -204,12 +272,12 @@ def main(argv: list[str] | None = None) -> None:
         last = training_state.step_path(whole / "checkpoints", args.steps)
         if not last.exists():
             raise SystemExit(f"the uninterrupted run failed:\n{log.read_text()}")
-        size = last.stat().st_size
+        size = size_of(last)
         print(
             f"uninterrupted: {args.steps} steps in {time.perf_counter() - since:.1f} s, first checkpoint after {first:.2f} s, {size:,} bytes each"
         )
 
-        argv_cut, kills, missing = arguments(root / "data", cut, args.steps), [], 0
+        runner, kills, missing = Runner(arguments(root / "data", cut, args.steps, **more), log, is_sharded), [], 0
         early, inside = -(-args.kills * 4 // 15), -(-args.kills // 3)
         later = rng.permutation(["write"] * inside + ["any"] * (args.kills - early - inside))
         for kind in ["start"] * early + list(later):
@@ -220,7 +288,9 @@ def main(argv: list[str] | None = None) -> None:
                 seconds = rng.random() * (0.8 * first if kind == "start" else 1.5 * first)
                 moment, now = f"{seconds:.3f} s after the start", at_time(seconds)
             before = newest(cut / "checkpoints")
-            done = kill(argv_cut, cut, log, kind, moment, now)
+            one = int(rng.integers(PROCESSES)) if is_sharded and rng.random() < 0.5 else None
+            moment += "" if one is None else f", process {one}"
+            done = kill(runner, cut, kind, moment, now, one)
             if done is None:
                 raise SystemExit(
                     f"the run ended before it was killed {args.kills} times; give more --steps:\n{log.read_text()[-2000:]}"
@@ -228,15 +298,14 @@ def main(argv: list[str] | None = None) -> None:
             missing += lost(cut / "checkpoints", before)
             kills.append(done)
             print(
-                f"kill {len(kills):2}: {moment:32} line of step {done.step:3}, newest checkpoint {done.newest:3}"
+                f"kill {len(kills):2}: {moment:43} line of step {done.step:3}, newest checkpoint {done.newest:3}"
                 + (f", {done.unfinished:,} bytes of the next" if done.unfinished else ""),
                 flush=True,
             )
-        child = start(argv_cut, log)
-        os.waitpid(child, 0)
+        os.waitpid(runner.start(), 0)
 
         states = [
-            tensor_files.load(training_state.step_path(run / "checkpoints", args.steps), verify=True) for run in (whole, cut)
+            training_state.load(training_state.step_path(run / "checkpoints", args.steps), verify=True) for run in (whole, cut)
         ]
         for state in states:
             state["config"] = {k: v for k, v in state["config"].items() if k != "exp_name"}

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from checkpoint.training_state import prune, save, step_path
+from checkpoint import sharded
+from checkpoint.training_state import FILE, FOLDER, delete_checkpoint, prune, save, step_path, stored
 from common.errors import UserError
 
 ALIGNMENT = 64  # bytes
@@ -91,7 +93,7 @@ class Writer:
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         """`state` in the kept memory, made the first time."""
-        tensors = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+        tensors = [sharded.local(x) for x in tree_leaves(state) if isinstance(x, Tensor)]
         size = sum(map(_room, tensors))
         if size != self._memory.size:
             self._memory = HostMemory(0, pinned=False)  # gives the old one back first
@@ -104,26 +106,69 @@ class Writer:
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._memory.take(value).copy_(value.detach(), non_blocking=True)
+            own = sharded.local(value)
+            return sharded.with_local(value, self._memory.take(own).copy_(own.detach(), non_blocking=True))
         if isinstance(value, dict):
             return {k: self._copy(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._copy, value))
         return value
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is written."""
+        return step_path(self.folder, step, FILE)
+
+    def _save(self, path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+
     def _write(self, step: int, state: dict[str, Any], good: int | None) -> None:
         try:
-            save(step_path(self.folder, step), state)
+            self._save(self.path(step), state)
             self.error = None
         except Exception as error:  # whatever a file system may come up with
             self.error = error
-            self.tell(f"{step_path(self.folder, step)}: could not be written: {error}; the checkpoints before it are whole")
+            self.tell(f"{self.path(step)}: could not be written: {error}; the checkpoints before it are whole")
             return
         self._newest = step, good
         self._prune(step, good)
 
     def _prune(self, step: int, good: int | None) -> None:
         try:
+            for path in stored(self.folder, step):
+                if path != self.path(step):  # written before in another form
+                    delete_checkpoint(path)
             prune(self.folder, step, self.keep_last, self.keep_every, good, self._best)
         except (OSError, UserError) as error:
             self.tell(f"{self.folder}: old checkpoints could not be deleted: {error}")
+
+
+class ShardedWriter(Writer):
+    """A `Writer` of states that are split over the processes, each of which calls it: a folder of parts (`checkpoint.sharded`).
+
+    group: of all processes, used by nobody else; one that works on the CPU.
+    """
+
+    def __init__(
+        self, folder: str | Path, keep_last: int, keep_every: int, tell: Callable[[str], None], group: dist.ProcessGroup
+    ):
+        super().__init__(folder, keep_last, keep_every, tell)
+        self._group = group
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is written."""
+        return step_path(self.folder, step, FOLDER)
+
+    def _save(self, path: Path, state: dict[str, Any]) -> None:
+        sharded.save(path, state, self._group)
+
+    def _prune(self, step: int, good: int | None) -> None:
+        if dist.get_rank() == 0:
+            super()._prune(step, good)
+
+
+def create_writer(
+    folder: str | Path, keep_last: int, keep_every: int, tell: Callable[[str], None], group: dist.ProcessGroup | None
+) -> Writer:
+    """A `ShardedWriter` where there is a `group` of processes for it, else a `Writer`."""
+    kept = (folder, keep_last, keep_every, tell)
+    return Writer(*kept) if group is None else ShardedWriter(*kept, group)

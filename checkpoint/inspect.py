@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint import reading
+from checkpoint import reading, sharded
 from checkpoint.architecture import resolve_architecture
 from checkpoint.published import is_k_diffusion
 from common import tensor_files
@@ -38,13 +38,14 @@ def look(path: Path) -> Held:
         tensors, metadata = tensor_files.load_safetensors(path)
         kind = "with its configuration" if "config" in metadata else "a bare state dict"
         return Held(f"safetensors, {kind}", {"ema": tensors}, sorted(metadata))
-    state = tensor_files.load(path)
+    state = sharded.read_record(path) if sharded.is_sharded(path) else tensor_files.load(path)
     if "format" in state:
         ema = state["ema"] if isinstance(state.get("ema"), dict) else {}
         sets = {"model": _tensors(state.get("model"))} | {f"ema:{d}": _tensors(v) for d, v in ema.items()}
         others = [k for k, v in state.items() if k not in ("model", "ema", "format") and (isinstance(v, Tensor) or v)]
         version = state["format"] if type(state["format"]) is int and abs(state["format"]) < 10**9 else "unknown"
-        return Held(f"this code's, version {version}", sets, list(map(str, others)))
+        form = "this code's" + (", in parts" if sharded.is_sharded(path) else "")
+        return Held(f"{form}, version {version}", sets, list(map(str, others)))
     if is_k_diffusion(state):
         sets = {"model": _tensors(state["model"]), "ema": _tensors(state["model_ema"])}
         return Held("k-diffusion's", sets, [str(k) for k in state if k not in ("model", "model_ema")])
@@ -63,7 +64,8 @@ def show(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     lines = [f"{config.source}", f"format      {held.format}"]
     lines.append(f"weights     {', '.join(held.sets) if len(held.sets) > 1 else 'one set'}")
     lines.append(f"beside them {', '.join(held.others) or 'nothing'}")
-    checksum = tensor_files.Checksum(source, reread=True)
+    kind = sharded.Checksum if sharded.is_sharded(source) else tensor_files.Checksum
+    checksum = kind(source, reread=True)
     try:
         checksum.check()
     except UserError as error:

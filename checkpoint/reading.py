@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from checkpoint import sharded
 from checkpoint.architecture import with_former_defaults
 from checkpoint.published import is_k_diffusion, k_diffusion_arguments, read_bare, read_published
 from checkpoint.records import (
@@ -36,23 +37,23 @@ def read_weights(
     given: dict[str, Any] | None = None,
     *,
     projectors: bool = False,
-    checksum: Checksum | None = None,
+    checksum: Checksum | sharded.Checksum | None = None,
 ) -> Weights:
     """One set of weights (`ema`, `ema:DECAY` or `model`) of a checkpoint file; REPA's `projectors` are left aside unless asked for.
 
-    Formats: ours, its safetensors form, the published ELIT code's and REPA's, k-diffusion's, a folder of `save_pretrained`, and bare
-    state dicts (REPA's `last.pt`, original SiT's, U-ViT's, SD3's, a model's own); a path `hf://owner/repo/file` and a name of
-    `zoo.ZOO` are fetched from the hub. `given`: options by hand, for what a bare state dict does not record. `checksum`: the
+    Formats: ours (a file, or a sharded run's folder), its safetensors form, the published ELIT code's and REPA's, k-diffusion's, a
+    folder of `save_pretrained`, and bare state dicts (REPA's `last.pt`, original SiT's, U-ViT's, SD3's, a model's own); a path
+    `hf://owner/repo/file` and a name of `zoo.ZOO` are fetched from the hub. `given`: options by hand, for what a bare state dict does not record. `checksum`: the
     file's, where it was read before.
     """
     path = local_file(path)
-    if checksum is None and path.is_file() and os.environ.get("RANK", "0") == "0":
-        checksum = Checksum(path)
+    if checksum is None and os.environ.get("RANK", "0") == "0":
+        checksum = sharded.Checksum(path) if sharded.is_sharded(path) else Checksum(path) if path.is_file() else None
     try:
         found = _read(path, weights, given or {})
         if not projectors:
             found.state_dict = {k: v for k, v in found.state_dict.items() if not k.startswith("projectors.")}
-        known(path, f"finite {weights} {projectors}", lambda: _check_finite(path, found.state_dict))
+        known(sharded.identity(path), f"finite {weights} {projectors}", lambda: _check_finite(path, found.state_dict))
         _check_sizes(path, found)
     except UserError:
         if checksum is not None:
@@ -65,6 +66,8 @@ def read_weights(
 def _read(path: Path, weights: str, given: dict[str, Any]) -> Weights:
     if path.suffix == ".safetensors":
         return _safetensors(path, weights, given)
+    if sharded.is_sharded(path):
+        return _ours(path, sharded.read_record(path), weights)
     state = load(path)
     if "format" in state:
         return _ours(path, state, weights)
@@ -132,10 +135,13 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> Weights:
     if kind == "model" and not decay:
         state_dict = state["model"]
     elif kind == "ema" and state["ema"] and (not decay or decay in state["ema"]):
-        state_dict = state["ema"][decay or next(iter(state["ema"]))]
+        decay = decay or next(iter(state["ema"]))
+        state_dict = state["ema"][decay]
     else:
         known = ", ".join(["model", "ema", *(f"ema:{d}" for d in state["ema"])])
         raise UserError(f"--weights {weights}: not in {path}; it holds {known}")
+    if sharded.is_sharded(path):
+        state_dict = sharded.read(path, state_dict, f"ema/{decay}" if decay else "model")
     state_dict = check_state_dict(state_dict, str(path))
     record = recorded_vae(state["vae"], path)
     config = with_former_defaults(recorded_config(state["config"], path), record)

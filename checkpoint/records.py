@@ -23,15 +23,18 @@ TEXT = "text"  # in checkpoints of text models: what their text features are
 _OPTIONS = {f.name for f in dataclasses.fields(TrainConfig)}
 
 
-def check_training_state(state: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """The parts that a resumed run reads, checked, with the configuration as options and the VAE as a record."""
+def check_training_state(state: dict[str, Any], where: str | Path, *, lazy: bool = False) -> dict[str, Any]:
+    """The parts that a resumed run reads, checked, with the configuration as options and the VAE as a record.
+
+    lazy: whether meta tensors may stand for those that are still to be read.
+    """
     check_format(state, where)
     optimizer = state.get("optimizer")
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
         raise UserError(f"{where}: holds no training state; it may start a new run with --init-from")
     return state | {
-        "model": check_state_dict(state["model"], f"{where}: model"),
-        "ema": {d: check_state_dict(v, f"{where}: ema {d}") for d, v in state["ema"].items()},
+        "model": check_state_dict(state["model"], f"{where}: model", lazy=lazy),
+        "ema": {d: check_state_dict(v, f"{where}: ema {d}", lazy=lazy) for d, v in state["ema"].items()},
         "config": recorded_config(state["config"], where),
         "vae": recorded_vae(state["vae"], where),
         TEXT: recorded_text(state.get(TEXT), where),
@@ -91,7 +94,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 2**63)
 
 
-def check_state_dict(values: Any, where: str) -> dict[str, Tensor]:
+def check_state_dict(values: Any, where: str, *, lazy: bool = False) -> dict[str, Tensor]:
     """`values` as a state dict: dense floating-point tensors by name, with all of their data; of one type, else as float32.
 
     Raises:
@@ -104,7 +107,8 @@ def check_state_dict(values: Any, where: str) -> dict[str, Tensor]:
             raise UserError(f"{where}: {type(name).__name__} as the name of a tensor")
         if not isinstance(tensor, Tensor):
             raise UserError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor")
-        dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        is_there = tensor.device.type == "cpu" or (lazy and tensor.is_meta)
+        dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and is_there
         if not dense or not tensor.is_floating_point():
             raise UserError(f"{where}: {name} is no dense tensor of floating-point numbers")
         if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():

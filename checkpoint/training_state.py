@@ -1,56 +1,26 @@
 """Checkpoints of training: saving whole or not at all, which steps are there, pruning."""
 
 import contextlib
-import hashlib
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from typing_extensions import Buffer
 
+from checkpoint import sharded
 from checkpoint.records import FORMAT
+from common import tensor_files
 from common.errors import UserError
 from common.files import sync_folder
-from common.tensor_files import Unreadable, load, sidecar
+from common.tensor_files import HashingFile, Unreadable, sidecar
 
-
-class HashingFile:
-    """A file that hashes what is written to it.
-
-    `torch.save` cannot take an error in the middle of a file: the first one is kept, what follows is dropped, `close` raises it.
-    """
-
-    def __init__(self, path: Path):
-        self.file, self.sha256, self.error = path.open("wb"), hashlib.sha256(), None
-
-    def write(self, data: Buffer) -> int:
-        """The number of bytes taken, all of them, whatever becomes of them."""
-        self._try(self.file.write, data)
-        self.sha256.update(data)
-        return memoryview(data).nbytes
-
-    def flush(self) -> None:
-        """Hand over to the system what was written."""
-        self._try(self.file.flush)
-
-    def close(self) -> None:
-        """On the disk, or the error that kept it from getting there."""
-        with self.file:
-            self.flush()
-            self._try(os.fsync, self.file.fileno())
-            if self.error is not None:
-                raise self.error
-
-    def _try(self, action: Callable, *arguments: Any) -> None:
-        if self.error is None:
-            try:
-                action(*arguments)
-            except OSError as error:
-                self.error = error
+# How the checkpoint of a step may be stored: one file, a folder of parts, and one that is being replaced. The first counts.
+FILE, FOLDER = ".pt", sharded.ENDING
+FORMS = (FILE, FOLDER, f"{FOLDER}.old")
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -78,15 +48,23 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def delete_checkpoint(path: Path) -> None:
-    """A file and its checksum, in this order: a checkpoint without one would be taken on trust."""
+    """A file and its checksum, in this order: a checkpoint without one would be taken on trust. A folder likewise goes at once."""
+    if path.is_dir() and not path.is_symlink():
+        aside = path if path.name.endswith(".tmp") else path.with_name(path.name + ".tmp")
+        path.rename(aside)
+        shutil.rmtree(aside)
+        return
     path.unlink(missing_ok=True)
     sidecar(path).unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete what killed writes of this run's checkpoints left aside; nothing else, and no links."""
-    for path in Path(folder).glob("*.pt.tmp"):
-        if re.fullmatch(r"[0-9]{7,}\.pt\.tmp", path.name) and not path.is_symlink():
+    for path in Path(folder).glob("*.tmp"):
+        if re.fullmatch(r"[0-9]{7,}\.(pt|dcp|dcp\.old)\.tmp", path.name) and not path.is_symlink():
+            delete_checkpoint(path)
+    for path in Path(folder).glob(f"*{FORMS[-1]}"):
+        if re.fullmatch(r"[0-9]{7,}\.dcp\.old", path.name) and path.with_suffix("").exists() and not path.is_symlink():
             delete_checkpoint(path)
 
 
@@ -101,7 +79,7 @@ def set_aside(folder: str | Path, step: int) -> Path | None:
     names = (f"abandoned-from-{step}{f'-{k}' if k > 1 else ''}" for k in itertools.count(1))
     aside = next(path for path in (Path(folder) / name for name in names) if not path.exists())
     aside.mkdir()
-    for path in (step_path(folder, s) for s in later):
+    for path in (p for s in later for p in reversed(stored(folder, s))):
         path.replace(aside / path.name)
         if sidecar(path).exists():
             sidecar(path).replace(aside / sidecar(path).name)
@@ -120,12 +98,20 @@ def prune(
     last_good = max((step for step in steps if good is not None and step <= good), default=None)
     for step in steps[:-keep_last] if keep_last else []:
         if step not in (last_good, best) and (not keep_every or step % keep_every):
-            delete_checkpoint(step_path(folder, step))
+            for path in stored(folder, step):
+                delete_checkpoint(path)
 
 
-def step_path(folder: str | Path, step: int) -> Path:
-    """The checkpoint of a step, in a run's `checkpoints` folder."""
-    return Path(folder) / f"{step:07d}.pt"
+def step_path(folder: str | Path, step: int, form: str | None = None) -> Path:
+    """The checkpoint of a step, in a run's `checkpoints` folder, as it is stored there or in a `form` of `FORMS`."""
+    if form is None:
+        return next(iter(stored(folder, step)), step_path(folder, step, FILE))
+    return Path(folder) / f"{step:07d}{form}"
+
+
+def stored(folder: str | Path, step: int) -> list[Path]:
+    """What is there of a step's checkpoint; the first counts."""
+    return [path for path in (step_path(folder, step, form) for form in FORMS) if os.path.lexists(path)]
 
 
 def saved_steps(folder: str | Path) -> list[int]:
@@ -136,19 +122,33 @@ def saved_steps(folder: str | Path) -> list[int]:
         return []
     except OSError as error:  # not to be taken for an empty folder
         raise Unreadable(Path(folder), error) from None
-    return sorted(int(name[:-3]) for name in names if re.fullmatch(r"[0-9]{7}\.pt|[1-9][0-9]{7,}\.pt", name))
+    matches = (re.fullmatch(r"([0-9]{7}|[1-9][0-9]{7,})\.(pt|dcp|dcp\.old)", name) for name in names)
+    return sorted({int(match[1]) for match in matches if match})
 
 
-def load_step(folder: str | Path, step: int) -> dict[str, Any]:
+def load(path: Path, *, verify: bool = False, lazy: bool = False) -> dict[str, Any]:
+    """The training state in a file or a folder of parts; with `lazy` what the parts hold is left in them (`sharded.fill`).
+
+    Raises as `tensor_files.load`.
+    """
+    if not sharded.is_sharded(path):
+        return tensor_files.load(path, verify=verify)
+    if verify:
+        sharded.Checksum(path, reread=True).check()
+    record = sharded.read_record(path)
+    return record if lazy else sharded.read(path, record)
+
+
+def load_step(folder: str | Path, step: int, *, lazy: bool = False) -> dict[str, Any]:
     """The checkpoint of a step, compared with its checksum. Raises as `load`, and where it records another step."""
     path = step_path(folder, step)
-    state = load(path, verify=True)
+    state = load(path, verify=True, lazy=lazy)
     if type(state.get("step")) is not int or state["step"] != step:
         raise UserError(f"{path}: does not record step {step}")
     return state
 
 
-def load_newest(folder: str | Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+def load_newest(folder: str | Path, warn: Callable[[str], None], *, lazy: bool = False) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, `None` where the folder has none; `warn(message)` tells of each one passed over.
 
     Raises:
@@ -158,7 +158,7 @@ def load_newest(folder: str | Path, warn: Callable[[str], None]) -> dict[str, An
     passed: list[str] = []
     for step in reversed(saved_steps(folder)):
         try:
-            state = load_step(folder, step)
+            state = load_step(folder, step, lazy=lazy)
         except Unreadable:
             raise
         except UserError as error:

@@ -1,5 +1,6 @@
 """One set of weights with its recorded configuration, and the model built from it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+from checkpoint import sharded
 from common.errors import UserError, first_line
 from common.tensor_files import Checksum
 from config.options import Architecture
@@ -32,7 +34,7 @@ class Weights:
     record: VAERecord = SD_VAE
     step: int = 0
     text: TextRecord | None = None  # what a text model's features were, where the file records it
-    checksum: Checksum | None = None  # of the file that they are from; rank 0 alone has it
+    checksum: Checksum | sharded.Checksum | None = None  # of the file that they are from; rank 0 alone has it
     prompts: Any = None  # that it is sampled with: `sampling.conditions.Prompts`, of text models
     guide: "Weights | None" = None  # of the checkpoint that guides this one in sampling
 
@@ -105,8 +107,13 @@ def model_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:
-    """Load all or nothing. Raises UserError that names the first few missing or unknown keys and wrong shapes."""
-    own = model.state_dict()
+    """Load all or nothing. Raises UserError as `check_fits`."""
+    check_fits(model, model.state_dict(), state_dict, where)
+    model.load_state_dict(state_dict, assign=assign)
+
+
+def check_fits(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raises UserError that names the first few missing or unknown keys and wrong shapes, beside the model's `own` state dict."""
     wrong = [f"{k} is missing" for k in own if k not in state_dict]
     optional = ("null_text", "null_pooled") if isinstance(model, NullText) else ()  # which a new model does not have yet
     wrong += [f"{k} is unknown" for k in state_dict if k not in own and k not in optional]
@@ -116,4 +123,3 @@ def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str 
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{where}: not a checkpoint of this model: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(state_dict, assign=assign)

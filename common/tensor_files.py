@@ -5,17 +5,21 @@ runs.
 """
 
 import argparse
+import hashlib
 import io
+import os
 import pickle
 import re
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256, recall
@@ -45,6 +49,41 @@ PRETRAINED = "model.safetensors"  # the weights in a folder of `save_pretrained`
 def sidecar(path: Path) -> Path:
     """The file that holds the checkpoint's SHA-256."""
     return path.with_name(path.name + ".sha256")
+
+
+class HashingFile:
+    """A file that hashes what is written to it.
+
+    `torch.save` cannot take an error in the middle of a file: the first one is kept, what follows is dropped, `close` raises it.
+    """
+
+    def __init__(self, path: Path):
+        self.file, self.sha256, self.error = path.open("wb"), hashlib.sha256(), None
+
+    def write(self, data: Buffer) -> int:
+        """The number of bytes taken, all of them, whatever becomes of them."""
+        self._try(self.file.write, data)
+        self.sha256.update(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Hand over to the system what was written."""
+        self._try(self.file.flush)
+
+    def close(self) -> None:
+        """On the disk, or the error that kept it from getting there."""
+        with self.file:
+            self.flush()
+            self._try(os.fsync, self.file.fileno())
+            if self.error is not None:
+                raise self.error
+
+    def _try(self, action: Callable, *arguments: Any) -> None:
+        if self.error is None:
+            try:
+                action(*arguments)
+            except OSError as error:
+                self.error = error
 
 
 class Unreadable(UserError):

@@ -22,6 +22,12 @@ class SystemOptions:
     bucket_cap_mb: int = option(
         "system", 25, "MiB of gradients that are summed over the processes at a time", ge=1, le=2**20, resume="free"
     )
+    shard: str = option(
+        "system",
+        "none",
+        "split weights, gradients and optimizer over all processes (full), or over groups of N, between which they repeat",
+        resume="free",
+    )
     gradient_checkpointing: bool = option("system", False, "compute the blocks twice, to keep less in memory", resume="free")
     plan: bool = option(
         "plan", False, "print and check what the run would do, cost and need, and train nothing; needs no GPU", resume="free"

@@ -5,7 +5,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.errors import UserError, first_line
 from config.options import TrainConfig
+
+if TYPE_CHECKING:
+    from training.sharding import ShardedModel
 
 
 def optimizer_options(config: TrainConfig) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def optimizer_options(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+def create_optimizer(model: "nn.Module | ShardedModel", config: TrainConfig) -> AdamW:
     """AdamW over all parameters, fused."""
     return AdamW(model.parameters(), **optimizer_options(config), fused=True)
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import models
 from checkpoint import records, training_state
 from checkpoint.architecture import DEPTHS, with_former_defaults
-from common import tensor_files
+from checkpoint.weights import load_state_dict
 from common.errors import UserError
 from common.logging import warn
 from config.options import TrainConfig
@@ -21,7 +21,7 @@ from config.rules import names
 from flows import flow_of
 from models.encoders import encoder_names
 from training.data_order import DATA_POSITION, Progress, total_steps
-from training.optim import depends_on_length
+from training.optim import EMA, depends_on_length
 from training.run_data import RunData
 from training.run_dir import RunDir
 
@@ -54,11 +54,11 @@ def format_option(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 
-def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
+def load_state(run_dir: RunDir, resume_step: int, *, lazy: bool = False) -> dict[str, Any] | None:
     """The training state to resume from; None for a new run.
 
     Rank 0 alone reads and verifies the file. In the other processes tensors of more than `SMALL` bytes are on the meta device;
-    `shared` brings them there.
+    `shared` brings them there. lazy: for a sharded run, of which each process reads its part, see `training_state.load`.
     """
     step, state, problem = resume_step, None, ""
     if not step:
@@ -66,16 +66,22 @@ def load_state(run_dir: RunDir, resume_step: int) -> dict[str, Any] | None:
     if run_dir.is_main:
         try:
             folder = run_dir.checkpoints
-            state = training_state.load_newest(folder, warn) if step == -1 else training_state.load_step(folder, step)
+            if step == -1:
+                state = training_state.load_newest(folder, warn, lazy=lazy)
+            else:
+                state = training_state.load_step(folder, step, lazy=lazy)
             if state is not None:
-                state = _checked(state, training_state.step_path(folder, state["step"]))
+                state = _checked(state, training_state.step_path(folder, state["step"]), lazy=lazy)
         except UserError as error:
             state, problem = None, str(error)
-    outline = tree_map(lambda x: x.to("meta") if _is_large(x) else x, state)
-    outline, problem = broadcast_object_list([outline, problem])
+    outline = None if lazy else tree_map(lambda x: x.to("meta") if _is_large(x) else x, state)
+    step, outline, problem = broadcast_object_list([state and state["step"], outline, problem])
     if problem:
         raise UserError(problem)
-    return state if run_dir.is_main else outline
+    if run_dir.is_main or step is None or not lazy:
+        return state if run_dir.is_main else outline
+    path = training_state.step_path(run_dir.checkpoints, step)
+    return _checked(training_state.load(path, lazy=True), path, lazy=True)
 
 
 def _is_large(value: Any) -> bool:
@@ -98,11 +104,21 @@ def shared(part: Any, accelerator: Accelerator) -> Any:
     return tree_map(share, part)
 
 
-def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+def load_weights(state: dict[str, Any], model: nn.Module, ema: EMA, accelerator: Accelerator, where: Path) -> dict[str, Any]:
+    """Take weights and averages of what `load_state` gave; returns it with the optimizer's state of rank 0 in every process."""
+    model = accelerator.unwrap_model(model)
+    for decay in ema.decays:  # one that is new starts from the weights, as in a new run
+        load_state_dict(model, shared(state["ema"].get(decay, state["model"]), accelerator), where)
+        ema.assign(decay, model)
+    load_state_dict(model, shared(state["model"], accelerator), where)
+    return state | {"optimizer": shared(state["optimizer"], accelerator)}
+
+
+def _checked(state: dict[str, Any], path: Path, *, lazy: bool) -> dict[str, Any]:
     for name, kind in {DATA_SIZE: int, DATA_POSITION: int, VALIDATION_DUE: bool}.items():
         if name in state and (type(state[name]) is not kind or state[name] < 0):
             raise UserError(f"{path}: its {name} must be {'true or false' if kind is bool else 'a whole number'}")
-    return records.check_training_state(state, path)
+    return records.check_training_state(state, path, lazy=lazy)
 
 
 def with_recorded_split(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
@@ -115,7 +131,7 @@ def with_recorded_split(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
     steps = [config.resume_step] if config.resume_step > 0 else reversed(training_state.saved_steps(run_dir.checkpoints))
     for path in (training_state.step_path(run_dir.checkpoints, step) for step in steps):
         try:
-            state = _checked(tensor_files.load(path), path)
+            state = _checked(training_state.load(path, lazy=True), path, lazy=True)
         except UserError:  # which `load_state` reports
             continue
         recorded = with_former_defaults(state["config"], state["vae"])

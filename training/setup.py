@@ -37,9 +37,8 @@ from models.elit import Elastic
 from models.encoders import encoder_names
 from models.text_encoders import TextRecord
 from models.vae import VAERecord
-from training import scores
+from training import scores, sharding
 from training.budgets import check_budgets, trained_budgets
-from training.optim import EMA
 from training.profiler import parse_steps
 from training.resume import ALLOWED
 from training.run_data import takes_text
@@ -73,6 +72,14 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int], text:
     return model
 
 
+def adapt_blocks(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Gradient checkpointing and compilation, in place."""
+    if config.gradient_checkpointing:
+        models.checkpoint_blocks(model)
+    if device.type == "cuda" if config.compile is None else config.compile:
+        models.compile_model(model)
+
+
 def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
     """The options with the head and tail depth that `model` was built with, to be recorded: defaults change over the years."""
     if not isinstance(model, Elastic):
@@ -80,8 +87,8 @@ def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
     return dataclasses.replace(config, head_depth=model.head_depth, tail_depth=model.tail_depth)
 
 
-def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_main: bool) -> str:
-    """The averaged weights of --init-from `path`, as far as they fit, for the weights and their averages; returns what was done.
+def init_weights(path: str, config: TrainConfig, model: nn.Module, is_main: bool) -> str:
+    """The averaged weights of --init-from `path`, as far as they fit; returns what was done.
 
     Raises UserError, in every process, for a checkpoint that does not fit or is damaged.
     """
@@ -95,8 +102,6 @@ def init_weights(path: str, config: TrainConfig, model: nn.Module, ema: EMA, is_
         raise UserError(message)
     made = init_from(weights, model, dataclasses.asdict(config), path)
     model.load_state_dict(made.state_dict, strict=False)
-    for decay in ema.decays:
-        ema.assign(decay, model)
     if is_main:
         print(made.summary(), flush=True)
     return made.summary()
@@ -110,6 +115,12 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     check_model(config)
     scores.check(config)
     check_name(config.exp_name, "--exp-name", plain=True)
+    size = sharding.group_size(config.shard, config.plan_processes or sharding.launched_processes())
+    if size > 1 and config.elit_budget_schedule is not None:
+        raise UserError(
+            f"--shard {config.shard}: --elit-budget-schedule gives each process forwards of its own, but sharded ones run "
+            "together; leave one of the two out"
+        )
     if config.profile_steps:
         parse_steps(config.profile_steps)
     for name in map(_option_name, config.allow_change):

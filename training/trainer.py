@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import models
 from checkpoint import async_writer, training_state
 from checkpoint.records import TEXT
-from checkpoint.weights import load_state_dict
 from common.distributed import data_workers
 from common.errors import UserError
 from common.logging import log, warn
@@ -27,7 +25,7 @@ from models.conditioning import NullText, condition_of, map_condition
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
-from training import resume, scores, setup, trackers
+from training import resume, scores, setup, sharding, trackers
 from training.budgets import budget_schedule, parts_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
@@ -49,6 +47,7 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
         self.accelerator = accelerator = setup.create_accelerator(config)
+        self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
         (config,) = broadcast_object_list(
@@ -104,15 +103,14 @@ class Trainer:
         """Bring model, data and folder to where the run stands. All that could refuse the run comes before the first write."""
         config, accelerator = self.config, self.accelerator
         self.run_dir.check()  # again: another run may have written there meanwhile
-        self._prepare()
-        state, summary = resume.load_state(self.run_dir, config.resume_step), ""
+        state, summary = resume.load_state(self.run_dir, config.resume_step, lazy=self.mesh is not None), ""
         if state is not None:
             resume.check_same_run(config, state, self.data, self.run_dir)
-            self._load(state)
         elif config.init_from:
-            summary = setup.init_weights(
-                config.init_from, config, self.accelerator.unwrap_model(self.model), self.ema, self.run_dir.is_main
-            )
+            summary = setup.init_weights(config.init_from, config, self.model, self.run_dir.is_main)
+        self._prepare()
+        if state is not None:
+            self._load(state)
         self.schedule = create_schedule(self.optimizer.optimizer, config, self.step, self.total_steps)
         self.validation = self._open_validation()
         self.scores = self._open_scores()
@@ -127,14 +125,19 @@ class Trainer:
         grid = setup.token_grid(config, data.record)
         encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
         self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
-        self.model.to(device)
-        self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
-        if config.gradient_checkpointing:
-            models.checkpoint_blocks(self.model)
-        if device.type == "cuda" if config.compile is None else config.compile:
-            models.compile_model(self.model)
-        self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
-        self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn)
+        if self.mesh is None:
+            self.model.to(device)
+            self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
+            setup.adapt_blocks(self.model, config, device)
+            self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
+            self.sharded = None
+        else:  # accelerate knows FSDP2 on CUDA alone
+            frame = sharding.on_meta(self.model)
+            setup.adapt_blocks(self.model, config, device)
+            self.sharded = sharding.ShardedModel(self.model, frame, self.mesh, self.accelerator, config)
+            self.ema, self.optimizer = self.sharded.ema, self.accelerator.prepare(create_optimizer(self.sharded, config))
+        group, kept = self.sharded and self.sharded.group, (config.keep_last, config.keep_every)
+        self.writer = async_writer.create_writer(self.run_dir.checkpoints, *kept, warn, group)
         self.validation_due = self.scores_due = False
         self._go_to(Progress(0, 0, len(data.dataset), config.batch_size))
 
@@ -157,14 +160,11 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         """Resume from a training state."""
         where = training_state.step_path(self.run_dir.checkpoints, state["step"])
-        model, shared = self.accelerator.unwrap_model(self.model), partial(resume.shared, accelerator=self.accelerator)
-        for decay in self.ema.decays:  # one that is new starts from the weights, as in a new run
-            load_state_dict(model, shared(state["ema"].get(decay, state["model"])), where)
-            self.ema.assign(decay, model)
-        load_state_dict(model, shared(state["model"]), where)
-        load_optimizer(
-            self.optimizer.optimizer, self.accelerator.scaler, state | {"optimizer": shared(state["optimizer"])}, where
-        )
+        if self.sharded is not None:
+            state = self.sharded.load(state, where)
+        else:
+            state = resume.load_weights(state, self.model, self.ema, self.accelerator, where)
+        load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
         self._go_to(Progress.of_state(state, len(self.data.dataset)))
@@ -248,10 +248,13 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         for _ in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(self.model):
+                if self.sharded is not None:
+                    self.sharded.begin_micro_step(accelerator.sync_gradients)
                 accelerator.backward(self.forward(next(batches)))
                 if accelerator.sync_gradients:
                     self.idle.drop_gradients()
-                    norm = clip_gradients(accelerator, self.model.parameters(), self.optimizer.optimizer, config.max_grad_norm)
+                    clip = clip_gradients if self.sharded is None else self.sharded.clip_gradients
+                    norm = clip(accelerator, self.model.parameters(), self.optimizer.optimizer, config.max_grad_norm)
                     skip = self.stats.step(norm)
                     if accelerator.scaler is None:  # which sets this itself
                         self.optimizer.optimizer.found_inf = skip  # fused AdamW then leaves weights and state as they are
@@ -352,12 +355,12 @@ class Trainer:
         self.writer.keep_best(self.scores.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs; every process takes part."""
-        scaler = self.accelerator.scaler
+        """Everything that a resumed run needs, of a sharded run with DTensors; every process takes part."""
+        scaler, sharded = self.accelerator.scaler, self.sharded
         return {
-            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "model": self.accelerator.unwrap_model(self.model).state_dict() if sharded is None else sharded.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if sharded is None else sharded.optimizer_state(self.optimizer.optimizer),
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "step": self.step,
@@ -372,11 +375,11 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """checkpoints/{step}.pt, written in the background. A failing write harms none before it; the next one is as always."""
+        """checkpoints/{step}.pt, of a sharded run {step}.dcp, written in the background. A failing write harms none before it."""
         self.stats.gather(self.accelerator)
         self.saved_step = self.step
         state = self.state()
-        if self.run_dir.is_main:
+        if self.run_dir.is_main or self.sharded is not None:
             good = self.step - int(self.stats.streak)  # the last step that was not skipped
             self.writer.save(self.step, state, good)
             log.info(f"step {self.step}: saving")
@@ -384,7 +387,7 @@ class Trainer:
     def _reserve_memory(self) -> None:
         """Make the memory of the first checkpoint, so that it does not wait for it."""
         state = self.state()
-        if self.run_dir.is_main:
+        if self.run_dir.is_main or self.sharded is not None:
             self.writer.copy(state)
 
     def _finish_saving(self) -> None:
@@ -393,6 +396,5 @@ class Trainer:
             self.save()
         self.writer.wait()
         if self.writer.error is not None:
-            path = training_state.step_path(self.writer.folder, self.step)
-            good = self.run_dir.newest_checkpoint()
+            good, path = self.run_dir.newest_checkpoint(), self.writer.path(self.step)
             raise UserError(f"{path}: could not be written: {self.writer.error}; the last good checkpoint is {good}")

@@ -148,14 +148,14 @@ def test_the_writer_saves_the_state_of_its_call(tmp_path):
 
 
 def test_a_checkpoint_under_way_is_not_seen(tmp_path, monkeypatch):
-    begun, go_on, write = threading.Event(), threading.Event(), training_state.HashingFile.write
+    begun, go_on, write = threading.Event(), threading.Event(), tensor_files.HashingFile.write
 
     def slowly(file, data):
         begun.set()
         assert go_on.wait(30)
         return write(file, data)
 
-    monkeypatch.setattr(training_state.HashingFile, "write", slowly)
+    monkeypatch.setattr(tensor_files.HashingFile, "write", slowly)
     checkpoint_writer = async_writer.Writer(tmp_path, 0, 0, pytest.fail)
     checkpoint_writer.save(5, {"step": 5})  # comes back at once
     assert begun.wait(30)

@@ -92,8 +92,10 @@ def launch(*command: str, cwd: Path | None = None, **kwargs) -> subprocess.Compl
 
 
 FORK = """
-import json, os, sys
+import importlib, json, os, sys
 import train  # once, for all processes of all runs
+for name in sys.argv[2:]:
+    importlib.import_module(name)
 for port, count, argv, before in json.loads(sys.argv[1]):
     os.environ |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = []
@@ -115,14 +117,14 @@ for port, count, argv, before in json.loads(sys.argv[1]):
 """
 
 
-def train_on(*several: tuple[int, list[str], str]) -> list[str]:
+def train_on(*several: tuple[int, list[str], str], imports: tuple[str, ...] = ()) -> list[str]:
     """Runs of train.py, one after the other: (number of processes, arguments, code that each process executes before).
 
     The processes are as a launcher would start them, but it takes less time. Returns the lines that they wrote to stdout; each
-    run ends with one of its processes' exit codes.
+    run ends with one of its processes' exit codes. imports: other modules to be imported once.
     """
     told = [(free_port(), count, argv, before) for count, argv, before in several]
-    done = launch("-c", FORK, json.dumps(told))
+    done = launch("-c", FORK, json.dumps(told), *imports)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
