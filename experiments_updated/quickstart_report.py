@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,19 +200,17 @@ def held_out_losses(config: ReportConfig, loaded: Session, weights: Weights) -> 
 
     Times as in training: its weighting and shift. Of DFM the mean over the stages.
     """
-    losses, _ = losses_of_draws(config.val_data_dir, config.budgets, loaded, weights)
+    losses, _ = losses_of_draws(config, loaded, weights)
     return losses.mean(dim=0).mean(dim=1).numpy().astype(np.float64)
 
 
 @torch.no_grad()
-def losses_of_draws(
-    data_dir: str, budgets: Sequence[float | None], loaded: Session, weights: Weights
-) -> tuple[torch.Tensor, torch.Tensor]:
+def losses_of_draws(config: ReportConfig, loaded: Session, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     """Velocity losses (draws, budgets, stages, canvases) of the held-out canvases, and the times (draws, canvases) they are taken at."""
-    dataset = LatentDataset(data_dir)
+    dataset = LatentDataset(config.val_data_dir)
     channels, *sides = dataset.shape
-    flow = flow_of(loaded.config, weighting=weights.config["weighting"])
-    conditions = flow.conditions(budgets)  # budgets × stages
+    flow = flow_of(config, weighting=weights.config["weighting"])
+    conditions = flow.conditions(config.budgets)  # budgets × stages
     batch_size, total = 50, []
     for start in range(0, len(dataset), batch_size):
         indices = range(start, min(start + batch_size, len(dataset)))
@@ -230,7 +227,7 @@ def losses_of_draws(
             for r in range(VAL_REPEATS)
         ]
         total.append(torch.stack(repeats))
-    losses = torch.cat(total, dim=2).unflatten(1, (len(budgets), -1)).cpu()
+    losses = torch.cat(total, dim=2).unflatten(1, (len(config.budgets), -1)).cpu()
     n = len(dataset)
     times = [flow.times(flow.val_draws(range(r * n, (r + 1) * n), (channels // 2, *sides))) for r in range(VAL_REPEATS)]
     return losses, torch.stack(times)

@@ -53,7 +53,7 @@ def forward_flops(model: Backbone, budgets: Sequence[float | None]) -> list[int]
     if len(budgets) <= 3:
         return [count_flops(model, b) for b in budgets]
     interface = model.interface
-    assert isinstance(model, Backbone) and isinstance(interface, LatentInterface)
+    assert isinstance(interface, LatentInterface)
     J = interface.latents_per_group
     k = np.array([budget_to_k(b, J) for b in budgets])
     counts_of = [k] if model.merged_latents == 1 else [k, -(-k // model.merged_latents)]

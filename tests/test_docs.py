@@ -25,6 +25,7 @@ import train
 from common.errors import UserError
 from config.parsing import parse_command_line
 from experiments_updated import quickstart_guidance
+from experiments_updated.studies.study import StudyConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -40,6 +41,7 @@ SCRIPTS = {
     "convert_checkpoint.py": convert_checkpoint.ConvertCheckpointConfig,
     "finetune_diffusers.py": finetune_diffusers.FinetuneDiffusersConfig,
     "quickstart_guidance.py": quickstart_guidance.GuidanceConfig,
+    "report.py": StudyConfig,
 }
 OTHERS = {"--clean", "--no-deps", "--target"}  # of eval.sh and pip
 

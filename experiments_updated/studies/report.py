@@ -167,7 +167,7 @@ def _training_curves(study: Study) -> None:
         curve = Curve(name, steps, y, half, name == next(iter(study.models)))
         by_step.append(curve)
         by_flops.append(curve._replace(x=[step * runs[0].training_flops() / 1e12 for step in steps]))
-    title = f"{len(study.baseline)} seeds: mean and range"
+    title = f"{len(study.baseline)} seeds: mean and range" if len(study.baseline) > 1 else ""
     curves_plot(study.path("_steps.png"), by_step, labels=("step", "training loss", title))
     curves_plot(study.path("_flops.png"), by_flops, labels=("training TFLOPs", "training loss", title))
 
@@ -225,7 +225,10 @@ def _scheduled(run: Run, budgets: BudgetSchedule) -> np.ndarray:
 
 
 def difficulty(study: Study) -> None:
-    """The correlation, inside each group, of a patch's share of Read's attention with its loss."""
+    """The correlation, inside each group, of a patch's share of Read's attention with its loss.
+
+    "beyond place": of all latents, after the mean of each place in the group is taken off both.
+    """
     results = []
     for name, runs in study.models.items():
         for t in TIMES:
@@ -234,9 +237,13 @@ def difficulty(study: Study) -> None:
             for which, latents in (("all latents", slice(None)), ("first latent", slice(1))):
                 found = [_correlations(p["attention"][:, :, latents].mean(axis=2), p["losses"]) for p in of_seeds]
                 row[which] = _paired(found)
+            row["beyond place"] = _paired(
+                [_correlations(*map(_beyond_place, (p["attention"].mean(axis=2), p["losses"]))) for p in of_seeds]
+            )
             results.append(row)
-    head = ["model", "t", "all latents", "first latent"]
-    lines = [[r["model"], f"{r['time']:g}", _shown(r["all latents"], 3), _shown(r["first latent"], 3)] for r in results]
+    kinds = ("all latents", "first latent", "beyond place")
+    head = ["model", "t", *kinds]
+    lines = [[r["model"], f"{r['time']:g}", *(_shown(r[kind], 3) for kind in kinds)] for r in results]
     study.write(results, markdown_table(head, lines))
 
 
@@ -244,6 +251,11 @@ def _correlations(attention: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """Of (canvases, G, J) each: Pearson's correlation over the patches of a group, the mean over groups (canvases,)."""
     a, b = (x - x.mean(axis=2, keepdims=True) for x in (attention, losses))
     return ((a * b).mean(axis=2) / (a.std(axis=2) * b.std(axis=2) + 1e-12)).mean(axis=1)
+
+
+def _beyond_place(x: np.ndarray) -> np.ndarray:
+    """(canvases, G, J) less the mean of each place in a group."""
+    return x - x.mean(axis=(0, 1), keepdims=True)
 
 
 def compute(study: Study) -> None:
@@ -265,6 +277,7 @@ def compute(study: Study) -> None:
 
 STUDIES: dict[str, Callable[[Study], None]] = {
     "convergence": compare,
+    "joint": compare,
     "order": order,
     "split": compare,
     "schedule": schedule,

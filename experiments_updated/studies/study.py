@@ -30,7 +30,8 @@ from models.elit import Elastic
 from models.vae import sample_latents
 from randomness import generator, normal
 from sampling import cost, session
-from sampling.images import labels_of
+from sampling.conditions import labels_of
+from sampling.images import latents_of
 from sampling.session import Session
 from training.budgets import mean_training_flops
 
@@ -129,11 +130,12 @@ class Run:
         """
 
         def compute(budget: float | None) -> dict[str, Any]:
-            _, weights, loaded = self.opened(step)
+            config, weights, loaded = self.opened(step)
+            config = dataclasses.replace(config, budgets=[budget])
             if self.is_spread:
                 loaded = dataclasses.replace(loaded, model=_RealPatches(loaded.model))
             with reordered(loaded.model, order):
-                losses, times = losses_of_draws(self.val_data_dir, [budget], loaded, weights)
+                losses, times = losses_of_draws(config, loaded, weights)
             return {"losses": (4 if self.is_spread else 1) * losses[:, 0, 0].double().numpy(), "times": times.numpy()}
 
         step = step or self.steps[-1]
@@ -165,8 +167,7 @@ class Run:
 
     @torch.inference_mode()
     def _draw(self, loaded: Session, config: ReportConfig, indices: range) -> Tensor:
-        loaded = loaded.with_options(config)
-        latents = loaded.latents(session.guidance(config), config.global_seed, indices, labels_of(config, indices))
+        latents = latents_of(loaded, config, indices)
         return loaded.decode(gather_patches(latents) if self.is_spread else latents).cpu()
 
     def patches(self, t: float, canvases: int = 200) -> dict[str, np.ndarray]:

@@ -48,7 +48,7 @@ def test_every_option_of_generation_says_whether_it_changes_the_images():
 
 
 def test_what_a_resumed_run_must_share():
-    assert set(SAME) == CHECKPOINT | {"latent_norm", "condition", "enc_type", "prediction", "encoder_depth"}
+    assert set(SAME) == CHECKPOINT | {"latent_norm", "enc_type", "prediction", "encoder_depth", "condition"}
     assert SAME[0] == "model"  # the first difference is reported
     assert set(CHANGEABLE) == {
         *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),
@@ -62,7 +62,7 @@ def test_what_a_resumed_run_must_share():
             "max_grad_norm",
         ),
         *("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
-        *("lr_scheduler_type", "warmup_steps", "lr_cooldown"),
+        *("lr_scheduler_type", "warmup_steps", "lr_cooldown", "comm_dtype", "elit_budget_schedule"),
     }
     # Compared in some runs only: with target encoders, or where the rate depends on the number of steps.
     assert names(TrainConfig, when="repa", resume="same") == ("encoder_depth",)
@@ -105,4 +105,4 @@ def test_folder_labels_stand_in_one_order():
 
 def test_names_by_several_values():
     assert names(Architecture, group=("elit", "dfm"), model=True) == names(Architecture, group={"dfm", "elit"}, model=True)
-    assert names(Architecture, group="elit", model=False) == ("elit_max_mask_prob", "elit_min_mask_prob")
+    assert names(Architecture, group="elit", model=False) == ("elit_init", "elit_max_mask_prob", "elit_min_mask_prob")
