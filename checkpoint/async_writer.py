@@ -62,10 +62,21 @@ class Writer:
 
     One thread, one write at a time; the memory (page-locked where the state is on a GPU) is kept from one checkpoint to the next.
     A failing write is told to `tell`, harms no file and is kept in `error` until another succeeds.
+
+    group: for states that are split over the processes, each of which then calls `save`: all of them, on the CPU, used by nobody
+        else. They write a folder of parts (`checkpoint.sharded`).
     """
 
-    def __init__(self, folder: str | Path, keep_last: int, keep_every: int, tell: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: str | Path,
+        keep_last: int,
+        keep_every: int,
+        tell: Callable[[str], None],
+        group: dist.ProcessGroup | None = None,
+    ):
         self.folder, self.keep_last, self.keep_every, self.tell = Path(folder), keep_last, keep_every, tell
+        self._group = group
         self.error: Exception | None = None
         self._best: int | None = None
         self._newest: tuple[int, int | None] | None = None  # the step of the last write, and `good` with it
@@ -116,14 +127,14 @@ class Writer:
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is written."""
-        return step_path(self.folder, step, FILE)
-
-    def _save(self, path: Path, state: dict[str, Any]) -> None:
-        save(path, state)
+        return step_path(self.folder, step, FILE if self._group is None else FOLDER)
 
     def _write(self, step: int, state: dict[str, Any], good: int | None) -> None:
         try:
-            self._save(self.path(step), state)
+            if self._group is None:
+                save(self.path(step), state)
+            else:
+                sharded.save(self.path(step), state, self._group)
             self.error = None
         except Exception as error:  # whatever a file system may come up with
             self.error = error
@@ -133,6 +144,8 @@ class Writer:
         self._prune(step, good)
 
     def _prune(self, step: int, good: int | None) -> None:
+        if self._group is not None and dist.get_rank() > 0:
+            return
         try:
             for path in stored(self.folder, step):
                 if path != self.path(step):  # written before in another form
@@ -140,35 +153,3 @@ class Writer:
             prune(self.folder, step, self.keep_last, self.keep_every, good, self._best)
         except (OSError, UserError) as error:
             self.tell(f"{self.folder}: old checkpoints could not be deleted: {error}")
-
-
-class ShardedWriter(Writer):
-    """A `Writer` of states that are split over the processes, each of which calls it: a folder of parts (`checkpoint.sharded`).
-
-    group: of all processes, used by nobody else; one that works on the CPU.
-    """
-
-    def __init__(
-        self, folder: str | Path, keep_last: int, keep_every: int, tell: Callable[[str], None], group: dist.ProcessGroup
-    ):
-        super().__init__(folder, keep_last, keep_every, tell)
-        self._group = group
-
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is written."""
-        return step_path(self.folder, step, FOLDER)
-
-    def _save(self, path: Path, state: dict[str, Any]) -> None:
-        sharded.save(path, state, self._group)
-
-    def _prune(self, step: int, good: int | None) -> None:
-        if dist.get_rank() == 0:
-            super()._prune(step, good)
-
-
-def create_writer(
-    folder: str | Path, keep_last: int, keep_every: int, tell: Callable[[str], None], group: dist.ProcessGroup | None
-) -> Writer:
-    """A `ShardedWriter` where there is a `group` of processes for it, else a `Writer`."""
-    kept = (folder, keep_last, keep_every, tell)
-    return Writer(*kept) if group is None else ShardedWriter(*kept, group)

@@ -104,7 +104,7 @@ def shared(part: Any, accelerator: Accelerator) -> Any:
     return tree_map(share, part)
 
 
-def load_weights(state: dict[str, Any], model: nn.Module, ema: EMA, accelerator: Accelerator, where: Path) -> dict[str, Any]:
+def load_weights(model: nn.Module, ema: EMA, accelerator: Accelerator, state: dict[str, Any], where: Path) -> dict[str, Any]:
     """Take weights and averages of what `load_state` gave; returns it with the optimizer's state of rank 0 in every process."""
     model = accelerator.unwrap_model(model)
     for decay in ema.decays:  # one that is new starts from the weights, as in a new run

@@ -111,6 +111,11 @@ def _own_options() -> Iterator[None]:
         raise UserError(message, local=error.local) from None
 
 
+def is_scored_at(step: int, config: TrainConfig, total_steps: int) -> bool:
+    """Whether the options want scores of `step`: every so many, and of the last one."""
+    return bool(config.eval_steps and step) and (step % config.eval_steps == 0 or step == total_steps)
+
+
 def is_recorded(config: TrainConfig, run_dir: RunDir, step: int) -> bool:
     """Whether metrics.jsonl has the scores of `step`; the same in all processes."""
     is_there = run_dir.is_main and any(line["step"] == step and _decisive(config) in line for line in run_dir.read_metrics())

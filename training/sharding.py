@@ -140,9 +140,7 @@ class ShardedModel:
         cast("FSDPModule", self._model).set_requires_all_reduce(is_last)
 
     @torch.no_grad()
-    def clip_gradients(
-        self, accelerator: Accelerator, _: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, max_norm: float
-    ) -> Tensor:
+    def clip_gradients(self, accelerator: Accelerator, _: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         """As `optim.clip_gradients`, by the norm of all shards; after the last backward pass of a step."""
         for own, parameter in zip(self._own, self._whole.values(), strict=True):
             own.grad = None if parameter.grad is None else cast("DTensor", parameter.grad).to_local()

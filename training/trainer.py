@@ -128,16 +128,21 @@ class Trainer:
         if self.mesh is None:
             self.model.to(device)
             self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
-            setup.adapt_blocks(self.model, config, device)
+        frame = sharding.on_meta(self.model)
+        if config.gradient_checkpointing:
+            models.checkpoint_blocks(self.model)
+        if device.type == "cuda" if config.compile is None else config.compile:
+            models.compile_model(self.model)
+        if self.mesh is None:
+            self.sharded, group = None, None
             self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
-            self.sharded = None
         else:  # accelerate knows FSDP2 on CUDA alone
             frame = sharding.on_meta(self.model)
             setup.adapt_blocks(self.model, config, device)
             self.sharded = sharding.ShardedModel(self.model, frame, self.mesh, self.accelerator, config)
-            self.ema, self.optimizer = self.sharded.ema, self.accelerator.prepare(create_optimizer(self.sharded, config))
-        group, kept = self.sharded and self.sharded.group, (config.keep_last, config.keep_every)
-        self.writer = async_writer.create_writer(self.run_dir.checkpoints, *kept, warn, group)
+            self.ema, group = self.sharded.ema, self.sharded.group
+            self.optimizer = self.accelerator.prepare(create_optimizer(self.sharded, config))
+        self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn, group)
         self.validation_due = self.scores_due = False
         self._go_to(Progress(0, 0, len(data.dataset), config.batch_size))
 
@@ -160,10 +165,8 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         """Resume from a training state."""
         where = training_state.step_path(self.run_dir.checkpoints, state["step"])
-        if self.sharded is not None:
-            state = self.sharded.load(state, where)
-        else:
-            state = resume.load_weights(state, self.model, self.ema, self.accelerator, where)
+        whole = partial(resume.load_weights, self.model, self.ema, self.accelerator)
+        state = (whole if self.sharded is None else self.sharded.load)(state, where)
         load_optimizer(self.optimizer.optimizer, self.accelerator.scaler, state, where)
         self.stats.load_state_dict(state.get("meters"), self.accelerator.is_main_process)
         self.validation_due = state.get(resume.VALIDATION_DUE, False)
@@ -175,13 +178,11 @@ class Trainer:
         data = self.data
         return Validation(self.config, self.accelerator, data.val_data, data.record, data.conditions)
 
-    def _is_scored_at(self, step: int) -> bool:
-        every = self.config.eval_steps
-        return bool(every and step) and (step % every == 0 or step == self.total_steps)
-
     def _open_scores(self) -> scores.Scores | None:
         """Networks and reference of --eval-steps. What the checkpoint's step lacks, since the run was killed, is due."""
-        self.scores_due = self._is_scored_at(self.step) and not scores.is_recorded(self.config, self.run_dir, self.step)
+        self.scores_due = scores.is_scored_at(self.step, self.config, self.total_steps) and not scores.is_recorded(
+            self.config, self.run_dir, self.step
+        )
         if not self.config.eval_steps or (self.step >= self.total_steps and not self.scores_due):
             return None
         vae = self.validation.vae if self.validation is not None else None
@@ -233,7 +234,7 @@ class Trainer:
                 if config.sampling_steps and (self.step % config.sampling_steps == 0 or self.step == 1):
                     with self.speed.untimed():
                         self.validate(preemption)
-                is_scored = self._is_scored_at(self.step)
+                is_scored = scores.is_scored_at(self.step, config, self.total_steps)
                 if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or is_scored:
                     with self.speed.untimed():
                         self.save()
@@ -396,5 +397,5 @@ class Trainer:
             self.save()
         self.writer.wait()
         if self.writer.error is not None:
-            good, path = self.run_dir.newest_checkpoint(), self.writer.path(self.step)
-            raise UserError(f"{path}: could not be written: {self.writer.error}; the last good checkpoint is {good}")
+            problem = f"{self.writer.path(self.step)}: could not be written: {self.writer.error}"
+            raise UserError(f"{problem}; the last good checkpoint is {self.run_dir.newest_checkpoint()}")
