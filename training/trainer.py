@@ -128,12 +128,7 @@ class Trainer:
         if self.mesh is None:
             self.model.to(device)
             self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
-        frame = sharding.on_meta(self.model)
-        if config.gradient_checkpointing:
-            models.checkpoint_blocks(self.model)
-        if device.type == "cuda" if config.compile is None else config.compile:
-            models.compile_model(self.model)
-        if self.mesh is None:
+            setup.adapt_blocks(self.model, config, device)
             self.sharded, group = None, None
             self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
         else:  # accelerate knows FSDP2 on CUDA alone
