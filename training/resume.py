@@ -124,10 +124,15 @@ def _checked(state: dict[str, Any], path: Path, *, lazy: bool) -> dict[str, Any]
 def with_recorded_split(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
     """The options with head and tail depth of the run that is resumed, where none are given: defaults change over the years.
 
-    `check_same_run` compares them with the checkpoint that is taken in the end.
+    Rank 0 alone reads. `check_same_run` compares them with the checkpoint that is taken in the end.
     """
+    (depths,) = broadcast_object_list([_recorded_depths(config, run_dir) if run_dir.is_main else {}])
+    return dataclasses.replace(config, **depths)
+
+
+def _recorded_depths(config: TrainConfig, run_dir: RunDir) -> dict[str, int | None]:
     if not config.resume_step or None not in (config.head_depth, config.tail_depth):
-        return config
+        return {}
     steps = [config.resume_step] if config.resume_step > 0 else reversed(training_state.saved_steps(run_dir.checkpoints))
     for path in (training_state.step_path(run_dir.checkpoints, step) for step in steps):
         try:
@@ -136,8 +141,8 @@ def with_recorded_split(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
             continue
         recorded = with_former_defaults(state["config"], state["vae"])
         missing = {name: recorded.get(name) for name in DEPTHS if getattr(config, name) is None}
-        return dataclasses.replace(config, **missing) if recorded.get("model") == config.model else config
-    return config
+        return missing if recorded.get("model") == config.model else {}
+    return {}
 
 
 def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -50,9 +49,7 @@ class Trainer:
         self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
-        (config,) = broadcast_object_list(
-            [resume.with_recorded_split(config, self.run_dir) if self.run_dir.is_main else config]
-        )
+        config = resume.with_recorded_split(config, self.run_dir)
         self.data = open_data(config, accelerator.num_processes)
         local = config.batch_size // accelerator.num_processes
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)

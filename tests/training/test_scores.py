@@ -34,7 +34,6 @@ def arguments(data, out, *more):
 def no_flops():
     """Counting them takes longer than all else here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.stats.count_flops", lambda *_: 1)
         patch.setattr("models.count_flops", lambda *_: 1)
         yield
 
