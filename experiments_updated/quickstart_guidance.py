@@ -1,6 +1,6 @@
 r"""Guidance and budgets over time on the quick start's model: a table of quality against compute.
 
-    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0001350.pt \
+    python experiments_updated/quickstart_guidance.py --ckpt quickstart/quickstart/checkpoints/0002700.pt \
         --config experiments_updated/generation/quickstart.yaml --cfg-scale 3 --num-fid-samples 60 \
         --sample-dir quickstart/samples --output-dir quickstart
 

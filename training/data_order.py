@@ -123,7 +123,7 @@ class StepData(Dataset):
         def choose(place: int, count: int) -> int:
             return caption_of(self.seed, batch.forward, self.first_place + place, count)
 
-        items = self.dataset.__getitems__(batch, *([choose] if getattr(self.dataset, "text", None) else []))
+        items = self.dataset.__getitems__(batch, *([] if self.dataset.text is None else [choose]))
         return StepItems(default_collate(items), draws=self.draw(batch.forward))
 
 

@@ -30,7 +30,7 @@ class RunData:
     @functools.cached_property
     def labels_sha256(self) -> str | None:
         """A hash of the labels, in the order of the samples; None where there are none, or text is trained on."""
-        labels = None if self.text_record else self.dataset.labels
+        labels = self.dataset.labels if self.dataset.text is None else None
         return None if labels is None else hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
 
     @functools.cached_property

@@ -280,6 +280,7 @@ STUDIES: dict[str, Callable[[Study], None]] = {
     "joint": compare,
     "order": order,
     "split": compare,
+    "start": compare,
     "schedule": schedule,
     "difficulty": difficulty,
     "compute": compute,

@@ -35,6 +35,7 @@ class Samples:
     """A data set of which only the labels matter."""
 
     shape = (8, 4, 4)
+    text = None
 
     def __init__(self, labels):
         self.labels = labels
@@ -126,7 +127,7 @@ def test_other_labels_of_the_same_number_are_named():
     assert not problem(options(), state, run_data(LABELS.astype(np.int32)))
     del state[resume.DATA_LABELS]  # a checkpoint of before
     assert not problem(options(), state, run_data(other))
-    unlabelled = SimpleNamespace(dataset=SimpleNamespace(labels=None))
+    unlabelled = SimpleNamespace(dataset=SimpleNamespace(labels=None, text=None))
     assert RunData.labels_sha256.func(unlabelled) is None
 
 
@@ -202,6 +203,8 @@ def test_batches_arrive_with_the_draws_of_their_forward(workers):
     """Made in the data workers, where there are any; a run that begins in between counts its forwards on."""
 
     class Samples:
+        text = None
+
         def __getitems__(self, indices):
             return [{"moments": torch.full((4, 3, 3), float(i)), "label": i} for i in indices]
 
