@@ -1,6 +1,6 @@
 """One set of weights with its recorded configuration, and the model built from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,16 +108,14 @@ def model_options(config: dict[str, Any]) -> dict[str, Any]:
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], where: str | Path, assign: bool = False) -> None:
     """Load all or nothing. Raises UserError as `check_fits`."""
-    optional = ("null_text", "null_pooled") if isinstance(model, NullText) else ()  # which a new model does not have yet
-    check_fits(model.state_dict(), state_dict, where, optional)
+    check_fits(model, model.state_dict(), state_dict, where)
     model.load_state_dict(state_dict, assign=assign)
 
 
-def check_fits(
-    own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], where: str | Path, optional: Sequence[str] = ()
-) -> None:
-    """Raises UserError that names the first few missing or unknown keys and wrong shapes of `state_dict`, beside a model's `own`."""
+def check_fits(model: nn.Module, own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raises UserError that names the first few missing or unknown keys and wrong shapes, beside the model's `own` state dict."""
     wrong = [f"{k} is missing" for k in own if k not in state_dict]
+    optional = ("null_text", "null_pooled") if isinstance(model, NullText) else ()  # which a new model does not have yet
     wrong += [f"{k} is unknown" for k in state_dict if k not in own and k not in optional]
     for k in own:
         if k in state_dict and own[k].shape != state_dict[k].shape:

@@ -72,6 +72,14 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int], text:
     return model
 
 
+def adapt_blocks(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Gradient checkpointing and compilation, in place."""
+    if config.gradient_checkpointing:
+        models.checkpoint_blocks(model)
+    if device.type == "cuda" if config.compile is None else config.compile:
+        models.compile_model(model)
+
+
 def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
     """The options with the head and tail depth that `model` was built with, to be recorded: defaults change over the years."""
     if not isinstance(model, Elastic):
@@ -110,8 +118,8 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     size = sharding.group_size(config.shard, config.plan_processes or sharding.launched_processes())
     if size > 1 and config.elit_budget_schedule is not None:
         raise UserError(
-            f"--shard {config.shard}: --elit-budget-schedule gives each process forwards of its own, but they run sharded ones together; "
-            "leave one of the two out"
+            f"--shard {config.shard}: --elit-budget-schedule gives each process forwards of its own, but sharded ones run "
+            "together; leave one of the two out"
         )
     if config.profile_steps:
         parse_steps(config.profile_steps)

@@ -205,7 +205,7 @@ class ShardedModel:
     def _fill(self, keys: list[str], state: dict[str, Any], where: Path) -> None:
         """Load the weights that stand under `keys` of the state."""
         targets: dict[str, Any] = self.state_dict()
-        check_fits(targets, functools.reduce(operator.getitem, keys, state), where)
+        check_fits(self._model, targets, functools.reduce(operator.getitem, keys, state), where)
         for key in reversed(keys):
             targets = {key: targets}
         fill(targets, state, where)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import models
 from checkpoint import async_writer, training_state
 from checkpoint.records import TEXT
 from common.distributed import data_workers
@@ -129,15 +128,12 @@ class Trainer:
         if self.mesh is None:
             self.model.to(device)
             self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
-        frame = sharding.on_meta(self.model)
-        if config.gradient_checkpointing:
-            models.checkpoint_blocks(self.model)
-        if device.type == "cuda" if config.compile is None else config.compile:
-            models.compile_model(self.model)
-        if self.mesh is None:
+            setup.adapt_blocks(self.model, config, device)
             self.sharded, group = None, None
             self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
         else:  # accelerate knows FSDP2 on CUDA alone
+            frame = sharding.on_meta(self.model)
+            setup.adapt_blocks(self.model, config, device)
             self.sharded = sharding.ShardedModel(self.model, frame, self.mesh, self.accelerator, config)
             self.ema, group = self.sharded.ema, self.sharded.group
             self.optimizer = self.accelerator.prepare(create_optimizer(self.sharded, config))
@@ -375,7 +371,7 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """checkpoints/{step}.pt, or a folder with a part of each process, written in the background. A failing write harms none before it; the next one is as always."""
+        """checkpoints/{step}.pt, of a sharded run {step}.dcp, written in the background. A failing write harms none before it."""
         self.stats.gather(self.accelerator)
         self.saved_step = self.step
         state = self.state()
