@@ -211,10 +211,11 @@ def fill(targets: dict[str, Any], state: dict[str, Any], where: Path) -> None:
 
 
 def _own_part(whole: Tensor, like: Any) -> Tensor:
-    """This process's part of `whole`, split as the DTensor `like`; nothing is communicated."""
-    from torch.distributed.tensor import distribute_tensor
+    """This process's part of `whole`, split as the DTensor `like`."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return distribute_tensor(whole.to(like.dtype), like.device_mesh, like.placements, src_data_rank=None).to_local()
+    shape, offsets = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
+    return whole[tuple(slice(first, first + length) for first, length in zip(offsets, shape, strict=True))]
 
 
 def _read_into(path: Path, targets: dict[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import override
 
-from checkpoint.sharded import fill
+from checkpoint.sharded import fill, with_local
 from checkpoint.weights import check_fits
 from common.distributed import LONG_WAIT
 from common.errors import UserError
@@ -231,11 +231,7 @@ class ShardedModel:
 
     def _part(self, name: str, own: Tensor) -> "DTensor":
         """This process's shard `own` of a tensor that is split as the parameter `name` is."""
-        from torch.distributed.tensor import DTensor
-
-        p = self._whole[name]
-        size = {"shape": p.shape, "stride": p.stride()}
-        return DTensor.from_local(own.detach(), p.device_mesh, p.placements, run_check=False, **size)
+        return cast("DTensor", with_local(self._whole[name], own.detach()))
 
 
 class ShardedEMA(EMA):
