@@ -30,8 +30,10 @@ COUNT = 10
 @pytest.fixture(scope="module")
 def server():
     """moto's S3 server, and the environment that S3 clients read."""
+    import s3fs
     from moto.server import ThreadedMotoServer
 
+    s3fs.S3FileSystem.clear_instance_cache()  # clients of tests before, which had no credentials
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -45,6 +47,7 @@ def server():
         }.items():
             patch.setenv(name, value)
         yield server
+    s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
 
