@@ -32,6 +32,7 @@ class EncodeConfig:
     batch_size: int = option("system", 32, "images per batch", ge=1, le=2**31 - 1)
     workers: int = option("system", 4, "threads of each process that decode images in advance", ge=1, le=1024)
     dtype: Literal["float32", "float16"] = option("files", "float32", "how the latents are stored")
+    flip: bool = option("images", False, "also encode each mirrored image; training draws one of the two")
     packed: bool = option("files", False, "write a few large files that training maps, e.g. to DATA_DIR/packed")
     shard_size: int = option("files", 8192, "latents in each packed file", ge=1, le=10**9)
 

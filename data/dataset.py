@@ -68,6 +68,7 @@ class LatentDataset(Dataset):
             "image": uint8 (3, H, W), if asked for; "text": float32 (L, E), and "pooled" (P,) where the encoder makes it, likewise}
 
     `text`: the features of all captions, if asked for. `labels`: int64 (n,), or None where unlabelled. `record`: the VAE. `shape`: (2C, h, w) of every item.
+    `flip`: whether training draws mirrored images; None: if the set has them.
     Raises `UserError` for a folder that holds no such data set, and `DataError` for a broken file met on reading.
     """
 
@@ -77,6 +78,7 @@ class LatentDataset(Dataset):
         *,
         images: bool = False,
         text: bool = False,
+        flip: bool | None = False,
         cache_dir: str | None = None,
         option: str = "--data-dir",
     ):
@@ -88,6 +90,11 @@ class LatentDataset(Dataset):
         if len(self.shape) != 3 or self.shape[0] != channels:
             raise UserError(
                 f"{self.latents.where(0)}: has shape {format_shape(self.shape)}; {self.record.vae} makes {channels} × height × width"
+            )
+        self.flip = self.latents.flips if flip is None else flip
+        if self.flip and not self.latents.flips:
+            raise UserError(
+                f"--flip: {data_dir} has no latents of mirrored images; `dataset_tools.py encode --flip` makes them"
             )
         self._images: FileTree | None = None
         if images and remote.is_remote(data_dir):
@@ -136,15 +143,22 @@ class LatentDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(
-        self, indices: Sequence[int], choose_caption: Callable[[int, int], int] = lambda place, count: 0
+        self,
+        indices: Sequence[int],
+        choose_caption: Callable[[int, int], int] = lambda place, count: 0,
+        mirrored: Sequence[bool] | None = None,
     ) -> list[dict[str, Any]]:
-        """A whole batch, its latents in one read. choose_caption: which of `count` captions the item at `place` takes; the first."""
-        moments = self.latents.read(indices)
+        """A whole batch, its latents in one read.
+
+        choose_caption: which of `count` captions the item at `place` takes; the first. mirrored: which images are; none.
+        """
+        moments = self.latents.read(indices, mirrored)
         labels = [0] * len(indices) if self.labels is None else self.labels[indices].tolist()
         items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
         if self._images is not None:
-            for item, index in zip(items, indices, strict=True):
-                item["image"] = self._read_image(self._images, index)
+            for place, (item, index) in enumerate(zip(items, indices, strict=True)):
+                image = self._read_image(self._images, index)
+                item["image"] = image.flip(-1) if mirrored and mirrored[place] else image
         if self.text is not None:
             for place, (item, index) in enumerate(zip(items, indices, strict=True)):
                 text = self.text.read(index, partial(choose_caption, place))

@@ -31,14 +31,15 @@ def stats(config: StatsConfig) -> None:
 def channel_statistics(latents: Latents, threads: ThreadPoolExecutor) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (C,) of z = mean + std·ε: E z = E mean, E z² = E mean² + E std². float64."""
     channels = latents.shape[0] // 2
-    sums = np.zeros((3, channels))
+    sums, kinds = np.zeros((3, channels)), [False, True] if latents.flips else [False]  # whether mirrored
 
     def of_block(block: range) -> np.ndarray:
-        moments = np.stack([m.numpy() for m in latents.read(block)]).astype(np.float64)
+        parts = [latents.read(block, [flip] * len(block)) for flip in kinds]
+        moments = np.stack([m.numpy() for part in parts for m in part]).astype(np.float64)
         mean, std = moments[:, :channels], moments[:, channels:]
         return np.stack([v.sum(axis=(0, 2, 3)) for v in (mean, mean**2, std**2)])
 
     for part in prefetch(threads, of_block, blocks(len(latents), "stats"), ahead=8):
         sums += part
-    first, second, noise = sums / (len(latents) * latents.shape[1] * latents.shape[2])
+    first, second, noise = sums / (len(latents) * len(kinds) * latents.shape[1] * latents.shape[2])
     return first, np.sqrt(np.maximum(second - first**2, 0) + noise)

@@ -62,7 +62,7 @@ def open_data(config: TrainConfig, num_processes: int) -> RunData:
     text = takes_text(config)
     num_classes = None if text else config.num_classes
     images = bool(encoder_names(config.enc_type, config.proj_coeff))
-    dataset = LatentDataset(config.data_dir, images=images, text=text, cache_dir=config.cache_dir)
+    dataset = LatentDataset(config.data_dir, images=images, text=text, flip=config.flip, cache_dir=config.cache_dir)
     dataset.check(num_classes=num_classes, resolution=config.resolution)
     val_data = None
     if config.val_data_dir:
