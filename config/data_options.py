@@ -10,10 +10,10 @@ from config.rules import option
 class LatentOptions:
     """What a run makes of the latents of its data set."""
 
-    latent_norm: Literal["vae", "channel"] = option(
+    latent_norm: Literal["vae", "channel", "position"] = option(
         "data",
         "vae",
-        "latents by the VAE's own scale and shift, or by each channel's (`dataset_tools.py stats`)",
+        "latents by the VAE's own scale and shift, or by the statistics of each channel or position (`dataset_tools.py stats`)",
         resume="same",
     )
     flip: bool | None = option(

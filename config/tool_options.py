@@ -38,6 +38,18 @@ class EncodeConfig:
 
 
 @dataclasses.dataclass
+class VAEConfig:
+    """Options of dataset_tools.py vae: VAE weights under latent-diffusion's names (VA-VAE, E2E-VAE) → a folder of diffusers."""
+
+    source: str = option("files", ..., "file of weights: .pt, .ckpt or .safetensors", positional="FILE")
+    dest: str = option("files", ..., "new folder, for --vae", positional="DEST")
+    stats: str | None = option(
+        "files", None, "file with mean and std, or latents_bias and latents_scale, of the latents' channels"
+    )
+    scaling_factor: float = option("images", 1.0, "latents are multiplied by it", gt=0, le=1e6)
+
+
+@dataclasses.dataclass
 class PackConfig:
     """Options of dataset_tools.py pack: vae-sd/ or vae-sd.zip → a few large files that training maps."""
 
@@ -63,9 +75,10 @@ class CheckConfig:
 
 @dataclasses.dataclass
 class StatsConfig:
-    """Options of dataset_tools.py stats: mean and standard deviation of each latent channel, for --latent-norm channel."""
+    """Options of dataset_tools.py stats: mean and standard deviation of the latents, for --latent-norm."""
 
     source: str = option("files", ..., "data folder, as given to train.py --data-dir", positional="DIR")
+    per: Literal["channel", "position"] = option("images", "channel", "of each channel, or of each position of each channel")
     workers: int = option("system", 8, "threads that read", ge=1, le=1024)
 
 
