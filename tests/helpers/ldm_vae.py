@@ -1,5 +1,7 @@
 """The VAE of latent diffusion (Rombach et al. 2022), plainly: its names, its computation."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ def run_middle(part: nn.Module, h: Tensor) -> Tensor:
 
 def level(widths: list[int], attention: bool) -> nn.Module:
     part = nn.Module()
-    part.block = nn.ModuleList(Block(a, b) for a, b in zip(widths, widths[1:], strict=False))
+    part.block = nn.ModuleList(Block(a, b) for a, b in itertools.pairwise(widths))
     part.attn = nn.ModuleList(Attention(b) for b in widths[1:] if attention)
     return part
 

@@ -248,7 +248,7 @@ def test_autoencoders_that_are_not_known_or_too_new(folders, tmp_path, monkeypat
 def test_latents_of_another_class(folders):
     _, record = load_vae(str(folders["AutoencoderDC"]))
     load_vae(str(folders["AutoencoderDC"]), expected=record)
-    with pytest.raises(UserError, match="an AutoencoderKLFlux2, but the latents were made by .*, an AutoencoderDC"):
+    with pytest.raises(UserError, match=r"an AutoencoderKLFlux2, but the latents were made by .*, an AutoencoderDC"):
         load_vae(str(folders["AutoencoderKLFlux2"]), expected=record)
 
 
