@@ -230,13 +230,18 @@ def decode(vae: VAE, latents: Tensor) -> Tensor:
     """Images of the model's latents: (B, C, h, w), any float type → uint8 (B, 3, H, W)."""
     record = getattr(vae, "latent_record", None)  # `load_vae` has it from the record of the latents
     if record is not None and record.channel_mean is not None:
-        mean, std = (value.to(latents) for value in _statistics(record))
+        mean, std = (_at_size(value, latents.shape[-2:]).to(latents) for value in _statistics(record))
         z = latents * std + mean
     else:
         z = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     kind = _kind(vae)
     parts = [to_uint8(kind.decode(vae, part)) for part in z.to(vae.device, vae.dtype).split(_images_at_a_time(vae, z))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _at_size(value: Tensor, size: torch.Size) -> Tensor:
+    """Statistics (C, h, w) for latents of `size`: of positions, those of a coarser stage of a pyramid are means over them."""
+    return value if value.shape[1:] in (size, (1, 1)) else F.adaptive_avg_pool2d(value, size)
 
 
 def _images_at_a_time(vae: VAE, z: Tensor) -> int:

@@ -120,7 +120,7 @@ def test_from_images_to_images(kind, folders, images, tmp_path):
     main(["encode", f"--source={images}", f"--dest={tmp_path}/vae-sd", f"--vae={folders[kind]}", "--batch-size=4", "--flip"])
     main(["check", str(tmp_path)])
     options = {
-        "model": "SiT-Ti/1",
+        "model": "SiT-Ti/2",
         "resolution": SIDE,
         "num_classes": 2,
         "batch_size": 2,
@@ -152,7 +152,7 @@ def test_statistics_by_position(folders, images, tmp_path, capsys):
     np.testing.assert_allclose(values["mean"], moments.mean(dim=0), atol=1e-6)
     np.testing.assert_allclose(values["std"], moments.std(dim=0, correction=0), atol=1e-6)
     options = [
-        "--model=SiT-Ti/1",
+        "--model=SiT-Ti/2",
         f"--resolution={SIDE}",
         "--num-classes=2",
         "--batch-size=2",
