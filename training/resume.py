@@ -152,7 +152,7 @@ def _recorded_depths(config: TrainConfig, run_dir: RunDir) -> dict[str, int | No
 
 def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:
     """Raise UserError where continuing from `state` with these options and data would silently be another run."""
-    own, recorded = dataclasses.asdict(config), with_former_defaults(state["config"], state["vae"])
+    own, recorded = dataclasses.asdict(config), {"flip": False, **with_former_defaults(state["config"], state["vae"])}
     for name in (*SAME, *CHANGEABLE):
         if name in recorded and own[name] != recorded[name] and _acts(name, config):
             _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)
