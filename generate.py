@@ -105,8 +105,8 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
             loaded.drawn.add(other)
         if state.is_main_process:
             npz.finish()
-            if weights.prompts is not None:
-                write_captions(images_folder(config), weights.prompts.texts, config.num_fid_samples)
+            if weights.prompts is not None and weights.prompts.words is not None:
+                write_captions(images_folder(config), weights.prompts.words, config.num_fid_samples)
             report(config, loaded, drawn, seconds)
         state.wait_for_everyone()
     finally:

@@ -196,6 +196,8 @@ class Prompts:
         told: list[Any] = [self.texts]
         if self.data is not None:
             told.append("" if (folder := text_folder(self.data.data_dir)) is None else (folder / RECORD_FILE).read_text())
+            if self.words is None:  # nothing but the place tells these captions from others
+                told.append(str(Path(self.data.data_dir).resolve()))
         return {"prompts_sha256": _digest(told), "text_encoder_sha256": self.record.sha256}
 
     def open(self, device: torch.device) -> DataPrompts | EncodedPrompts:
