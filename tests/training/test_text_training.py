@@ -220,11 +220,12 @@ def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, cli
                  tmp_path / "prompts.txt", "--batch-size", 2, "--features", "runs:pool_features", "--output")]  # fmt: skip
     evaluate.main([*evaluated, str(tmp_path / "one.json")])
     runs.reset_accelerate()
-    two = f"import evaluate; evaluate.main({[*evaluated, str(tmp_path / 'two.json')]!r}); raise SystemExit(0)"
+    helpers = f"\nimport sys; sys.path.append({str(ROOT / 'tests/helpers')!r})\n"
+    two = f"{helpers}import evaluate; evaluate.main({[*evaluated, str(tmp_path / 'two.json')]!r}); raise SystemExit(0)"
     try:
         exits = train_on(
             (2, command(data, tmp_path / "two"), REGISTER),
-            (2, scored(data, clip, tmp_path / "two_scored"), REGISTER),
+            (2, scored(data, clip, tmp_path / "two_scored"), REGISTER + helpers),
             (2, [], two),
         )
         assert [line for line in exits if line.replace(" ", "").isdigit()] == ["0 0"] * 3
@@ -365,10 +366,10 @@ def test_three_encoders_with_pooled_text(data, tmp_path):
         patch.setattr(Trainer, "forward", lambda self, batch: seen.append(condition_of(batch)) or original(self, batch))
         train.main(command(folder, tmp_path, "--max-train-steps", 2, "--sampling-steps", 2))
     runs.reset_accelerate()
-    encoder = load_text_encoder(str(pipeline), 4)
+    encoder, close = load_text_encoder(str(pipeline), 4), partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
     order = epoch_order(SEED, 0, COUNT)[4:8]
     given = encoder.encode([captions[i][caption_of(SEED, 1, place, len(captions[i]))] for place, i in enumerate(order)])
-    assert torch.equal(seen[1].features, given.features) and torch.equal(seen[1].pooled, given.pooled)
+    close(seen[1], given)
     state, null = final_state(tmp_path, 2), encoder.encode([""])
     assert torch.equal(state["model"]["null_text"], null.features[0])
     assert torch.equal(state["model"]["null_pooled"], null.pooled[0])
@@ -384,12 +385,12 @@ def test_three_encoders_with_pooled_text(data, tmp_path):
     torch.testing.assert_close(found.float(), low + 2.5 * (high - low), rtol=1e-4, atol=1e-4)
     assert (high - other).abs().max() > 1e-3  # the pooled part matters
     by_words = drawn(tmp_path / "a", ckpt, "--prompt", *(texts[0] for texts in captions))
-    assert np.array_equal(by_words, drawn(tmp_path / "b", ckpt, "--prompts", folder)) and (by_words[0] != by_words[1]).any()
+    assert np.abs(by_words - drawn(tmp_path / "b", ckpt, "--prompts", folder)).max() <= 1 and (by_words[0] != by_words[1]).any()
 
 
 def test_repa_with_text(data, tiny_weights, tmp_path):
     """The first loss by hand, and a run that is stopped and resumed."""
-    options = (*encoder_runs.repa(tiny_weights), "--encoder-depth", 1, "--val-data-dir", data, "--cfg-prob", 1)
+    options = (*encoder_runs.repa(tiny_weights), "--encoder-depth", 1, "--cfg-prob", 1)
     train.main(command(data, tmp_path / "whole", *options))
     runs.reset_accelerate()
     stop = ("--max-train-steps", 2)
@@ -438,7 +439,7 @@ def test_the_coco_features_of_repa_train_and_sample(tiny_weights, tmp_path):
     moments = torch.stack([torch.from_numpy(np.load(tmp_path / f"train/{i}.npy")) for i in epoch_order(SEED, 0, 6)[:4]])
     latents = (moments[:, :4] + (0.5 * moments[:, 4:]).exp() * draws.posterior) * 0.18215
     assert metrics(tmp_path / "out")[1] == pytest.approx((draws.noise - latents).square().mean().item(), rel=1e-5)
-    assert metrics(tmp_path / "out", "alignment_loss")[1] and metrics(tmp_path / "out", "val_loss_budget_1")
+    assert metrics(tmp_path / "out", "alignment_loss")[1] and metrics(tmp_path / "out", "val_loss_budget_0.25")
     ckpt = moved(tmp_path / "out/run/checkpoints/0000001.pt")
     assert len(drawn(tmp_path / "a", ckpt, "--prompts", tmp_path / "val", "--vae", vae)) == 3
     assert not list((tmp_path / "a").glob("**/captions.json"))  # nobody knows the words
@@ -471,11 +472,7 @@ def test_the_chain_of_the_coco_recipe(clip, tiny_weights, tmp_path):
     runs.reset_accelerate()
     recipe = ("--config", ROOT / "experiments_updated/train/elit_mmdit_b_coco_256.yaml", "--enc-type", encoder_runs.TINY,
               "--encoder-weights", tiny_weights, "--encoder-depth", 1, "--proj-coeff", 0.5, "--val-data-dir", data)  # fmt: skip
-    train.main(
-        arguments(
-            data, tmp_path, *recipe, "--batch-size", 4, "--max-train-steps", 2, "--elit-max-mask-prob", 0.9375, model=MODEL
-        )
-    )
+    train.main(arguments(data, tmp_path, *recipe, "--batch-size", 4, "--max-train-steps", 2, model=MODEL))
     runs.reset_accelerate()
     state = final_state(tmp_path, 2)
     assert state["text"]["padding"] == "end token" and state["model"]["null_text"].shape == (8, 16)
