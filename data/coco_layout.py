@@ -37,7 +37,7 @@ class CocoLatents:
         UserError: images whose numbers have gaps, or a broken first file.
     """
 
-    labels = None
+    labels, flips = None, False
     record = SD_VAE
 
     def __init__(self, path: Path):
@@ -76,8 +76,8 @@ class CocoLatents:
         """How messages name the file of the labels, which this layout has not."""
         return str(self.path)
 
-    def read(self, indices: Sequence[int]) -> list[Tensor]:
-        """float32 (2C, h, w) of each index, mean and standard deviation."""
+    def read(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> list[Tensor]:
+        """float32 (2C, h, w) of each index, mean and standard deviation; there are no mirrored images."""
         return [torch.from_numpy(self._moments(i)) for i in indices]
 
     def _moments(self, index: int) -> np.ndarray:
