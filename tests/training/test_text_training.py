@@ -28,7 +28,6 @@ import train
 from checkpoint import reading
 from common import tensor_files
 from data.captions import caption_of
-from data.dataset import LatentDataset
 from loss import drop_conditions
 from models.conditioning import Text, condition_of
 from models.elit import ELITMMDiT
@@ -161,10 +160,23 @@ def scored(data, clip, out):
 SCORES = ("clip_score_budget_0.25", "clip_score_budget_1", "fid_budget_0.25", "fid_budget_1")
 
 
-def test_scores_are_of_the_first_captions_images_and_their_clip_score(data, clip, tmp_path, capsys):
-    train.main(scored(data, clip, tmp_path))
+@pytest.fixture
+def no_flops(monkeypatch):
+    """Counting them takes longer than all else."""
+    monkeypatch.setattr("models.count_flops", lambda *_: 1)
+
+
+@pytest.fixture(scope="module")
+def with_scores(data, clip, tmp_path_factory):
+    """The run of one process."""
+    train.main(scored(data, clip, out := tmp_path_factory.mktemp("scored")))
     runs.reset_accelerate()
-    best = json.loads((tmp_path / "run/best.json").read_text())
+    return out
+
+
+@pytest.mark.usefixtures("no_flops")
+def test_scores_are_of_the_first_captions_images_and_their_clip_score(data, clip, with_scores, tmp_path, capsys, monkeypatch):
+    best = json.loads((with_scores / "run/best.json").read_text())
     assert best["metric"] == SCORES[0] and f"--prompts {data}" in best["generate"]
     words = [*shlex.split(best["generate"])[2:], "--sample-dir", str(tmp_path)]
     generate.main(words)
@@ -177,19 +189,18 @@ def test_scores_are_of_the_first_captions_images_and_their_clip_score(data, clip
     runs.reset_accelerate()
     offline, ref = json.loads((tmp_path / "m.json").read_text()), ("--ref", clip / "ref.npz")
     for metric in ("fid", "clip_score"):
-        assert metrics(tmp_path, f"{metric}_budget_0.25")[2] == pytest.approx(offline[metric], rel=1e-5), metric
+        assert metrics(with_scores, f"{metric}_budget_0.25")[2] == pytest.approx(offline[metric], rel=1e-5), metric
 
-    # The same by a sweep; its cells do not depend on where the CLIP lies, and are compared by the larger score.
+    # The same by a sweep; the larger score is the better one.
     more = ("--features", "runs:colour_features", "--metrics", "clip_score", "--inference-budget", 0.25, 1, "--cfg-scale", 2)
     argv = [*words[:2], *ref, "--prompts", data, "--num-steps", 2, "--num-fid-samples", 14, "--dest", tmp_path / "s", *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep.plots, "write_plots", lambda *_: [])
-        for folder in (clip, shutil.copytree(clip, tmp_path / "copy")):
-            sweep.main([str(a) for a in (*argv, "--clip-score", folder)])
-            runs.reset_accelerate()
+    monkeypatch.setattr(sweep.plots, "write_plots", lambda *_: [])
+    sweep.main([str(a) for a in (*argv, "--clip-score", clip)])
+    runs.reset_accelerate()
     cells = [json.loads(path.read_text()) for path in (tmp_path / "s/cells").glob("*.json")]
     found = {cell["options"]["inference_budget"]: cell["figures"]["clip_score"] for cell in cells}
-    assert len(cells) == 2 and found["0.25"] == pytest.approx(offline["clip_score"], rel=1e-5)
+    assert len(cells) == 2 and str(clip) not in str([cell["options"] for cell in cells])  # which know the weights' hash
+    assert found["0.25"] == pytest.approx(offline["clip_score"], rel=1e-5)
     assert f"best: clip_score {max(found.values()):.4g}" in capsys.readouterr().out
     assert "CLIP score" in (tmp_path / "s/sweep.md").read_text()
 
@@ -202,7 +213,7 @@ def test_scores_are_of_the_first_captions_images_and_their_clip_score(data, clip
     refused(labels, "--clip-score: needs prompts in words")
 
 
-def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, clip, tmp_path, capsys):
+def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, clip, with_scores, tmp_path, capsys):
     more = ("--max-train-steps", 3, "--checkpointing-steps", 3)
     train.main(command(data, tmp_path, *more))
     runs.reset_accelerate()
@@ -212,8 +223,6 @@ def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, cli
     runs.reset_accelerate()
 
     encode(data, "--packed")
-    train.main(scored(data, clip, tmp_path / "scored"))
-    runs.reset_accelerate()
     np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(1).integers(0, 256, (7, 32, 40, 3), dtype=np.uint8))
     (tmp_path / "prompts.txt").write_text("red cat\nblue fish\ntwo")
     evaluated = [str(a) for a in (tmp_path / "s.npz", tmp_path / "s.npz", "--clip-score", clip, "--metrics", "fid", "--prompts",
@@ -237,7 +246,7 @@ def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, cli
         torch.testing.assert_close(value, state["model"][name], rtol=1e-4, atol=1e-5)
 
     for name in SCORES:  # pixels that are rounded otherwise
-        assert metrics(tmp_path / "two_scored", name) == pytest.approx(metrics(tmp_path / "scored", name), rel=2e-3), name
+        assert metrics(tmp_path / "two_scored", name) == pytest.approx(metrics(with_scores, name), rel=2e-3), name
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one["clip_score"] == two["clip_score"] > 0
 
@@ -353,6 +362,7 @@ def test_u_vit_with_text(data, tmp_path):
     assert len(drawn(tmp_path, tmp_path / "run/checkpoints/0000002.pt", "--prompt", "one fish")) == 1
 
 
+@pytest.mark.usefixtures("no_flops")
 def test_three_encoders_with_pooled_text(data, tmp_path):
     """SD3's three, whose pooled features training, the null prompt and prompts have, too."""
     folder, pipeline = shutil.copytree(data, tmp_path / "set", ignore=lambda *_: ["text"]), sd3_pipeline(tmp_path / "sd3")
@@ -388,41 +398,9 @@ def test_three_encoders_with_pooled_text(data, tmp_path):
     assert np.abs(by_words - drawn(tmp_path / "b", ckpt, "--prompts", folder)).max() <= 1 and (by_words[0] != by_words[1]).any()
 
 
-def test_repa_with_text(data, tiny_weights, tmp_path):
-    """The first loss by hand, and a run that is stopped and resumed."""
-    options = (*encoder_runs.repa(tiny_weights), "--encoder-depth", 1, "--cfg-prob", 1)
-    train.main(command(data, tmp_path / "whole", *options))
-    runs.reset_accelerate()
-    stop = ("--max-train-steps", 2)
-    train.main(command(data, tmp_path / "part", *options, *stop))
-    runs.reset_accelerate()
-    train.main(command(data, tmp_path / "part", *options, "--resume-step", -1))
-    runs.reset_accelerate()
-    whole = final_state(tmp_path / "whole")
-    assert_same_tensors(final_state(tmp_path / "part")["model"], whole["model"])
-    assert metrics(tmp_path / "part", "alignment_loss") == metrics(tmp_path / "whole", "alignment_loss")
-
-    order = epoch_order(SEED, 0, COUNT)[:4]
-    draws, dataset = training_draws(SEED, 0, range(4), (4, 8, 8)), LatentDataset(data, images=True)
-    items = [dataset[int(i)] for i in order]
-    mean, std = torch.stack([item["moments"] for item in items]).chunk(2, dim=1)
-    latents = 0.5 * (mean + std * draws.posterior)
-    t = draws.time_uniform.float()
-    x = (1 - t)[:, None, None, None] * latents + t[:, None, None, None] * draws.noise
-    torch.manual_seed(SEED)
-    untrained = models.create_model(
-        MODEL, input_size=8, text_width=64, text_length=LENGTH, elit_group_size=2, z_dims=(192,), encoder_depth=1
-    )
-    _, (projection,) = untrained(x, t, Text(torch.zeros(4, LENGTH, 64)), return_features=True)
-    encoder = load_encoders([encoder_runs.TINY], RESOLUTION, (4, 4), [str(tiny_weights)])[0]
-    target = encoder(torch.stack([item["image"] for item in items]))
-    alignment = -torch.nn.functional.cosine_similarity(projection, target, dim=-1).mean().item()
-    assert metrics(tmp_path / "whole", "alignment_loss")[1] == pytest.approx(alignment, rel=1e-4)
-    assert metrics(tmp_path / "whole")[1] == pytest.approx((draws.noise - latents).square().mean().item(), rel=1e-5)
-
-
-def test_the_coco_features_of_repa_train_and_sample(tiny_weights, tmp_path):
-    """Its train/ and val/: moments of mean and log-variance, images for REPA, captions without words."""
+@pytest.mark.usefixtures("no_flops")
+def test_repa_with_text_on_its_coco_features(tiny_weights, tmp_path):
+    """REPA's train/ and val/, moments of mean and log-variance: the first loss by hand, a stopped run, images."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3)):
         (tmp_path / split).mkdir()
@@ -432,20 +410,41 @@ def test_the_coco_features_of_repa_train_and_sample(tiny_weights, tmp_path):
             save(tmp_path / f"{split}/{i}.png", picture(64, 64, seed=i))
     np.save(tmp_path / "empty_context.npy", np.ones((5, 6), np.float32))
     vae = tiny_vae(tmp_path / "vae", 4, latent_channels=4, scaling_factor=0.18215, mid_block_add_attention=False)
-    more = ("--resolution", 64, "--val-data-dir", tmp_path / "val", "--max-train-steps", 1, *encoder_runs.repa(tiny_weights))
-    train.main(command(tmp_path, tmp_path / "out", *more, "--encoder-depth", 1))
+    repa = (*encoder_runs.repa(tiny_weights), "--encoder-depth", 1, "--cfg-prob", 1, "--vae", vae, "--sampling-steps", 2)
+    places = ("--resolution", 64, "--val-data-dir", tmp_path / "val")
+    train.main(command(tmp_path, tmp_path / "whole", *places, *repa, "--max-train-steps", 2))
     runs.reset_accelerate()
-    draws = training_draws(SEED, 0, range(4), (4, 8, 8))
-    moments = torch.stack([torch.from_numpy(np.load(tmp_path / f"train/{i}.npy")) for i in epoch_order(SEED, 0, 6)[:4]])
+    train.main(command(tmp_path, tmp_path / "part", *places, *repa, "--max-train-steps", 1))
+    runs.reset_accelerate()
+    train.main(command(tmp_path, tmp_path / "part", *places, *repa, "--max-train-steps", 2, "--resume-step", -1))
+    runs.reset_accelerate()
+    whole, losses = final_state(tmp_path / "whole", 2), metrics(tmp_path / "whole", "alignment_loss")
+    assert_same_tensors(final_state(tmp_path / "part", 2)["model"], whole["model"])
+    assert metrics(tmp_path / "part", "alignment_loss") == losses and losses.keys() == {1, 2}
+    assert metrics(tmp_path / "part", "val_loss_budget_0.25") == metrics(tmp_path / "whole", "val_loss_budget_0.25") != {}
+
+    order, draws = epoch_order(SEED, 0, 6)[:4], training_draws(SEED, 0, range(4), (4, 8, 8))
+    moments = torch.stack([torch.from_numpy(np.load(tmp_path / f"train/{i}.npy")) for i in order])
     latents = (moments[:, :4] + (0.5 * moments[:, 4:]).exp() * draws.posterior) * 0.18215
-    assert metrics(tmp_path / "out")[1] == pytest.approx((draws.noise - latents).square().mean().item(), rel=1e-5)
-    assert metrics(tmp_path / "out", "alignment_loss")[1] and metrics(tmp_path / "out", "val_loss_budget_0.25")
-    ckpt = moved(tmp_path / "out/run/checkpoints/0000001.pt")
+    assert metrics(tmp_path / "whole")[1] == pytest.approx((draws.noise - latents).square().mean().item(), rel=1e-5)
+    t = draws.time_uniform.float()
+    x = latents + t[:, None, None, None] * (draws.noise - latents)
+    torch.manual_seed(SEED)
+    sizes = {"text_width": 6, "text_length": 5, "elit_group_size": 2, "z_dims": (192,), "encoder_depth": 1}
+    untrained = models.create_model(MODEL, input_size=8, **sizes)
+    _, (projection,) = untrained(x, t, Text(torch.ones(4, 5, 6)), return_features=True)
+    encoder = load_encoders([encoder_runs.TINY], 64, (4, 4), [str(tiny_weights)])[0]
+    target = encoder(torch.from_numpy(np.stack([picture(64, 64, seed=i) for i in order])).permute(0, 3, 1, 2))
+    alignment = -torch.nn.functional.cosine_similarity(projection, target, dim=-1).mean().item()
+    assert losses[1] == pytest.approx(alignment, rel=1e-4)
+
+    ckpt = moved(tmp_path / "whole/run/checkpoints/0000002.pt")
     assert len(drawn(tmp_path / "a", ckpt, "--prompts", tmp_path / "val", "--vae", vae)) == 3
     assert not list((tmp_path / "a").glob("**/captions.json"))  # nobody knows the words
 
 
-def test_the_chain_of_the_coco_recipe(clip, tiny_weights, tmp_path):
+@pytest.mark.usefixtures("no_flops")
+def test_the_chain_of_the_coco_recipe(clip, tmp_path):
     """COCO's images and annotations → latents and features by CLIP → the YAML's training → its images → FID and CLIP score."""
     names = [f"COCO_val2014_{90 - 7 * i:012d}.jpg" for i in range(6)]
     captions = [
@@ -470,8 +469,14 @@ def test_the_chain_of_the_coco_recipe(clip, tiny_weights, tmp_path):
     runs.reset_accelerate()
     dataset_tools.main([*tool(("text", "--source", data, "--encoder", clip, "--length", 8))])
     runs.reset_accelerate()
-    recipe = ("--config", ROOT / "experiments_updated/train/elit_mmdit_b_coco_256.yaml", "--enc-type", encoder_runs.TINY,
-              "--encoder-weights", tiny_weights, "--encoder-depth", 1, "--proj-coeff", 0.5, "--val-data-dir", data)  # fmt: skip
+    recipe = (
+        "--config",
+        ROOT / "experiments_updated/train/elit_mmdit_b_coco_256.yaml",
+        "--enc-type",
+        "none",
+        "--val-data-dir",
+        data,
+    )
     train.main(arguments(data, tmp_path, *recipe, "--batch-size", 4, "--max-train-steps", 2, model=MODEL))
     runs.reset_accelerate()
     state = final_state(tmp_path, 2)
