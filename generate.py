@@ -19,6 +19,7 @@ from common.distributed import LONG_WAIT, end_with_launcher, start_processes
 from common.errors import UserError, cli_main
 from common.files import FolderLock, check_folder, check_name
 from common.logging import warn
+from common.sizes import sides
 from config.options import GenerateConfig
 from flows import flow_of
 from sampling import checks, cost, session
@@ -144,7 +145,7 @@ def lock_folder(config: GenerateConfig, made_with: dict[str, Any], npz: NpzWrite
 def missing_of(config: GenerateConfig, npz: NpzWriter, own: Sequence[int], state: "PartialState") -> set[int]:
     """Those of the images `own` that are to be drawn. What an earlier run has drawn is put into the npz."""
     if config.no_png:
-        (before,) = broadcast_object_list([whole_npz(npz.path, config.resolution) if state.is_main_process else None])
+        (before,) = broadcast_object_list([whole_npz(npz.path, sides(config.resolution)) if state.is_main_process else None])
         return set(missing_in_npz(npz, before, own))
     return {
         i
