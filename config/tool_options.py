@@ -108,11 +108,14 @@ class MetricOptions(FeatureNetworks):
         "metrics",
         [],
         "of fid sfid is precision recall (default: those that the network gives) and, on demand, fdd kid mind density coverage "
-        "dino_precision dino_recall dino_density dino_coverage cmmd",
+        "dino_precision dino_recall dino_density dino_coverage cmmd clip_score",
         distinct=True,
     )
     clip_weights: str | None = option(
         "metrics", None, "CLIP ViT-L/14 at 336 px for cmmd: transformers' folder, or timm's file (required for cmmd)"
+    )
+    clip_score: str | None = option(
+        "metrics", None, "also the CLIP score of images and prompts, by this folder of transformers' CLIPModel"
     )
     features: str | None = option("metrics", None, "another network than Inception, as module:factory")
     pr_dtype: Literal["float16", "float32"] = option(
@@ -126,9 +129,6 @@ class EvaluateConfig(MetricOptions):
     """Options of evaluate.py: the figures of ADM's evaluator, and others."""
 
     samples: str = option("files", ..., ".npz or a folder of PNG", positional="SAMPLES")
-    clip_score: str | None = option(
-        "metrics", None, "also the CLIP score of images and prompts, by this folder of transformers' CLIPModel"
-    )
     prompts: str | None = option(
         "files", None, "file with a prompt in each line, for --clip-score (default: captions.json of the samples)"
     )

@@ -101,7 +101,9 @@ class LatentDataset(Dataset):
         self._images: FileTree | None = None
         if images and remote.is_remote(data_dir):
             raise UserError(f"{data_dir}: images are read from local folders and zips only (REPA needs them)")
-        if images:
+        if images and isinstance(self.latents, CocoLatents):
+            self._images, self._image_names = self.latents.files, self.latents.image_names()
+        elif images:
             self._images = FileTree(
                 _part(Path(data_dir), "images", "REPA needs the images too; `dataset_tools.py convert` makes them")
             )

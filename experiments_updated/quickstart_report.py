@@ -137,7 +137,11 @@ def main(argv: list[str] | None = None) -> None:
         for kind, of_kind in fids.items():
             if row.name in of_kind:
                 difference, error = of_kind[row.name].minus(of_kind[rows[full].name])
-                result |= {kind: of_kind[row.name].value, f"{kind}_difference": difference, f"{kind}_difference_standard_error": error}
+                result |= {
+                    kind: of_kind[row.name].value,
+                    f"{kind}_difference": difference,
+                    f"{kind}_difference_standard_error": error,
+                }
         if row.name in losses:
             mean, error = _mean_and_error(losses[row.name] - losses[rows[full].name])
             result |= {"held_out_loss": float(losses[row.name].mean())}
