@@ -6,7 +6,7 @@ from typing import Literal
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
-from config.system_options import SystemOptions
+from config.system_options import ProcessOptions, SystemOptions
 
 
 @dataclasses.dataclass
@@ -297,7 +297,7 @@ class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
 
 
 @dataclasses.dataclass
-class GenerateConfig(Sampling, Architecture):
+class GenerateConfig(Sampling, Architecture, ProcessOptions):
     """Options of generate.py. Architecture comes from the checkpoint unless that records none."""
 
     sample_dir: str = option("output", "results", "folder of all sample sets", images=False)

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
-from benchmarks.cuda_autocast import CudaAutocast
-from benchmarks.trace import Op, Trace, compiled, table, trace_step
+from benchmarks.trace import table
+from common.cuda_autocast import CudaAutocast
 from config.options import TrainConfig
+from training.step_trace import Op, Trace, compiled, trace_step
 
 CONFIG = TrainConfig(model="ELIT-SiT-Ti/2", exp_name="trace", mixed_precision="bf16", num_classes=10)
 CASES = {
