@@ -70,7 +70,7 @@ def table(args: argparse.Namespace, config: TrainConfig, machine: Machine, budge
         traces[is_sharded] = trace, compiled(trace)
     rows = []
     for gpus in args.gpus:
-        for size in sorted({1, min(args.per_node, gpus), gpus}):
+        for size in args.shards or sorted({1, min(args.per_node, gpus), gpus}):
             own = dataclasses.replace(config, shard=str(size) if size > 1 else "none")
             update = trace_update(own, gpus)
             both = [dataclasses.replace(t, ops=t.ops + update) for t in traces[size > 1]]
@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mixed-precision", default="bf16", choices=[name for name, dtype in AMP_TYPES.items() if dtype])
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256, 1024])
     parser.add_argument("--per-node", type=int, default=8, help="GPUs of a node [%(default)s]")
+    parser.add_argument("--shards", type=int, nargs="+", help="GPUs that a model is split over [1, those of a node, all]")
     parser.add_argument("--card", default="H100", help=f"one of {', '.join(CARDS)} [%(default)s]")
     parser.add_argument("--measured", metavar="GPU_JSON", help="take the next two from a run of `benchmarks.gpu`")
     parser.add_argument("--tflops", type=float, help="TFLOP/s that products sustain [0.6 of the card's]")
@@ -134,7 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     for gpus in args.gpus:
         if gpus < 1 or gpus % min(args.per_node, gpus):
             raise UserError(f"--gpus {gpus}: must be a multiple of --per-node {args.per_node}, or fewer")
-    args.peak, args.capacity = card.half, card.memory * 1e9
+        if any(size < 1 or gpus % size for size in args.shards or ()):
+            raise UserError(f"--shards {' '.join(map(str, args.shards))}: {gpus} GPUs cannot be divided into such groups")
+    args.peak, args.capacity = card.half, card.memory * GIB
     machine = machine_of(args, card)
     config = TrainConfig(
         model=args.model, exp_name="scale", resolution=args.resolution, mixed_precision=args.mixed_precision,

@@ -121,4 +121,4 @@ def test_an_elit_step_in_eager_mode_stays_below_its_bound():
     trace = trace_step(TrainConfig(model="ELIT-SiT-XL/2", exp_name="trace", mixed_precision="bf16"), 32, 1.0, update=False)
     assert trace.total("element-wise")[1] < 0.89 * 115.3e9
     around = [part for part in trace.parts if part not in ("loss", "core blocks", "head and tail blocks")]
-    assert compiled(trace).total(parts=around)[0] <= 200  # 362 in eager mode, before
+    assert compiled(trace).total(parts=around)[0] <= 191  # 362 in eager mode, before

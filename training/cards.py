@@ -10,7 +10,7 @@ class Card(NamedTuple):
     Attributes:
         half, tf32: TFLOP/s that dense matrix products can reach: of 16 bits with float32 sums, and of float32 as TF32.
         bandwidth: of its memory, TB/s.
-        memory: GB (10⁹ bytes).
+        memory: GiB, of which the driver takes a little.
     """
 
     half: int

@@ -24,7 +24,7 @@ from models.vae import SD_VAE, load_vae
 from training.budgets import mean_training_flops, trained_budgets
 from training.cards import CARDS, find_card
 from training.cluster import MIB, Cluster, Scheme, mean
-from training.memory import activation_bytes, format_gib, process_bytes, state_bytes
+from training.memory import GIB, activation_bytes, format_gib, process_bytes, state_bytes
 from training.resume import with_recorded_split
 from training.run_data import RunData, open_data
 from training.run_dir import RunDir
@@ -185,7 +185,7 @@ class Plan:
         if name is None or card is None:
             return
         if config.plan_card is not None:
-            self.check_memory(config.plan_card, card.memory * 1e9)
+            self.check_memory(config.plan_card, card.memory * GIB)
         peak = card.peak(config.mixed_precision, config.allow_tf32)
         if peak is None:
             self.say("estimate", f"none: the peak of {name} in float32 without --allow-tf32 is not known")
@@ -211,7 +211,8 @@ class Plan:
         device, host = (
             1e3 * sum(values) / len(values) for values in zip(*((e.device, e.host) for e in estimates), strict=True)
         )
-        at = "" if budgets == [None] else f", the mean of budgets {', '.join(f'{b:g}' for b in budgets)}"
+        several = "at budget" if len(budgets) == 1 else "the mean of budgets"
+        at = "" if budgets == [None] else f", {several} {', '.join(f'{b:g}' for b in budgets)}"
         rate = local * micro_steps * self.processes / timing.seconds
         self.say("estimate", f"{timing.seconds:.3g} s per step on {self.processes:,} × {name}{at}: {rate:,.0f} images/s")
         how = "eager" if config.compile is False else "compiled"

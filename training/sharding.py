@@ -108,7 +108,8 @@ def narrow_parts(model: Backbone, narrow: torch.dtype | None) -> None:
     """Give a model without memory the types that its parts are gathered in, as its forward meets them."""
     for part in sharded_parts(model):
         if (dtype := gathered_dtype(part, narrow)) is not None:
-            part.to(dtype)
+            for name, parameter in list(part.named_parameters()):
+                _assign(part, name, nn.Parameter(parameter.detach().to(dtype)))
 
 
 def shard_like(parameter: Tensor, size: int) -> Tensor:

@@ -77,6 +77,7 @@ class Op:
     flops: int
     reads: Pairs
     writes: Pairs
+    across: bool = False  # a sum over other axes than the last
 
     @property
     def kind(self) -> str:
@@ -184,7 +185,8 @@ class Recorder(TorchDispatchMode):
             kernels = _many_tensor_kernels(args)
         region, backward = self._region()
         self.alive += [x.untyped_storage() for x in tree_leaves((args, result)) if isinstance(x, Tensor)]
-        self.ops.append(Op(name, region[0], region, backward, kernels, flops, reads, writes))
+        across = name == "sum" and (len(args) == 1 or any(d % args[0].dim() != args[0].dim() - 1 for d in args[1]))
+        self.ops.append(Op(name, region[0], region, backward, kernels, flops, reads, writes, across))
         return result
 
 
@@ -406,4 +408,4 @@ def _fuse(region: list[Op], readers: dict[int, set[int]], kept: set[int]) -> lis
 
 def _sums(op: Op) -> bool:
     """A sum over images and tokens runs across the rows that the rest of a kernel runs along: nothing after it is in its kernel."""
-    return op.name == "sum" and op.backward
+    return op.across and op.backward

@@ -139,7 +139,8 @@ def test_a_step_is_bound_by_the_slower_of_gpu_and_host(traces):
     assert estimate(traces[0], slow, alone, Scheme()).timing.seconds == pytest.approx(sum(op.kernels for op in ops))
     fused = compiled(traces[0])
     kernels = sum(op.kernels * (0.5 if op.region[2] else 1.0) for op in fused.ops)
-    assert estimate(fused, slow, alone, Scheme()).timing.seconds == pytest.approx(kernels) < sum(op.kernels for op in ops)
+    assert estimate(fused, slow, alone, Scheme()).timing.seconds == pytest.approx(kernels)
+    assert kernels < sum(op.kernels for op in ops)
     more = estimate(traces[0], machine, alone, Scheme(micro_steps=3), more_flops=1e12)
     assert more.device == pytest.approx(3 * (1 + found.device) - 2 * parts_of(traces[0], machine.device_seconds)[1])
 
@@ -178,7 +179,7 @@ def test_memory_of_shards_by_hand():
 def test_cards_by_name():
     assert find_card("H100") == CARDS["H100"] == find_card("NVIDIA H100 80GB HBM3")
     assert find_card("L40") is not find_card("L4") and find_card("RTX 5090 D") is None
-    assert all(card.half > 2 * (card.tf32 or 0) - 3 and card.bandwidth < 10 and card.memory >= 24 for card in CARDS.values())
+    assert all(card.half > 1.9 * (card.tf32 or 0) and card.bandwidth < 10 and card.memory >= 24 for card in CARDS.values())
 
 
 def test_the_command_prints_a_row_for_each_number_of_gpus_and_shards(capsys):
@@ -207,7 +208,12 @@ def test_rates_that_were_measured_take_the_place_of_the_data_sheet(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [("--card Z9", ["--card Z9", "H100"]), ("--gpus 12", ["--gpus 12", "--per-node 8"])]
+    ("options", "words"),
+    [
+        ("--card Z9", ["--card Z9", "H100"]),
+        ("--gpus 12", ["--gpus 12", "--per-node 8"]),
+        ("--gpus 8 --shards 2 3", ["--shards 2 3"]),
+    ],
 )
 def test_bad_input_of_the_command(options, words, capsys):
     with pytest.raises(SystemExit) as stop:
