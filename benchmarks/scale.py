@@ -16,13 +16,14 @@ from common.precision import AMP_TYPES
 from common.tables import markdown_table
 from config.options import TrainConfig
 from models.backbone import Backbone
+from models.vae import SD_VAE
 from training.cards import CARDS, Card, find_card
 from training.cluster import MIB, Cluster, Link, Scheme
 from training.memory import GIB, process_bytes
 from training.setup import build_model
 from training.sharding import COMM_TYPES
 from training.step_time import Machine, estimate
-from training.step_trace import RECORD, Trace, compiled, trace_step, trace_update
+from training.step_trace import Trace, compiled, trace_step, trace_update
 
 HEAD = ["GPUs", "shards", "eager ms", "host ms", "compiled ms", "host ms", "waiting ms", "sent GB", "GiB a card", "images/s", "MFU"]  # fmt: skip
 
@@ -61,7 +62,7 @@ def cluster_of(args: argparse.Namespace, gpus: int) -> Cluster:
 def table(args: argparse.Namespace, config: TrainConfig, machine: Machine, budget: float | None) -> str:
     """A row for each number of GPUs and of shards."""
     with torch.device("meta"):
-        model = build_model(config, RECORD, [])
+        model = build_model(config, SD_VAE, [])
     scheme = Scheme(1, COMM_TYPES[config.comm_dtype].itemsize, config.bucket_cap_mb * MIB)
     traces: dict[bool, tuple[Trace, Trace]] = {}  # whether it is sharded → as it is, compiled
     for is_sharded in (False, True):

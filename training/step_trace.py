@@ -35,7 +35,7 @@ from models.conditioning import Condition, Text
 from models.elit import Elastic
 from models.layers import FinalLayer
 from models.text_encoders import TextRecord
-from models.vae import VAERecord, sample_latents
+from models.vae import SD_VAE, VAERecord, sample_latents
 from randomness import Draws
 from training import sharding
 from training.optim import EMA
@@ -46,20 +46,13 @@ aten = torch.ops.aten
 autograd_number, current_node = cast(Any, torch._C)._autograd._get_sequence_nr, torch._C._current_autograd_node
 foreach_norm, foreach_mul_ = cast(Any, torch)._foreach_norm, cast(Any, torch)._foreach_mul_
 Pairs = dict[int, int]  # storage → bytes
-RECORD = VAERecord("SD", None, 8, 4, 0.18215, 0.0)
 DECAY = 0.9999
 Region = tuple[str, int, bool]  # part, the how manieth region, whether `torch.compile` gets it
 
 # --------------------------------------------------------------------------------------------------- the recorder
 
-FREE = {
-    "_unsafe_view",
-    "_reshape_alias",
-    "detach",
-    "alias",
-    "lift_fresh",
-    "is_same_size",
-}  # no kernel; and what makes no values
+# No kernel; and what makes no values.
+FREE = {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "is_same_size"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 TWO_KERNELS = {"slice_backward", "select_backward", "embedding_dense_backward"}  # zeros, then a copy into them
 CHUNK, BLOCKS = 65536, 320  # of a launch over many tensors: elements of a block, blocks of a launch
@@ -113,9 +106,8 @@ class Recorder(TorchDispatchMode):
         self.entered = 0
         self.modules: dict[int, nn.Module] = {}  # of a region's number
         self.starts: list[tuple[int, Region]] = []  # (autograd's number, region): where each region's operations begin
-        self.saved: dict[
-            int, tuple[str, Any]
-        ] = {}  # storage → part, and the storage itself, kept so that no other has its number
+        # Storage → part, and the storage itself, kept so that no other has its number.
+        self.saved: dict[int, tuple[str, Any]] = {}
         self.alive: list[Any] = []
         self._mark()
 
@@ -245,7 +237,7 @@ def trace_step(
     budget: float | None = None,
     update: bool = True,
     processes: int = 1,
-    record: VAERecord = RECORD,
+    record: VAERecord = SD_VAE,
     text: TextRecord | None = None,
 ) -> Trace:
     """One training step of `batch_size` images on the meta device: forward, backward, clipping, AdamW and one EMA copy.
@@ -280,7 +272,7 @@ def trace_step(
 
 
 def trace_update(
-    config: TrainConfig, processes: int = 1, record: VAERecord = RECORD, text: TextRecord | None = None
+    config: TrainConfig, processes: int = 1, record: VAERecord = SD_VAE, text: TextRecord | None = None
 ) -> list[Op]:
     """What follows a backward pass: clipping, AdamW and one EMA copy, of what the first of the processes holds."""
     recorder, size = Recorder(), sharding.group_size(config.shard, processes)
@@ -294,15 +286,13 @@ def trace_update(
 
 
 def _sizes(model: Backbone, recorder: Recorder, is_sharded: bool) -> dict[int, tuple[int, int]]:
+    """See `Trace.sizes`; a module that runs several times counts where it runs first."""
     gathered = set(sharding.sharded_parts(model)) if is_sharded else set()
-    first = {module: number for number, module in reversed(recorder.modules.items())}
-    return {
-        number: (
-            sum(p.numel() for p in module.parameters()),
-            sum(p.numel() * p.element_size() for p in module.parameters()) if module in gathered else 0,
-        )
-        for module, number in first.items()
-    }
+    sizes = {}
+    for module, number in {module: number for number, module in reversed(recorder.modules.items())}.items():
+        parameters = list(module.parameters())
+        sizes[number] = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters) * (module in gathered)
+    return sizes
 
 
 def _loss(
@@ -397,8 +387,7 @@ def _fuse(region: list[Op], readers: dict[int, set[int]], kept: set[int]) -> lis
     for _, _, members in groups:
         reads, writes = {}, {}
         for op in members:
-            reads |= op.reads
-            writes |= op.writes
+            reads, writes = reads | op.reads, writes | op.writes
         inside = {key for op in members for key in op.reads}
         last = {key: size for key, size in writes.items() if key in kept or key not in inside or len(readers[key]) > 1}
         external = {key: size for key, size in reads.items() if key not in writes}
