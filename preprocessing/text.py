@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.distributed import LONG_WAIT, start_processes
+from common.distributed import start_processes
 from common.errors import UserError
 from common.files import WriteError, file_sha256, make_folder, write_atomically
 from common.logging import warn
@@ -56,7 +56,7 @@ def text(config: TextConfig) -> None:
     folder = Path(config.source) / ("packed" if config.packed else "text")
     if (folder / RECORD_FILE).is_file():
         raise UserError(f"{folder}: holds finished text features; remove them ({RECORD_FILE} at least) to encode again")
-    state = start_processes(LONG_WAIT)
+    state = start_processes(config.timeout_minutes)
     set_tf32(False)
     encoder = load_text_encoder(config.encoder, config.length, state.device or "cpu")
     digest = hashlib.sha256(json.dumps(list(captions.items())).encode()).hexdigest()
