@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from benchmarks.gpu.record import Entry, Run, isolated
 from benchmarks.gpu.work import register_nano
 from common.errors import UserError, cli_main, did_you_mean
 from common.files import write_atomically, write_json
+from common.torchvision_shim import import_torchvision
 
 GRACE = 60  # seconds after --minutes, when the part that is still running is ended
 PARTS: dict[str, Callable[[Run], None]] = {
@@ -42,14 +42,16 @@ PARTS: dict[str, Callable[[Run], None]] = {
 }
 
 
-def preload() -> None:
+def preload(device: str) -> None:
     """Import what several parts need, once; nothing of it may touch CUDA, or no fork could use it."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks whether there is a GPU does not start CUDA
-    for name in ("train", "generate", "evaluate", "common.torchvision_shim"):
+    for name in ("train", "generate", "evaluate"):
         importlib.import_module(name)
-    with contextlib.suppress(ImportError):  # the parts that need it say so
-        importlib.import_module("common.torchvision_shim").import_torchvision()
-        importlib.import_module("diffusers.models.autoencoders.autoencoder_kl")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        with contextlib.suppress(ImportError):  # the parts that need it say so
+            import_torchvision()
+            importlib.import_module("diffusers.models.autoencoders.autoencoder_kl")  # which asks for devices
 
 
 def run_part(name: str, tiny: bool, out: Path, results: dict[str, Any], seconds: float) -> None:
@@ -94,14 +96,11 @@ def chosen_parts(text: str | None) -> list[str]:
     return [name for name in PARTS if name in names]
 
 
-def find_device(device: str, out: Path) -> None:
-    """Hide the GPUs where the CPU is to be checked; raise UserError where CUDA is asked for and there is none."""
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        return
+def check_cuda(out: Path) -> None:
+    """Raise UserError where a forked process cannot use a GPU."""
 
     def probe(send: Callable[[Entry], None]) -> None:
-        send({"found": str(torch.zeros(1, device="cuda").device)})
+        torch.zeros(1, device="cuda").sum().item()
 
     if isolated(probe, out / "logs" / "device.log", 120, lambda _: None):
         raise UserError(f"--device cuda: there is no GPU that works ({out / 'logs' / 'device.log'}); --tiny runs on a CPU")
@@ -111,8 +110,7 @@ def check_all(names: list[str], tiny: bool, minutes: float, out: Path) -> dict[s
     """Run the parts; gpu.json after each."""
     results: dict[str, Any] = {"versions": {}, "minutes": minutes, "tiny": tiny, "parts": {}}
     begin = time.monotonic()
-    versions = partial(machine.versions)
-    problem = isolated(lambda send: send(versions()), out / "logs" / "versions.log", 60, results["versions"].update)
+    problem = isolated(lambda send: send(machine.versions()), out / "logs" / "versions.log", 60, results["versions"].update)
     results["versions"] |= {"problem": problem} if problem else {}
     print(", ".join(f"{name} {value}" for name, value in results["versions"].items()), flush=True)
     for name in names:
@@ -148,8 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         (out / "logs").mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made: {error}") from None
-    preload()
-    find_device(args.device or ("cpu" if args.tiny else "cuda"), out)
+    device = args.device or ("cpu" if args.tiny else "cuda")
+    preload(device)
+    if device == "cuda":
+        check_cuda(out)
     results = check_all(names, args.tiny, args.minutes, out)
     text = report.tables(report.as_json(results))
     write_atomically(out / "gpu.md", text, option="--out")
