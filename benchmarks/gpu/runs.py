@@ -114,7 +114,7 @@ def commands(run: Run, data: Path, ref: Path, out: Path) -> Iterator[Command]:
     yield "train", train(**options, **{"max-train-steps": 3})
     yield "train", [*train(**options, **{"max-train-steps": 6}), "--resume-step", "-1"]
     ckpt, count = out / "run" / "checkpoints" / "0000006.pt", run.size(64, 16)
-    draw = ["--ckpt", ckpt, "--sample-dir", out / "images", "--num-fid-samples", count, "--num-steps", run.size(10, 2)]
+    draw = ["--ckpt", ckpt, "--sample-dir", out / "images", "--num-fid-samples", count, "--num-steps", run.size(5, 2)]
     yield "generate", [*map(str, draw), "--no-tf32", "--no-png", "--per-proc-batch-size", "8"]
     (npz,) = (out / "images").rglob("*.npz")
     score = [ref, npz, "--features", "benchmarks.gpu.runs:colour_features", "--output", out / "figures.json"]

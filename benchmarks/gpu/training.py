@@ -61,7 +61,7 @@ def training(run: Run) -> None:
             with trainer_of(config) as (trainer, batches):
                 batch = next(batches)
                 places = {"": 0} if family == "SiT" else elit_places(trainer.budgets)
-                for is_compiled in (False, True) if run.cuda or family == "ELIT-SiT" else (False,):
+                for is_compiled in (False, True) if run.cuda else (False,):
                     with run.attempt(f"{family} {mode(is_compiled)}: steps"):
                         if is_compiled:
                             compile_in_place(run, trainer, batch)
@@ -185,7 +185,7 @@ def top_kernels(run: Run, step: Callable[[], object]) -> None:
         ]  # kernels, not what launched them
     rows = [{"kernel": e.key[:100], "calls": e.count, "ms": getattr(e, key) / 1000} for e in events[:KERNELS]]
     launches = sum(e.count for e in events) if run.cuda else 0
-    run.note("ELIT-SiT at 1, compiled: one step", {"launches": launches, "top kernels": rows})
+    run.note(f"ELIT-SiT at 1, {mode(run.cuda)}: one step", {"launches": launches, "top kernels": rows})
 
 
 def plain_stack(run: Run, size: str, images: int, side: int, timings: dict[tuple[str, bool], Timing]) -> None:

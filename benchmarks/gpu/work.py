@@ -36,7 +36,8 @@ TINY = {"num_classes": CLASSES, "elit_group_size": 2, "head_depth": 1, "tail_dep
 def register_nano() -> None:
     """A size below the smallest, for --tiny."""
     for family, constructor in {"SiT": SiT, "ELIT-SiT": ELITSiT, "DFM-SiT": DFMSiT}.items():
-        models.register(f"{family}-Nano/2", constructor, depth=3, hidden_size=64, num_heads=2)
+        ends = {"head_depth": 1, "tail_depth": 1} if family == "ELIT-SiT" else {}
+        models.register(f"{family}-Nano/2", constructor, depth=3, hidden_size=64, num_heads=2, **ends)
 
 
 def make_data(folder: Path, count: int, side: int, record: VAERecord = SD) -> Path:
