@@ -30,6 +30,11 @@ BLOCK = 1024  # prompts that are encoded and written at a time
 class Conditions(Protocol):
     """What images are drawn from."""
 
+    @property
+    def words(self) -> Sequence[str] | None:
+        """The prompts that images go round; None for labels, and where features alone are known."""
+        ...
+
     def of(self, config: Any, indices: Sequence[int]) -> Condition:
         """The condition of the images `indices`; config: the options of sampling."""
         ...
@@ -60,6 +65,8 @@ def labels_of(config: GenerateConfig | InferenceTool, indices: Sequence[int]) ->
 
 class Labels:
     """Class labels, as the options say."""
+
+    words = None
 
     def of(self, config: GenerateConfig | InferenceTool, indices: Sequence[int]) -> Tensor:
         """See `labels_of`."""
@@ -106,10 +113,15 @@ class DataPrompts(_Named):
         self.features, self.data_dir = features, data_dir
 
     @cached_property
+    def words(self) -> list[str] | None:
+        """See `Conditions`."""
+        captions = captions_of(self.data_dir, self.features.latents)
+        return None if captions is None else [texts[0] for texts in captions]
+
+    @property
     def texts(self) -> list[str]:
         """In words, where the data folder has them; else which they are."""
-        captions = captions_of(self.data_dir, self.features.latents)
-        return [f"caption of sample {i}" for i in range(len(self.features))] if captions is None else [c[0] for c in captions]
+        return self.words or [f"caption of sample {i}" for i in range(len(self.features))]
 
     def of(self, config: Any, indices: Sequence[int]) -> Text:
         """See `Conditions`."""
@@ -134,6 +146,7 @@ class EncodedPrompts(_Named):
 
     def __init__(self, texts: Sequence[str], rows: np.ndarray, record: TextRecord):
         self.texts, self.rows, self.record = texts, rows, record
+        self.words = texts
 
     def _text(self, places: Sequence[int]) -> Text:
         length, width = self.record.length, self.record.width
@@ -172,12 +185,19 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def words(self) -> Sequence[str] | None:
+        """See `Conditions`."""
+        return self.texts if self.data is None else self.data.words
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """All that the prompts' features depend on."""
         told: list[Any] = [self.texts]
         if self.data is not None:
             told.append("" if (folder := text_folder(self.data.data_dir)) is None else (folder / RECORD_FILE).read_text())
+            if self.words is None:  # nothing but the place tells these captions from others
+                told.append(str(Path(self.data.data_dir).resolve()))
         return {"prompts_sha256": _digest(told), "text_encoder_sha256": self.record.sha256}
 
     def open(self, device: torch.device) -> DataPrompts | EncodedPrompts:
@@ -218,7 +238,7 @@ class Prompts:
         encoder = self.encoder or load_encoder(self.encoder_name, self.record, device)
         rows = [*self.texts, ""]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json([cut for cut in map(encoder.cut, self.texts) if cut], path.with_suffix(".json"))
+        write_json(encoder.cut(self.texts), path.with_suffix(".json"))
         with written_aside(path) as aside, aside.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": self._shape})
             for start in range(0, len(rows), BLOCK):
@@ -289,7 +309,9 @@ def load_encoder(name: str, wanted: TextRecord | None, device: torch.device, len
     try:
         encoder = load_text_encoder(name, wanted.length if wanted else length or 77, device, whole=True)
     except UserError as error:
-        raise UserError(str(error).replace("--encoder", "--text-encoder", 1)) from None
+        message = str(error).replace("--encoder", "--text-encoder", 1)
+        recorded = wanted is not None and wanted.encoder == name
+        raise UserError(message + "; the checkpoint records this name, another place may be given" * recorded) from None
     if wanted is not None:
         encoder.record.check_same(wanted, f"--text-encoder {name}", "the checkpoint")
     return encoder

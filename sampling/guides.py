@@ -5,6 +5,7 @@ from checkpoint import reading
 from checkpoint.architecture import resolve_architecture
 from checkpoint.weights import Weights
 from common.errors import UserError
+from common.sizes import latent_sides
 from config.options import Architecture, GenerateConfig, InferenceTool
 from flows import flow_of
 from models.elit import budget_to_k
@@ -59,10 +60,11 @@ def _check(config: GenerateConfig | InferenceTool, weights: Weights, own: Archit
     if states[0] != states[1]:
         theirs, ours = (" and ".join("×".join(map(str, shape)) for shape in shapes) for shapes in states)
         raise UserError(f"{where}: guides latents of {theirs}, but the model's are {ours}")
-    for name in ("scaling_factor", "shift_factor", "channel_mean", "channel_std"):
+    for name in ("vae_class", "scaling_factor", "shift_factor", "channel_mean", "channel_std"):
         values = getattr(guide.record, name), getattr(weights.record, name)
         if values[0] != values[1]:
-            raise UserError(f"{where}: its latents have {name} {values[0]}, but the model's {values[1]}: they are not alike")
+            shown = [str(value)[:60] for value in values]
+            raise UserError(f"{where}: its latents have {name} {shown[0]}, but the model's {shown[1]}: they are not alike")
     if own.path_type != config.path_type:
         raise UserError(f"{where}: was trained with path_type {own.path_type}, but the model with {config.path_type}")
     if config.guide_label == "same" and not guide.takes_text and own.num_classes != config.num_classes:
@@ -82,5 +84,5 @@ def _check(config: GenerateConfig | InferenceTool, weights: Weights, own: Archit
 
 def _states(options: Architecture, weights: Weights) -> list[tuple[int, ...]]:
     """The shapes (C, h, w) that a sampler moves from noise to data."""
-    side = options.resolution // weights.record.downsample_factor
-    return [tuple(shape) for shape in flow_of(options).state_shapes((weights.record.latent_channels, side, side))]
+    size = latent_sides(options.resolution, weights.record.downsample_factor)
+    return [tuple(shape) for shape in flow_of(options).state_shapes((weights.record.latent_channels, *size))]

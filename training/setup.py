@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ import models
 from checkpoint import reading
 from checkpoint.init_from import init_from
 from checkpoint.weights import model_options
-from common.distributed import LONG_WAIT, check_world_size
+from common.distributed import check_world_size, wait_time
 from common.errors import UserError, did_you_mean
 from common.files import check_name
 from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
+from common.sizes import latent_size
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
@@ -41,7 +43,7 @@ from training import scores, sharding
 from training.budgets import check_budgets, trained_budgets
 from training.profiler import parse_steps
 from training.resume import ALLOWED
-from training.run_data import takes_text
+from training.run_data import RunData, takes_text
 
 # The type that gradients are summed in over the processes → accelerate's hook of DDP for it.
 COMM_HOOKS = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
@@ -58,7 +60,7 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int], text:
     sizes = (text.length, text.width, text.pooled) if text else ()
     model = models.create_model(
         config.model,
-        input_size=config.resolution // record.downsample_factor,
+        input_size=latent_size(config.resolution, record.downsample_factor),
         in_channels=record.latent_channels,
         num_classes=config.num_classes,
         fused_attn=config.fused_attn,
@@ -80,8 +82,9 @@ def adapt_blocks(model: nn.Module, config: TrainConfig, device: torch.device) ->
         models.compile_model(model)
 
 
-def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
-    """The options with the head and tail depth that `model` was built with, to be recorded: defaults change over the years."""
+def as_built(config: TrainConfig, model: Backbone, data: RunData) -> TrainConfig:
+    """The options with what their defaults came to, to be recorded: the split of `model`, and whether `data` is flipped."""
+    config = dataclasses.replace(config, flip=data.dataset.flip)
     if not isinstance(model, Elastic):
         return config
     return dataclasses.replace(config, head_depth=model.head_depth, tail_depth=model.tail_depth)
@@ -206,6 +209,11 @@ def ddp_options(config: TrainConfig) -> DDPOptions:
     return options
 
 
+def process_wait(config: TrainConfig) -> timedelta:
+    """How long processes wait for each other; one of them works out the scores."""
+    return wait_time(config.timeout_minutes, alone=bool(config.eval_steps))
+
+
 def create_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of this process. Raises UserError where accelerate's own configuration contradicts the options."""
     on_cpu = not torch.accelerator.is_available()  # several processes on a CPU must be told, or each trains alone
@@ -215,8 +223,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
-        # One process works out the scores.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONG_WAIT)] if config.eval_steps else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=process_wait(config))],
     )
     # Accelerate takes no subclass as an argument.
     accelerator.ddp_handler = ddp_options(config)  # pyright: ignore[reportAttributeAccessIssue]

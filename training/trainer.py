@@ -46,7 +46,9 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
         self.accelerator = accelerator = setup.create_accelerator(config)
-        self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device)
+        self.mesh = sharding.create_mesh(
+            config.shard, accelerator.num_processes, accelerator.device, setup.process_wait(config)
+        )
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
         config = resume.with_recorded_split(config, self.run_dir)
@@ -61,7 +63,7 @@ class Trainer:
         self.model = setup.build_model(config, self.data.record, [t.z_dim for t in targets], self.data.text_record)
         if isinstance(self.model, NullText) and self.data.dataset.text is not None:
             self.model.set_null_text(*self.data.dataset.text.null)
-        self.config = self.run_dir.config = setup.with_split(config, self.model)
+        self.config = self.run_dir.config = setup.as_built(config, self.model, self.data)
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
         self.speed = Speed(self.model, self.budgets, targets, accelerator.num_processes, peak)
         kinds = dict.fromkeys("loss" + condition.metric_suffix for condition in self.flow.conditions(self.budgets))

@@ -17,6 +17,7 @@ from common.image_files import save_png
 from common.logging import warn
 from common.plotting import image_grid
 from common.precision import AMP_TYPES
+from common.sizes import sides
 from config.options import GenerateConfig, TrainConfig
 from data.dataset import LatentDataset
 from flows import LossCondition, flow_of
@@ -135,8 +136,8 @@ class Validation:
         if self.schedule is None:
             return losses[:0]
         assert self.data is not None
-        channels, *sides = self.data.shape
-        times = self.flow.times(self.flow.val_draws(indices, (channels // 2, *sides)))
+        shape = (self.record.latent_channels, *self.data.shape[1:])
+        times = self.flow.times(self.flow.val_draws(indices, shape))
         of_budgets = losses.unflatten(0, (len(self.budgets), -1))  # (budgets, stages, B)
         chosen = torch.empty_like(of_budgets[0])
         for budget, rows in rows_by_budget(self.schedule, times):
@@ -151,12 +152,12 @@ class Validation:
         """
         if self.vae is None:
             return []
-        accelerator, side = self.accelerator, self.config.resolution
+        accelerator, size = self.accelerator, sides(self.config.resolution)
         indices = range(accelerator.process_index, SAMPLE_IMAGES, accelerator.num_processes)
         grids: list[np.ndarray] = []
         ends = sorted({self.budgets[0], self.budgets[-1]}, key=lambda b: -(b or 1))
         for budget in [self.schedule] if self.schedule else ends:
-            images = torch.zeros((self.flow.num_views, SAMPLE_IMAGES, 3, side, side), dtype=torch.uint8)
+            images = torch.zeros((self.flow.num_views, SAMPLE_IMAGES, 3, *size), dtype=torch.uint8)
             with together(accelerator, self._networks(model), should_stop):
                 if len(indices):
                     images[:, list(indices)] = self._sample(model, shape, indices, budget).cpu()

@@ -26,11 +26,11 @@ from benchmarks.gpu.work import (
     trainer_of,
     training_config,
 )
-from benchmarks.trace import Trace, compiled, trace_step
 from benchmarks.train_step import TrainingStep, disturb, durations, make_batch
 from models.costs import forward_flops
 from training.optim import clip_gradients
 from training.stats import peak_tflops
+from training.step_trace import Trace, compiled, trace_step
 from training.trainer import Trainer
 
 MFU, RATIO = 0.35, 1.15

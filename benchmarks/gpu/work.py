@@ -21,14 +21,13 @@ from config.options import GenerateConfig, TrainConfig
 from models.dfm import DFMSiT
 from models.elit import ELITSiT
 from models.sit import SiT
-from models.vae import VAERecord
+from models.vae import SD_VAE, VAERecord
 from sampling.session import Session
 from training.setup import resolve
 from training.trainer import Trainer
 
 Batch = dict[str, Any]
 CLASSES = 1000
-SD = VAERecord("stabilityai/sd-vae-ft-ema", None, 8, 4, 0.18215, 0.0)
 SMALL_VAE = ROOT / "experiments_updated" / "quickstart_vae"  # trained on digits; factor 4
 TINY = {"num_classes": CLASSES, "elit_group_size": 2, "head_depth": 1, "tail_depth": 1}  # beside the size Nano
 
@@ -40,7 +39,7 @@ def register_nano() -> None:
         models.register(f"{family}-Nano/2", constructor, depth=3, hidden_size=64, num_heads=2, **ends)
 
 
-def make_data(folder: Path, count: int, side: int, record: VAERecord = SD) -> Path:
+def make_data(folder: Path, count: int, side: int, record: VAERecord = SD_VAE) -> Path:
     """A data set of random moments (8, side, side), in the layout that `dataset_tools.py encode` writes."""
     latents = folder / "vae-sd" / "00000"
     latents.mkdir(parents=True)
