@@ -94,8 +94,8 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
             loaded.drawn.add(other)
         if state.is_main_process:
             dest.npz.finish()
-            if weights.prompts is not None:
-                write_captions(dest.folder, weights.prompts.texts, config.num_fid_samples)
+            if weights.prompts is not None and weights.prompts.words is not None:
+                write_captions(dest.folder, weights.prompts.words, config.num_fid_samples)
             report(config, loaded, dest, drawn, seconds)
         state.wait_for_everyone()
     finally:

@@ -9,13 +9,13 @@ from config.system_options import ProcessOptions
 
 @dataclasses.dataclass
 class ConvertConfig:
-    """Options of dataset_tools.py convert: any images → numbered square PNGs."""
+    """Options of dataset_tools.py convert: any images → numbered PNGs of one size."""
 
     source: str = option("files", ..., "folder tree or .zip with images")
     dest: str = option("files", ..., "new folder or .zip, e.g. DATA_DIR/images")
     resolution: str | None = option("images", None, "WxH in pixels, e.g. 256x256 (default: sizes stay)")
-    transform: Literal["none", "center-crop", "center-crop-wide", "center-crop-dhariwal"] = option(
-        "images", "none", "how images are cropped"
+    transform: Literal["none", "center-crop", "center-crop-wide", "center-crop-dhariwal", "resize-crop"] = option(
+        "images", "none", "how images are cropped; resize-crop makes sizes that are not square"
     )
     max_images: int | None = option("images", None, "only the first so many images", ge=1)
     workers: int | None = option("system", None, "processes (default: one for each CPU core)", ge=1, le=1024)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import models
 from common.precision import AMP_TYPES, autocast
+from common.sizes import latent_sides
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss
@@ -126,8 +127,8 @@ def _fake_losses(
     budget: float | None,
 ) -> torch.Tensor:
     """The losses (B,) of a step at this budget, under the condition that keeps most."""
-    flow, side = flow_of(config), config.resolution // record.downsample_factor
-    draws = flow.empty_draws(batch_size, (record.latent_channels, side, side))
+    flow, size = flow_of(config), latent_sides(config.resolution, record.downsample_factor)
+    draws = flow.empty_draws(batch_size, (record.latent_channels, *size))
     x, y = torch.empty_like(draws.noise), cast(Backbone, model).example_condition(batch_size)
     call = Projecting(model) if hasattr(model, "projectors") else model
     with autocast(config.mixed_precision, torch.device("cpu")):

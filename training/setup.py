@@ -31,6 +31,7 @@ from common.distributed import check_world_size, wait_time
 from common.errors import UserError, did_you_mean
 from common.files import check_name
 from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
+from common.sizes import latent_size
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
@@ -59,7 +60,7 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int], text:
     sizes = (text.length, text.width, text.pooled) if text else ()
     model = models.create_model(
         config.model,
-        input_size=config.resolution // record.downsample_factor,
+        input_size=latent_size(config.resolution, record.downsample_factor),
         in_channels=record.latent_channels,
         num_classes=config.num_classes,
         fused_attn=config.fused_attn,
