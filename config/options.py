@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from config.ema_options import AverageOptions, SnapshotOptions
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
@@ -99,7 +100,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(ScoreOptions, SystemOptions, Architecture):
+class TrainConfig(SnapshotOptions, ScoreOptions, SystemOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(
@@ -245,7 +246,7 @@ class TrainConfig(ScoreOptions, SystemOptions, Architecture):
 
 
 @dataclasses.dataclass
-class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
+class Sampling(PromptOptions, GuideOptions, CoreCacheOptions, AverageOptions):
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
     ckpt: str = option(
@@ -369,7 +370,7 @@ class CCFGConfig(InferenceTool):
 
 
 @dataclasses.dataclass
-class ConvertCheckpointConfig(Architecture):
+class ConvertCheckpointConfig(AverageOptions, Architecture):
     """Options of convert_checkpoint.py: any checkpoint that is read → ours or safetensors, and what is in a file."""
 
     source: str = option("files", ..., "any checkpoint that the other scripts take as --ckpt", positional="IN")

@@ -138,7 +138,7 @@ class Plan:
     def describe_memory(self) -> None:
         """Lines on what a process holds in memory."""
         config = self.config
-        state = state_bytes(self.model, len(config.ema_decay))
+        state = state_bytes(self.model, len(config.ema_decay) + len(config.posthoc_ema))
         local = max(1, config.batch_size // self.processes)
         ends = sorted(set(self.budgets[:1] + self.budgets[-1:]), key=lambda b: -(b or 1))
         activations = [activation_bytes(config, self.record, self.encoders, local, b, self.text) for b in ends]
@@ -187,14 +187,24 @@ class Plan:
         if self.data is not None:
             count = self.checkpoints_kept(self.data.total_steps)
             need = count * self.checkpoint_bytes
-            text += (
-                f": {count} checkpoints of {format_gib(self.checkpoint_bytes)} = {format_gib(need)}; {format_gib(free)} free"
-            )
-            if need > free:
+            text += f": {count} checkpoints of {format_gib(self.checkpoint_bytes)} = {format_gib(need)}"
+            files, size = self.snapshots_written(self.data.total_steps)
+            text += f", {files} snapshots = {format_gib(size)}" if files else ""
+            text += f"; {format_gib(free)} free"
+            if need + size > free:
+                more = f" and {files} snapshots of {format_gib(size)}" if files else ""
                 self.errors.append(
-                    f"--output-dir {config.output_dir}: {count} checkpoints of {format_gib(self.checkpoint_bytes)} need {format_gib(need)}, but {format_gib(free)} are free (--checkpointing-steps, --keep-last)"
+                    f"--output-dir {config.output_dir}: {count} checkpoints of {format_gib(self.checkpoint_bytes)}{more} need {format_gib(need + size)}, but {format_gib(free)} are free (--checkpointing-steps, --keep-last)"
                 )
         self.say("outputs", text)
+
+    def snapshots_written(self, total_steps: int) -> tuple[int, int]:
+        """How many files of --snapshot-steps and --posthoc-ema are written until the end, and their bytes."""
+        config, size = self.config, sum(p.numel() for p in self.model.parameters())
+        tables = sum(b.numel() * b.element_size() for b in self.model.buffers())
+        own = -(-total_steps // config.snapshot_steps) if config.snapshot_steps else 0
+        averages = len(config.posthoc_ema) * -(-total_steps // config.posthoc_ema_steps)
+        return own + averages, own * (4 * size + tables) + averages * (2 * size + tables)
 
     def checkpoints_kept(self, total_steps: int) -> int:
         """The most that lie in the folder at one time: by --keep-last, --keep-every and --keep-best, and the one being written."""

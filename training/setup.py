@@ -130,6 +130,8 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     warnings = []
     if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
         warnings.append(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
+    if "posthoc_ema_steps" in given and not config.posthoc_ema:
+        warnings.append(f"--posthoc-ema-steps {config.posthoc_ema_steps} without --posthoc-ema: no such average is kept")
     spec = models.model_spec(config.model)
     if "head_depth" in spec.sizes and "encoder_depth" in given and config.head_depth is None:
         warnings.append(
