@@ -8,6 +8,7 @@ from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
 from config.system_options import SystemOptions
+from config.tracker_options import TrackerOptions
 
 
 @dataclasses.dataclass
@@ -100,7 +101,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(SnapshotOptions, ScoreOptions, SystemOptions, Architecture):
+class TrainConfig(SnapshotOptions, TrackerOptions, ScoreOptions, SystemOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(
