@@ -116,9 +116,10 @@ def patch_losses(velocity: Tensor | Sequence[Tensor], target: Tensor | Sequence[
         target: the same.
         grid: rows and columns of patches, which divide the sides.
     """
-    if isinstance(velocity, Tensor):
+    if isinstance(velocity, Tensor) and isinstance(target, Tensor):
         error = (velocity.float() - target).square().mean(dim=1, keepdim=True)
-        return F.adaptive_avg_pool2d(error, list(grid))[:, 0]
+        rows, columns = grid
+        return F.adaptive_avg_pool2d(error, (rows, columns))[:, 0]
     return torch.stack([patch_losses(v, u, grid) for v, u in zip(velocity, target, strict=True)]).sum(dim=0)
 
 

@@ -120,7 +120,8 @@ def _row(recorder: Recorder, run: str, sigma: float, step: int) -> list[str]:
         average = posthoc.find(run, sigma, step)
         coefficients = average.combination.coefficients.tolist()
         wide = [recorder.wide[part.step, part.sigma or 0.0] for part in average.parts]
-        summed = {name: sum(c * w[name].double() for c, w in zip(coefficients, wide, strict=True)) for name in true}
+        pairs = list(zip(coefficients, wide, strict=True))
+        summed = {name: torch.stack([c * w[name].double() for c, w in pairs]).sum(dim=0) for name in true}
         errors = [f"{100 * distance(found, true):.3f}%" for found in (posthoc.make(average).state_dict, summed)]
     return [f"{sigma:g}", str(step), *errors, f"{100 * distance(recorder.raw[step], true):.2f}%"]
 

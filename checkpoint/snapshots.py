@@ -57,8 +57,9 @@ def metadata(config: dict[str, Any], record: VAERecord, step: int, text: TextRec
 
 
 def run_hash(config: dict[str, Any], record: VAERecord) -> str:
-    """Of the options that a run may never change, and of the VAE."""
-    same = {name: config[name] for name in names(TrainConfig, resume="same")}
+    """Of the options that a run may never change, but for defaults: a later version may have more of them; and of the VAE."""
+    defaults = TrainConfig()
+    same = {n: config[n] for n in names(TrainConfig, resume="same") if config[n] != getattr(defaults, n)}
     return hashlib.sha256(json.dumps([same, record.to_dict()], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -215,7 +215,8 @@ def _follow_by_power(sigma: float) -> Callable[[Any, Any, Any], None]:
     exponent = power_average.exponent(sigma)
 
     def follow(averages: list[Tensor], weights: list[Tensor], step: int) -> None:
-        torch._foreach_lerp_(averages, weights, power_average.weight_of_step(step, exponent))
+        share = power_average.weight_of_step(step, exponent)
+        torch._foreach_lerp_(averages, weights, share)  # pyright: ignore[reportPrivateImportUsage], as torch's own averages do
 
     return follow
 
