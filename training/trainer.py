@@ -24,7 +24,7 @@ from models.conditioning import NullText, condition_of, map_condition
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
-from training import resume, scores, setup, sharding, trackers
+from training import resume, scores, setup, sharding, snapshots, trackers
 from training.budgets import budget_schedule, parts_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
@@ -32,7 +32,6 @@ from training.preemption import Preemption
 from training.profiler import StepProfiler
 from training.run_data import open_data
 from training.run_dir import RunDir, warn_if_unwritable
-from training.snapshots import SnapshotWriter
 from training.stats import Speed, TrainingStats, peak_tflops
 from training.validation import Interrupted, Validation, save_samples
 
@@ -47,7 +46,8 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
         self.accelerator = accelerator = setup.create_accelerator(config)
-        self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device)
+        wait = setup.process_wait(config)
+        self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device, wait)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
         config = resume.with_recorded_split(config, self.run_dir)
@@ -137,7 +137,7 @@ class Trainer:
             self.ema, group = self.sharded.ema, self.sharded.group
             self.optimizer = self.accelerator.prepare(create_optimizer(self.sharded, config))
         self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn, group)
-        self.snapshots = SnapshotWriter(config, self.run_dir, data)
+        self.snapshots = snapshots.SnapshotWriter(config, self.run_dir, data)
         self.validation_due = self.scores_due = False
         self._go_to(Progress(0, 0, len(data.dataset), config.batch_size))
 
