@@ -47,7 +47,7 @@ class AverageOptions:
         gt=0,
         lt=0.2886,
         images=True,
-        folder=(20, "sigma"),
+        folder=(22, "sigma"),
     )
     ema_step: int | None = option(
         "checkpoint",
@@ -56,5 +56,5 @@ class AverageOptions:
         ge=1,
         le=10**12,
         images=True,
-        folder=(21, "step"),
+        folder=(23, "step"),
     )
