@@ -8,7 +8,7 @@ from config.data_options import LatentOptions
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
-from config.system_options import SystemOptions
+from config.system_options import ProcessOptions, SystemOptions
 
 
 @dataclasses.dataclass
@@ -295,7 +295,7 @@ class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
 
 
 @dataclasses.dataclass
-class GenerateConfig(Sampling, Architecture):
+class GenerateConfig(Sampling, Architecture, ProcessOptions):
     """Options of generate.py. Architecture comes from the checkpoint unless that records none."""
 
     sample_dir: str = option("output", "results", "folder of all sample sets", images=False)
