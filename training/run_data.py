@@ -48,7 +48,8 @@ class RunData:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the latents."""
-        return (self.record.latent_channels, *self.dataset.shape[1:])
+        _, rows, columns = self.dataset.shape
+        return self.record.latent_channels, rows, columns
 
 
 def takes_text(config: TrainConfig) -> bool:
