@@ -1,5 +1,6 @@
 """One set of weights with its recorded configuration, and the model built from it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 import models
 from checkpoint import sharded
+from checkpoint.records import TEXT
 from common.errors import UserError, first_line
-from common.tensor_files import Checksum
+from common.tensor_files import Checksum, save_safetensors
 from config.options import Architecture
 from config.rules import names
 from models.conditioning import NullText
@@ -97,6 +99,20 @@ def meta_model(found: Weights, where: str | Path, **overrides: Any) -> models.Ba
         raise
     except (RuntimeError, TypeError, ArithmeticError, ValueError, LookupError) as error:  # sizes beyond all bounds, or none
         raise UserError(f"{where}: no such model can be made: {first_line(error)}") from None
+
+
+def save_weights(path: Path, found: Weights) -> None:
+    """A safetensors file of the weights, with their configuration and the records of VAE and text in its metadata. Raises WriteError."""
+    metadata = {"config": json.dumps(found.config), "vae": json.dumps(found.record.to_dict()), "step": str(found.step)}
+    metadata |= {} if found.text is None else {TEXT: json.dumps(found.text.to_dict())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_safetensors(path, {name: compact(tensor) for name, tensor in found.state_dict.items()}, metadata)
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, in a storage of its own size: a view would carry all of its storage into the file."""
+    fits = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if fits else tensor.clone().contiguous()
 
 
 def model_options(config: dict[str, Any]) -> dict[str, Any]:

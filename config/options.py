@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from config.conversion_options import PipelineOptions
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
@@ -369,11 +370,11 @@ class CCFGConfig(InferenceTool):
 
 
 @dataclasses.dataclass
-class ConvertCheckpointConfig(Architecture):
+class ConvertCheckpointConfig(PipelineOptions, Architecture):
     """Options of convert_checkpoint.py: any checkpoint that is read → ours or safetensors, and what is in a file."""
 
     source: str = option("files", ..., "any checkpoint that the other scripts take as --ckpt", positional="IN")
-    dest: str | None = option("files", None, "new file", positional="[OUT]")
+    dest: str | None = option("files", None, "new file or folder", positional="[OUT]")
     vae: str | None = option(
         "files", None, "VAE that a bare state dict belongs to: ema, mse, hub name or folder (default: ema)"
     )

@@ -98,6 +98,16 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         self.grid_size = (rows // patch_size, columns // patch_size)
         self.encoder_depth = encoder_depth
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     @classmethod
     def size_arguments(cls, input_size: int | tuple[int, int], **sizes: Any) -> dict[str, Any]:
         """The constructor's arguments of a registered size `sizes`, where they depend on the VAE latents' size."""

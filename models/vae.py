@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
+from common.files import parse_json, write_json
 from common.hub import fetch_once
 from common.torchvision_shim import import_torchvision
 from models.dfm import recompose
@@ -158,6 +159,14 @@ def load_vae(
     # Convolutions are a fifth quicker with channels last on a CPU; on CUDA each group norm would copy them twice.
     vae.to(device, memory_format=torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format)
     return vae.eval().requires_grad_(False), record
+
+
+def save_vae(vae: VAE, folder: Path) -> None:
+    """Write a VAE of `load_vae` as diffusers does, without what it was told of the latents."""
+    vae.save_pretrained(folder)
+    if vae.config.get("channel_mean"):
+        path = folder / "config.json"
+        write_json({k: v for k, v in parse_json(path.read_bytes(), path).items() if k not in _CHANNEL_KEYS}, path)
 
 
 @torch.no_grad()
