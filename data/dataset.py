@@ -136,13 +136,19 @@ class LatentDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(
-        self, indices: Sequence[int], choose_caption: Callable[[int, int], int] = lambda place, count: 0
+        self,
+        indices: Sequence[int],
+        choose_caption: Callable[[int, int], int] = lambda place, count: 0,
+        images: bool = True,
     ) -> list[dict[str, Any]]:
-        """A whole batch, its latents in one read. choose_caption: which of `count` captions the item at `place` takes; the first."""
+        """A whole batch, its latents in one read.
+
+        choose_caption: which of `count` captions the item at `place` takes; the first. images: with those that were asked for.
+        """
         moments = self.latents.read(indices)
         labels = [0] * len(indices) if self.labels is None else self.labels[indices].tolist()
         items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
-        if self._images is not None:
+        if self._images is not None and images:
             for item, index in zip(items, indices, strict=True):
                 item["image"] = self._read_image(self._images, index)
         if self.text is not None:
