@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from config.conversion_options import PipelineOptions
+from config.remote_options import RemoteOptions
 from config.repa_options import RepaOptions
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
@@ -101,7 +102,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(ScoreOptions, SystemOptions, RepaOptions, Architecture):
+class TrainConfig(ScoreOptions, SystemOptions, RepaOptions, RemoteOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(

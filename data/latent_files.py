@@ -53,9 +53,9 @@ class LatentFiles:
     The names are kept as bytes in one array: a million Python objects would be copied by every worker that counts references.
     """
 
-    def __init__(self, path: Path):
-        self.files = FileTree(path)
-        self.path = path
+    def __init__(self, path: Path | FileTree):
+        self.files = path if isinstance(path, FileTree) else FileTree(path)
+        self.path = path = self.files.path
         listed = self.files.names()
         names = [name for name in listed if name.endswith(".npy")]
         if not names:
@@ -109,6 +109,7 @@ class LatentFiles:
 
     def read(self, indices: Sequence[int]) -> list[Tensor]:
         """float32 (2C, h, w) of each index, one file after the other."""
+        self.files.prefetch([self.name(i) for i in indices])
         return [torch.from_numpy(np.ascontiguousarray(self.array(i, self.shape), dtype=np.float32)) for i in indices]
 
     def _read_labels(self, names: list[str]) -> np.ndarray | None:
