@@ -76,7 +76,7 @@ def test_images_are_those_of_generate(pipe, ckpt, tmp_path, case):
 
 
 def test_a_dfm_model(record, tmp_path):
-    path = make_checkpoint(tmp_path / "dfm.pt", record, model="DFM-SiT-B/4", num_steps_per_scale=[1, 1])
+    path = make_checkpoint(tmp_path / "dfm.pt", record, model="DFM-SiT-Ti/2", num_steps_per_scale=[1, 1])
     pipe, calls = ELITPipeline.from_checkpoint(path), []
     pipe.set_progress_bar_config(disable=True)
     expected = generated(tmp_path, path, "--class-labels", 4, "--num-fid-samples", 1, "--cfg-scale", 1)
