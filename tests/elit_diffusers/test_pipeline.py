@@ -213,7 +213,7 @@ def test_seeds(pipe):
         ({"class_labels": ["dog"]}, "must be class ids"),
         ({"class_labels": []}, "nothing to draw"),
         ({"prompt": "a dog"}, "conditioned on class labels; give class_labels alone"),
-        ({"class_labels": 1, "budget": 0.3}, "inference-budget"),
+        ({"class_labels": 1, "budget": 0.1}, "--inference-budget: "),
         ({"class_labels": 1, "guidence_scale": 2}, "no option 'guidence_scale' of sampling (did you mean guidance_scale?)"),
         ({"class_labels": 1, "guidance_scale": 0.5}, "guidance_scale: 0.5 is out of range"),
         ({"class_labels": 1, "num_inference_steps": 0}, "num_inference_steps: 0 is out of range"),
@@ -250,7 +250,8 @@ def test_bad_folders_are_one_line(tmp_path, pipe, ckpt, capsys):
     with pytest.raises(UserError, match="cannot write there"):
         pipe.save_pretrained(tmp_path / "file")
     refused = convert_checkpoint.main
-    runs.refused(refused, capsys, [ckpt, "--to", "diffusers"], "give the folder to write")
+    runs.refused(refused, capsys, [ckpt, "--to", "diffusers"], "give the file to write")
+    runs.refused(refused, capsys, [ckpt, "--show", "--to", "diffusers"], "give the folder to write")
     runs.refused(refused, capsys, [ckpt, tmp_path / "new", "--to", "onnx"], "choose from diffusers")
     runs.refused(refused, capsys, [ckpt, tmp_path / "new.pt", "--figures", tmp_path], "give --to diffusers too")
     runs.refused(refused, capsys, [ckpt, tmp_path / "new", "--to", "diffusers", "--figures", tmp_path], "figures", "sweep.md")

@@ -69,7 +69,7 @@ def test_the_convolution_is_over_the_grid_of_tokens():
 @pytest.mark.parametrize("model", ["DFM-SiT-Ti/2", "ELIT-HDiT-Ti/2", "U-ViT-Ti/2"])
 def test_every_backbone_takes_the_convolution(model):
     with torch.device("meta"):
-        made = models.create_model(model, input_size=32, z_dims=(7,))
+        made = models.create_model(model, input_size=32, z_dims=(7,), encoder_depth=2)
         made.convolve_projectors()
         _, (projection,) = made(*made.example_inputs(), return_features=True)
         assert projection.shape == (1, made.feature_grid[0] * made.feature_grid[1], 7)
