@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from config.conversion_options import PipelineOptions
+from config.data_options import LatentOptions
 from config.remote_options import RemoteOptions
 from config.repa_options import RepaOptions
 from config.rules import option
@@ -102,7 +103,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(ScoreOptions, SystemOptions, RepaOptions, RemoteOptions, Architecture):
+class TrainConfig(ScoreOptions, SystemOptions, RepaOptions, LatentOptions, RemoteOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(
@@ -204,12 +205,6 @@ class TrainConfig(ScoreOptions, SystemOptions, RepaOptions, RemoteOptions, Archi
     )
     condition: Literal["labels", "text"] | None = option(
         "data", None, "what the model is conditioned on (default: text for MMDiT, else labels; U-ViT takes both)", resume="same"
-    )
-    latent_norm: Literal["vae", "channel"] = option(
-        "data",
-        "vae",
-        "latents by the VAE's own scale and shift, or by each channel's (`dataset_tools.py stats`)",
-        resume="same",
     )
     cfg_prob: float = option(
         "train", 0.1, "probability that a label is dropped, for classifier-free guidance", ge=0, le=1, resume="changeable"

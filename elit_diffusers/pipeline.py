@@ -36,7 +36,6 @@ from config.values import coerce
 from elit_diffusers.model_card import model_card
 from models.conditioning import Condition, map_condition
 from models.text_encoders import TextEncoder
-from models.vae import save_vae
 from samplers import joined
 from sampling import checks, conditions, session
 from sampling.session import Session
@@ -195,7 +194,7 @@ class ELITPipeline(DiffusionPipeline):
         weights = replace(self._weights, state_dict=self.transformer.state_dict())
         save_weights(folder / "transformer" / PRETRAINED, weights)
         write_json(weights.config | {"vae": weights.record.to_dict()}, folder / "transformer/config.json")
-        save_vae(self.vae, folder / "vae")
+        self.vae.save_pretrained(folder / "vae")
         write_atomically(folder / "README.md", card)
         write_atomically(folder / INDEX, self.to_json_string())  # last: it says that all is there
 
