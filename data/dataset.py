@@ -117,8 +117,8 @@ class LatentDataset(Dataset):
         self._images: FileTree | None = None
         if images:
             self._images = self._open_images(cache_dir, cache_size, option)
-            is_coco = isinstance(self.latents, CocoLatents)
-            self._image_names = self.latents.image_names() if is_coco else paired_images(self._images, self.latents)
+            coco = self.latents if isinstance(self.latents, CocoLatents) else None
+            self._image_names = paired_images(self._images, self.latents) if coco is None else coco.image_names()
 
     def _open_images(self, cache_dir: str | None, cache_size: float | None, option: str) -> FileTree:
         """The files of the images."""

@@ -34,7 +34,7 @@ from config.rules import names
 from config.sampling_options import CoreCacheOptions, GuideOptions
 from config.values import coerce
 from elit_diffusers.model_card import model_card
-from models.conditioning import Condition, map_condition
+from models.conditioning import Condition, Text
 from models.text_encoders import TextEncoder
 from samplers import joined
 from sampling import checks, conditions, session
@@ -264,7 +264,7 @@ class ELITPipeline(DiffusionPipeline):
         seed = _seed(of_call["seed"], of_call["generator"])
         with precision.tf32(loaded.config.tf32), self._progress(loaded, of_call["callback_on_step_end"]):
             latents = loaded.latents(session.guidance(loaded.config), seed, indices, y)
-            images = latents if output_type == "latent" else _as(output_type, loaded.decode(latents))
+            images: Any = latents if output_type == "latent" else _as(output_type, loaded.decode(latents))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _session(self, options: dict[str, Any]) -> Session:
@@ -302,14 +302,16 @@ class ELITPipeline(DiffusionPipeline):
         checks.check_labels(loaded.config, "class_labels", labels)
         return torch.tensor(labels)
 
-    def _text(self, prompts: list[str]) -> Condition:
+    def _text(self, prompts: list[Any]) -> Condition:
         record = self._weights.text
         if record is None:
             raise UserError("the checkpoint records no text encoder; draw from it by generate.py --text-encoder")
         if self._encoder is None:
             self._encoder = conditions.load_encoder(record.encoder, record, torch.device("cpu"))
         encoder: TextEncoder = self._encoder
-        conditions.set_missing_null(self.transformer, map_condition(lambda rows: rows[0], encoder.encode([""])))
+        null = encoder.encode([""])
+        pooled = None if null.pooled is None else null.pooled[0]
+        conditions.set_missing_null(self.transformer, Text(null.features[0], pooled))
         return encoder.encode(prompts)
 
     @contextmanager
@@ -321,7 +323,8 @@ class ELITPipeline(DiffusionPipeline):
             passes = guidance.passes(*times)
             forwards += [None] * (0 if joined(passes) else len(passes) - 1) + [step]
         following = iter(forwards)
-        with self.progress_bar(total=len(evaluations)) as bar:
+        progress_bar: Any = self.progress_bar  # which diffusers annotates as another function
+        with progress_bar(total=len(evaluations)) as bar:
 
             def count(*_: Any) -> None:
                 step = next(following)
