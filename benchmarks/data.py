@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -103,8 +104,9 @@ def remote(folder: Path, rounds: int) -> bool:
     import s3fs
     from moto.server import ThreadedMotoServer
 
-    count = 1024
+    count = 512
     make_set(folder, count)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # of the server: a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
