@@ -58,7 +58,8 @@ def model_card(
     config, record = weights.config, weights.record
     spec = models.model_spec(config["model"])
     what = "text" if weights.takes_text else f"{config.get('num_classes', 1)} classes"
-    about = f"{spec.name}, {config['resolution']} × {config['resolution']} pixels, {what}, {weights.step} training steps"
+    height, width = (record.downsample_factor * side for side in sides_of(model))
+    about = f"{spec.name}, {height} × {width} pixels, {what}, {weights.step} training steps"
     about += f"; latents of {record.vae}."
     if spec.elastic:
         about += " One checkpoint serves every budget: the share of latents that the core computes."
@@ -77,6 +78,12 @@ def model_card(
         example=example + (", budget=0.25" if spec.elastic else ""),
         tables="\n\n".join(tables) + "\n",
     )
+
+
+def sides_of(model: Any) -> tuple[int, int]:
+    """Rows and columns of the latents of a model."""
+    size = model.input_size
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def check_figures(figures: str | Path | None) -> None:

@@ -33,7 +33,7 @@ from config.options import GenerateConfig
 from config.rules import names
 from config.sampling_options import CoreCacheOptions, GuideOptions
 from config.values import coerce
-from elit_diffusers.model_card import model_card
+from elit_diffusers.model_card import model_card, sides_of
 from models.conditioning import Condition, Text
 from models.text_encoders import TextEncoder
 from samplers import joined
@@ -104,8 +104,6 @@ class ELITPipeline(DiffusionPipeline):
         weights: what the checkpoint records of the model.
         sampler: options of `SAMPLER` that are not generate.py's defaults.
     """
-
-    model_cpu_offload_seq = "transformer->vae"
 
     def __init__(
         self, transformer: nn.Module, vae: nn.Module, weights: Weights | None = None, sampler: dict[str, Any] | None = None
@@ -275,8 +273,8 @@ class ELITPipeline(DiffusionPipeline):
         for name, value in (self.config["sampler"] | given).items():
             setattr(config, name, value)
         checks.check_generation_model(config)
-        side = config.resolution // self._weights.record.downsample_factor
-        loaded = Session(config, self.transformer, self.vae, None, (self._weights.record.latent_channels, side, side))
+        shape = (self.transformer.in_channels, *sides_of(self.transformer))
+        loaded = Session(config, self.transformer, self.vae, None, shape)
         for name, reason in loaded.flow.ignored_options.items():
             if name in given:
                 raise UserError(f"{name.replace('num_steps', 'num_inference_steps')}: has no effect: {reason}")

@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tiny_weights, tmp_path_factory):
-    """Four steps, the first two aligned; and how many images were read."""
+    """Four steps, of which the first two align; and how many images were read."""
     folder, read = tmp_path_factory.mktemp("whole"), []
     original = LatentDataset._read_image
     with pytest.MonkeyPatch.context() as patch:
@@ -116,11 +116,10 @@ def test_alignment_ends(whole):
     assert not hasattr(model, "projectors") and config["projector"] == "conv"
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_resuming_before_and_after_the_end_of_alignment(data, whole, tiny_weights, tmp_path, step):
+def test_resuming_before_the_end_of_alignment(data, whole, tiny_weights, tmp_path):
     checkpoints = tmp_path / "run/checkpoints"
     checkpoints.mkdir(parents=True)
-    for file in (whole[0] / "run/checkpoints").glob(f"{step:07d}.pt*"):
+    for file in (whole[0] / "run/checkpoints").glob("0000001.pt*"):
         (checkpoints / file.name).symlink_to(file)
     train.main(arguments(data, tmp_path, *repa(tiny_weights), *IREPA, "--resume-step", -1))
     resumed, expected = final_state(tmp_path), final_state(whole[0])
