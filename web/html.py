@@ -8,6 +8,7 @@ import numpy as np
 from common.image_files import png_bytes, psnr
 from common.plotting import attention_overlay
 from config.demo_options import WebDemoConfig
+from flows import flow_of
 from sampling.attention import shown_latents
 from sampling.guidance_kinds import KINDS
 from web.drawing import Comparison, Picture
@@ -16,7 +17,7 @@ SMALL = 128  # pixels, up to which pictures are shown as they are, without smoot
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
-.web-title h1 { font-size: 1.5rem; margin: 0; } .web-title p { color: var(--body-text-color-subdued); margin: .2rem 0 0; }
+.web-title h1 { font-size: 1.5rem; margin: 0; } .web-title p { opacity: .7; margin: .2rem 0 0; }
 .web-note { background: var(--background-fill-secondary); border-radius: 8px; padding: .6rem .8rem; }
 .web-error { border: 1px solid #c0392b; border-left-width: 5px; border-radius: 8px; padding: .6rem .8rem; color: #c0392b; }
 #status { min-height: 2.9rem; }
@@ -24,18 +25,19 @@ CSS = """
 .web-card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px; margin: 0; }
 .web-card img, .web-blank { width: 100%; aspect-ratio: 1; border-radius: 6px; display: block; }
 .web-blank { background: var(--background-fill-secondary); display: flex; align-items: center; justify-content: center; }
-.web-card h3 { margin: 0; font-size: 1rem; } .web-card small { color: var(--body-text-color-subdued); }
+.web-card h3 { margin: 0; font-size: 1rem; } .web-card small { opacity: .7; }
 .web-card header { margin-bottom: 8px; }
 .web-pixels img { image-rendering: pixelated; }
 .web-figures { display: grid; grid-template-columns: auto 1fr; gap: 5px 10px; align-items: center; margin-top: 10px; }
 .web-figures b { font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: 600; }
+.web-less { margin-top: 10px; line-height: 1.5; }
 .web-bar { height: 8px; border-radius: 4px; background: var(--background-fill-secondary); }
 .web-bar i { display: block; height: 100%; border-radius: 4px; background: #2f6db5; }
-.web-strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px; }
-.web-strip figure { margin: 0; text-align: center; font-size: .78rem; } .web-strip img { width: 100%; border-radius: 6px; }
-.web-strip figcaption b { display: block; } .web-strip figcaption { color: var(--body-text-color-subdued); line-height: 1.25; }
+.web-strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(78px, 1fr)); gap: 10px; }
+.web-strip figure { margin: 0; text-align: center; font-size: .75rem; } .web-strip img { width: 100%; border-radius: 6px; }
+.web-strip figcaption b { display: block; } .web-strip figcaption { line-height: 1.25; margin-top: 3px; }
 .web-strip .web-dropped { opacity: .35; }
-.web-caption { color: var(--body-text-color-subdued); margin: 0 0 8px; }
+.web-caption { opacity: .7; margin: 0 0 8px; }
 @media (max-width: 720px) { .web-cards { grid-template-columns: 1fr; } }
 """
 
@@ -75,7 +77,7 @@ def _card(name: str, title: str, below: str, picture: Picture | None, whole: Pic
     if picture is None or whole is None:
         return f'<figure class="web-card">{head}<div class="web-blank">drawing …</div></figure>'
     lines = "".join(
-        f'<b>{value:.4g} {unit}</b><div class="web-bar"><i style="width: {100 * min(1, value / most):.1f}%"></i></div>'
+        f'<b>{figure(value)} {unit}</b><div class="web-bar"><i style="width: {100 * min(1, value / most):.1f}%"></i></div>'
         for unit, value, most in (("GFLOPs", picture.gflops, whole.gflops), ("ms", picture.ms, whole.ms))
     )
     return (
@@ -91,22 +93,27 @@ def _difference(picture: Picture, full: Picture | None) -> str:
     difference = np.abs(picture.image.astype(np.int16) - full.image).astype(np.uint8)
     decibels = psnr(picture.image, full.image)
     flops, time = (100 * (a / b - 1) for a, b in ((picture.gflops, full.gflops), (picture.ms, full.ms)))
-    same = "the same picture" if decibels is None else f"{difference.mean():.2f} of 255 a pixel, PSNR {decibels:.1f} dB"
-    lines = f"<b>{flops:+.0f}% GFLOPs, {time:+.0f}% ms</b><span></span><span>{same}</span><span></span>"
+    same = "the same picture" if decibels is None else f"mean {difference.mean():.2f} of 255; PSNR {decibels:.1f} dB"
+    less = f"{flops:+.0f}% GFLOPs, {time:+.0f}% ms".replace("-", "−")
     return (
         f'<figure class="web-card" id="difference">{head}<img src="{data_url(difference)}" alt="Difference">'
-        f'<div class="web-figures">{lines}</div></figure>'
+        f'<div class="web-less"><b>{less}</b><br>{same}</div></figure>'
     )
+
+
+def figure(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def strip(config: WebDemoConfig, pictures: list[tuple[float, Picture]]) -> str:
     """Pictures at all budgets."""
     figures = "".join(
         f'<figure><img src="{data_url(p.image)}" alt="Budget {budget:g}"><figcaption><b>{budget:.4g}</b>'
-        f"{p.gflops:.3g} GFLOPs<br>{p.ms:.3g} ms</figcaption></figure>"
+        f"{figure(p.gflops)} GFLOPs<br>{figure(p.ms)} ms</figcaption></figure>"
         for budget, p in pictures
     )
-    return f'<p class="web-caption">{describe(config)}</p>{_strip(config, figures)}'
+    return f'<p class="web-caption">All budgets: {html.escape(describe(config))}.</p>{_strip(config, figures)}'
 
 
 def attention(config: WebDemoConfig, picture: Picture, maps: np.ndarray) -> str:
@@ -134,6 +141,6 @@ def _strip(config: WebDemoConfig, figures: str) -> str:
 
 def describe(config: WebDemoConfig) -> str:
     """A request in words."""
-    what = f"“{html.escape(config.prompt[0])}”" if config.prompt else f"class {config.class_label[0]}"
+    what = f"“{config.prompt[0]}”" if config.prompt else f"class {config.class_label[0]}"
     guided = "no guidance" if config.cfg_scale == 1 else f"{KINDS[config.guidance_kind or 'CFG']} {config.cfg_scale:g}"
-    return f"{what}, seed {config.seed}, {guided}"
+    return f"{what}, seed {config.seed}, {flow_of(config).total_steps} steps, {guided}"

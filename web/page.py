@@ -2,20 +2,25 @@
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from config.demo_options import WebDemoConfig
-from sampling.guidance_kinds import KINDS, kinds_of
+from sampling.guidance_kinds import kinds_of
+from sampling.session import device_name
 from web import html
 from web.choice import Chooser, sweep_dirs
 from web.drawing import Drawer, Progress
 
+GUIDED_LOW = ("CCFG", "AutoG")  # kinds whose guiding pass has a budget of its own
 INTERVAL = 0.1  # seconds between two messages of progress, at least
 
 
@@ -43,41 +48,39 @@ class Page:
         """The request that the controls ask for. Raises UserError."""
         return self.drawer.options(dict(zip(self.names, values, strict=True)))
 
-    def draw(self, *values: Any, progress: Progress | None = None) -> Iterator[str]:
-        """The pictures, as soon as there is one."""
+    def draw(self, *values: Any, progress: Progress | None = None) -> Iterator[tuple[str, str]]:
+        """What is drawn, and the pictures as soon as there is one."""
         for comparison in self.drawer.compare(self.options(*values), progress):
-            yield html.comparison(comparison, len(self.drawer.budgets))
+            yield html.message(html.describe(comparison.config)), html.comparison(comparison, len(self.drawer.budgets))
 
     def within(self, ms: Any, *values: Any, progress: Progress | None = None) -> tuple[WebDemoConfig, str, str]:
         """The request that is as good as possible within a time, what is to be said of it, and its pictures."""
         config = self.options(*values)
         limit = self.drawer.options({"within_ms": ms}).within_ms
         choice = self.chooser.within(config, limit)
-        *_, pictures = self.draw(*self.values(choice.config), progress=progress)
+        *_, (_, pictures) = self.draw(*self.values(choice.config), progress=progress)
         taken = self.drawer.picture(choice.config).ms
-        return choice.config, f"{choice.reason}; expected {choice.ms:.3g} ms, measured {taken:.3g} ms", pictures
+        said = f"{choice.reason}; expected {html.figure(choice.ms)} ms, measured {html.figure(taken)} ms"
+        return choice.config, html.message(said), pictures
 
-    def strip(self, *values: Any, progress: Progress | None = None) -> str:
-        """Pictures at all budgets."""
+    def strip(self, *values: Any, progress: Progress | None = None) -> tuple[str, str]:
+        """What is drawn, and pictures at all budgets."""
         config = self.options(*values)
-        return html.strip(config, self.drawer.strip(config, progress))
+        return html.message(html.describe(config)), html.strip(config, self.drawer.strip(config, progress))
 
-    def attention(self, time: Any, *values: Any) -> str:
-        """What Read looks at in the picture."""
+    def attention(self, time: Any, *values: Any) -> tuple[str, str]:
+        """What is drawn, and what Read looks at in it."""
         names = dict(zip(self.names, values, strict=True)) | {"attention_time": time}
         config = self.drawer.options(names)
-        return html.attention(config, self.drawer.picture(config), self.drawer.attention(config))
+        shown = html.attention(config, self.drawer.picture(config), self.drawer.attention(config))
+        return html.message(html.describe(config)), shown
 
 
 def shown(value: Any) -> Any:
     """An option's value as a control shows it."""
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, list) and len(value) != 1
-        else value[0]
-        if isinstance(value, list)
-        else value
-    )
+    if not isinstance(value, list):
+        return value
+    return value[0] if len(value) == 1 else " ".join(map(str, value))
 
 
 def build(page: Page) -> Any:
@@ -91,8 +94,8 @@ def build(page: Page) -> Any:
             with gr.Column(scale=1, min_width=260):
                 controls = _controls(gr, page, start)
                 draw_button = gr.Button("Draw", variant="primary", elem_id="draw")
-                within_ms = gr.Number(config.within_ms, label="Milliseconds that an image may take", elem_id="within-ms")
-                within_button = gr.Button("As good as possible within this time", elem_id="within")
+                within_ms = gr.Number(config.within_ms, label="As good as possible within … milliseconds", elem_id="within-ms")
+                within_button = gr.Button("Choose budget and steps", elem_id="within")
             with gr.Column(scale=3, min_width=480):
                 if count:
                     controls.append(
@@ -107,40 +110,39 @@ def build(page: Page) -> Any:
                 if count:
                     with gr.Row():
                         strip_button = gr.Button("Draw all budgets", elem_id="all-budgets")
-                        read_button = gr.Button("What Read looks at", elem_id="read")
-                        read_time = gr.Number(config.attention_time, label="at time t", elem_id="read-time", step=0.1)
+                        read_button = gr.Button("What Read looks at, at time", elem_id="read")
+                        read_time = gr.Number(
+                            config.attention_time, container=False, step=0.1, scale=0, min_width=90, elem_id="read-time"
+                        )
                     read, strip = gr.HTML("", elem_id="attention"), gr.HTML("", elem_id="strip")
 
         # All that draws waits for its turn.
         turn = {"concurrency_limit": 1, "concurrency_id": "draw", "show_progress": "full", "show_progress_on": status}
 
         def draw(*values: Any, progress: Any = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
-            yield from _reported(lambda: ((*[gr.skip()] * len(controls), "", h) for h in page.draw(*values, progress=_throttled(progress))),
-                                 len(controls) + 2, gr)  # fmt: skip
+            yield from _reported(gr, 2, lambda: page.draw(*values, progress=_throttled(progress)))
 
         def within(*values: Any, progress: Any = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
-            def chosen() -> Iterator[tuple]:
+            def choose() -> Iterator[tuple]:
                 progress(0, desc="measuring latencies, once")
-                request, said, drawn = page.within(*values, progress=_throttled(progress))
-                yield (*page.values(request), html.message(said), drawn)
+                request, *shown = page.within(*values, progress=_throttled(progress))
+                yield *page.values(request), *shown
 
-            yield from _reported(chosen, len(controls) + 2, gr)
+            yield from _reported(gr, len(controls) + 2, choose)
 
-        outputs = [*controls, status, pictures]
-        typed = [c for c in controls if isinstance(c, gr.Textbox | gr.Number)]
-        chosen = [c for c in controls if isinstance(c, gr.Dropdown)]
-        events = [draw_button.click, blocks.load, *(c.submit for c in typed), *(c.input for c in chosen)]
-        gr.on(events, draw, controls, outputs, api_name="draw", **turn)
-        gr.on([within_button.click, within_ms.submit], within, [within_ms, *controls], outputs, api_name="within", **turn)
+        def all_budgets(*values: Any, progress: Any = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
+            yield from _reported(gr, 2, lambda: iter([page.strip(*values, progress=_throttled(progress))]))
+
+        def look(*values: Any) -> Iterator[tuple]:
+            yield from _reported(gr, 2, lambda: iter([page.attention(*values)]))
+
+        typed = [c.submit for c in controls if isinstance(c, gr.Textbox | gr.Number)]
+        picked = [c.input for c in controls if isinstance(c, gr.Dropdown)]
+        gr.on([draw_button.click, blocks.load, *typed, *picked], draw, controls, [status, pictures], api_name="draw", **turn)
+        asked = [within_button.click, within_ms.submit]
+        gr.on(asked, within, [within_ms, *controls], [*controls, status, pictures], api_name="within", **turn)
         if count:
-            gr.on([controls[-1].input], draw, controls, outputs, trigger_mode="always_last", api_name="slide", **turn)
-
-            def all_budgets(*values: Any, progress: Any = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
-                yield from _reported(lambda: iter([("", page.strip(*values, progress=_throttled(progress)))]), 2, gr)
-
-            def look(*values: Any) -> Iterator[tuple]:
-                yield from _reported(lambda: iter([("", page.attention(*values))]), 2, gr)
-
+            controls[-1].input(draw, controls, [status, pictures], trigger_mode="always_last", api_name="slide", **turn)
             strip_button.click(all_budgets, controls, [status, strip], api_name="all_budgets", **turn)
             gr.on(
                 [read_button.click, read_time.submit],
@@ -160,6 +162,8 @@ def serve(page: Page, host: str, port: int) -> tuple[str, Callable[[], None]]:
         UserError: the port is in use.
     """
     gr = _gradio()
+    from starlette.middleware import Middleware
+
     blocks = build(page)
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
@@ -169,10 +173,9 @@ def serve(page: Page, host: str, port: int) -> tuple[str, Callable[[], None]]:
             share=False,
             prevent_thread_lock=True,
             quiet=True,
-            # No file is served, not even one of gradio's cache, and none is taken.
+            app_kwargs={"middleware": [Middleware(NoFiles)]},
             allowed_paths=[],
             blocked_paths=["/"],
-            max_file_size=1,
             ssr_mode=False,
             mcp_server=False,
             enable_monitoring=False,
@@ -183,7 +186,25 @@ def serve(page: Page, host: str, port: int) -> tuple[str, Callable[[], None]]:
         )
     except OSError as error:
         raise UserError(f"--port {port}: cannot be listened at on {host}: {error}") from None
-    return url, blocks.close
+    return url, partial(blocks.close, verbose=False)
+
+
+class NoFiles:
+    """ASGI middleware that refuses gradio's routes for files of the disk, uploads and other hosts' files: the page has none of them."""
+
+    ROUTES = re.compile(r"/(file[=/]|proxy=|upload|stream/|custom_component|deep_link|component_server|dev/)")
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer 403, or pass on."""
+        if scope["type"] == "http" and self.ROUTES.search(scope["path"]):
+            from starlette.responses import PlainTextResponse
+
+            await PlainTextResponse("no files are served or taken here", 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def check_port(host: str, port: int) -> None:
@@ -222,8 +243,8 @@ def _title(drawer: Drawer) -> str:
     config = drawer.config
     budgets = f"one checkpoint, {len(drawer.budgets)} budgets; " if drawer.budgets else ""
     name = Path(config.ckpt).name
-    text = f"{budgets}{config.resolution} × {config.resolution} pixels; {name}"
-    return f"<h1>{html.html.escape(config.model)}</h1><p>{html.html.escape(text)}</p>"
+    text = f"{budgets}{config.resolution} × {config.resolution} pixels; {name}, {device_name(drawer.loaded.device)}"
+    return f"<h1>{escape(config.model)}</h1><p>{escape(text)}</p>"
 
 
 def _controls(gr: Any, page: Page, start: list[Any]) -> list[Any]:
@@ -247,8 +268,12 @@ def _controls(gr: Any, page: Page, start: list[Any]) -> list[Any]:
         controls.append(gr.Number(scale, label="Scale; 1: none", elem_id="scale", step=0.5, min_width=100))
     if count:
         choices = [(f"{budget:.4g}", budget) for budget in drawer.budgets]
-        label = f"Guiding budget of {KINDS['CCFG']} and {KINDS['AutoG']}"
-        controls.append(gr.Dropdown(choices, value=start[5], label=label, elem_id="guiding-budget"))
+        label = "Budget of the guiding pass"
+        is_used = kind in GUIDED_LOW
+        controls.append(gr.Dropdown(choices, value=start[5], label=label, visible=is_used, elem_id="guiding-budget"))
+        controls[3].change(
+            lambda kind: gr.update(visible=kind in GUIDED_LOW), controls[3], controls[5], queue=False, api_name=False
+        )
     return controls
 
 
@@ -265,11 +290,10 @@ def _throttled(progress: Any) -> Progress:
     return tell
 
 
-def _reported(outputs: Callable[[], Iterator[tuple]], count: int, gr: Any) -> Iterator[tuple]:
-    """Outputs of a handler; a user's mistake becomes one line in the last but one, the status, and leaves the others."""
-    status = count - 2
+def _reported(gr: Any, count: int, outputs: Callable[[], Iterator[tuple]]) -> Iterator[tuple]:
+    """The `count` outputs of a handler; a user's mistake becomes one line in the last but one, the status, and leaves the others."""
     try:
         yield from outputs()
     except UserError as error:
-        text = " ".join(str(error).split())
-        yield tuple(html.message(text, is_error=True) if i == status else gr.skip() for i in range(count))
+        line = html.message(" ".join(str(error).split()), is_error=True)
+        yield tuple(line if i == count - 2 else gr.skip() for i in range(count))

@@ -1,6 +1,5 @@
 """The page in a headless Chromium: open it, move the slider, see another picture and smaller figures; no error in the console."""
 
-import shutil
 import threading
 
 import pytest
@@ -8,15 +7,10 @@ from PIL import Image, ImageStat
 from runs import free_port, make_checkpoint, make_vae
 
 import web_demo
+from benchmarks.browser import card, chromium, errors, wait_for
 from web.page import serve
 
 pytestmark = pytest.mark.browser
-
-ARGUMENTS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1280,1100",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,37 +25,9 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """Chromium, which reaches nothing but this machine."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    driver = chromium(tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()
-
-
-def wait_for(driver, condition, seconds=30):
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    return WebDriverWait(driver, seconds, poll_frequency=0.05).until(condition)
-
-
-def card(driver, name):
-    """The picture, GFLOPs and milliseconds of a card; None while it is not there."""
-    return driver.execute_script(
-        "const c = document.getElementById(arguments[0]);"
-        "return c && {src: c.querySelector('img').src, gflops: +c.dataset.gflops, ms: +c.dataset.ms};",
-        name,
-    )
-
-
-def errors(driver):
-    return [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "ERROR")]
 
 
 def test_move_the_slider(page, driver, tmp_path):

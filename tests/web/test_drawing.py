@@ -107,14 +107,15 @@ def test_progress_counts_every_forward(page):
 
 def test_the_page_shows_both_pictures_and_their_figures(page):
     values = [REQUEST[name] for name in page.names]
-    first, both = page.draw(*values)
+    (_, first), (said, both) = page.draw(*values)
+    assert "class 3, seed 5, 4 steps, cheap CFG 2" in said
     assert "drawing …" in first and "drawing …" not in both
     figures = {name: float(v) for name, v in re.findall(r'id="(\w+)" data-gflops="([\d.e+-]+)"', both)}
     assert figures["picture"] < figures["full"]
     assert "Budget 0.5" in both and "2 of 4 latents" in both and "PSNR" in both and both.count("data:image/png;base64,") == 3
-    (same,) = page.draw(*values[:-1], 1)
+    ((_, same),) = page.draw(*values[:-1], 1)
     assert "the same picture" in same
-    assert page.strip(*values).count("<img") == 4
+    assert page.strip(*values)[1].count("<img") == 4
 
 
 def test_what_read_looks_at_lies_over_the_picture(page):
@@ -127,7 +128,7 @@ def test_what_read_looks_at_lies_over_the_picture(page):
     for latent, row, column in ((0, 0, 0), (2, 1, 2), (3, 3, 1)):
         group, token = row // 2 * 2 + column // 2, row % 2 * 2 + column % 2
         assert maps[latent, row, column] == pytest.approx(4 * weights[0, group, :, latent, token].mean().item(), rel=1e-4)
-    shown = page.attention(0.25, *(REQUEST[name] for name in page.names))
+    _, shown = page.attention(0.25, *(REQUEST[name] for name in page.names))
     assert shown.count("<img") == 5 and "latent 1<" in shown and "latent 2, not kept" in shown and "t = 0.25" in shown
     assert html.data_url(attention_overlay(picture.image, maps[:2].mean(0), max(2.0, float(np.quantile(maps, 0.995))))) in shown
 
@@ -288,7 +289,7 @@ def test_a_model_without_budgets(ckpt, tmp_path, capsys):
     sit = make_checkpoint(tmp_path / "sit.pt", reading.read_weights(ckpt).record, model="SiT-Ti/2")
     page, _ = web_demo.prepare(command(sit, "--class-label", 3))
     assert "inference_budget" not in page.names
-    (shown,) = page.draw(*page.values(page.drawer.config))
+    ((_, shown),) = page.draw(*page.values(page.drawer.config))
     assert shown.count("<img") == 1 and "SiT-Ti/2" in shown
     page.chooser.timings._ms = {((samplers.Pass(None),) * 2, 1): 2.0, "decode": 2.0}
     assert page.chooser.within(page.drawer.config, 13).config.num_steps == 5
@@ -309,17 +310,17 @@ def test_a_guide_and_stages(ckpt, tmp_path):
     values = page.values(page.drawer.config)
     assert page.names[2] == "num_steps_per_scale" and values[2:4] == ["2 1", "Guide"]
     told = []
-    *_, shown = page.draw(*values, progress=lambda done, count: told.append((done, count)))
+    *_, (_, shown) = page.draw(*values, progress=lambda done, count: told.append((done, count)))
     assert shown.count("<img") == 3 and told == 2 * [(i, 3) for i in (1, 2, 3)]
     flops = {b: models.count_flops(page.drawer.loaded.model, b) for b in (0.25, 1.0)}
     assert f'id="full" data-gflops="{3 * (flops[0.25] + flops[1.0]) / 1e9:.6g}"' in shown
     page.chooser.timings.measure = lambda configs: None
     page.chooser.timings.of = lambda config: float(sum(config.num_steps_per_scale))
     assert page.chooser.within(page.drawer.config, 9).config.num_steps_per_scale == [6, 3]
-    assert page.attention(0.5, *values).count("<img") == 5
+    assert page.attention(0.5, *values)[1].count("<img") == 5
 
 
 def test_page_is_made_of_plain_values(page):
     assert isinstance(page, Page) and page.names == [*REQUEST]
     assert page.values(page.drawer.options(REQUEST)) == list(REQUEST.values())
-    assert RESOLUTION <= html.SMALL and "web-pixels" in page.strip(*REQUEST.values())
+    assert RESOLUTION <= html.SMALL and "web-pixels" in page.strip(*REQUEST.values())[1]
