@@ -104,7 +104,7 @@ def test_requests_wait_for_their_turn_and_mistakes_are_lines(served, monkeypatch
             at_once.release()
 
     monkeypatch.setattr(page.drawer, "_draw", draw)
-    clients = [Client(url, verbose=False) for _ in range(2)]
+    clients = [Client(url, verbose=False, httpx_kwargs={"timeout": 120}) for _ in range(2)]
     jobs = [client.submit(*REQUEST, budget, api_name="/slide") for client, budget in zip(clients, (0.25, 0.5), strict=True)]
     results = [job.result(timeout=60) for job in jobs]
     assert most == [True] * 3  # two budgets and the full one, which both compare with
