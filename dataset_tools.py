@@ -1,7 +1,7 @@
 r"""Makes training data and reference batches.
 
 `convert`: any images → numbered PNGs; `encode`: → VAE latents; `text`: captions → text features; `pack`: → a few large files; `check`, `stats`: is a data set whole,
-and the statistics of its latents; `demo`: the images of the quick start; `reference`: images → a batch for `evaluate.py`.
+and the statistics of its latents; `vae`: VAE weights under other names → a folder of diffusers; `demo`: the images of the quick start; `reference`: images → a batch for `evaluate.py`.
 
     python dataset_tools.py convert --source=ImageNet/train --dest=DATA_DIR/images --resolution=256x256 \
         --transform=center-crop-dhariwal
@@ -33,11 +33,13 @@ from config.tool_options import (
     ReferenceConfig,
     StatsConfig,
     TextConfig,
+    VAEConfig,
 )
 from preprocessing.check import check
 from preprocessing.convert import convert
 from preprocessing.demo import demo
 from preprocessing.encode import encode
+from preprocessing.ldm_vae import convert_vae
 from preprocessing.pack import pack
 from preprocessing.stats import stats
 from preprocessing.text import text
@@ -60,6 +62,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "check": (CheckConfig, check),
     "stats": (StatsConfig, stats),
     "text": (TextConfig, text),
+    "vae": (VAEConfig, convert_vae),
     "demo": (DemoConfig, demo),
     "reference": (ReferenceConfig, reference),
 }

@@ -15,9 +15,7 @@ from common.precision import set_tf32
 from common.tables import markdown_table
 from config.parsing import parse
 from config.tool_options import EvaluateConfig
-from metrics.clip_score import ClipScore
-from metrics.evaluation import METRICS, NAMES, device_of, evaluate
-from metrics.images import open_images
+from metrics.evaluation import METRICS, NAMES, evaluate
 
 
 @cli_main
@@ -33,15 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     set_tf32(False)
     if config.prompts and not config.clip_score:
         raise UserError(f"--prompts {config.prompts}: only --clip-score looks at prompts")
-    clip = (
-        ClipScore(config.clip_score, config.prompts, open_images(config.samples), device_of(state))
-        if config.clip_score
-        else None
-    )
     results = evaluate(config, state, warn)
-    score = clip.score(state, config.batch_size) if clip else {}
     if results is not None:
-        results |= score
         make_folder(output.parent, "--output")
         write_json(results, output, option="--output")
         print(table(results))
@@ -53,7 +44,6 @@ def table(results: dict) -> str:
     """The computed figures and the number of images, as a Markdown table of one row."""
     known = {name: results[name] for name in METRICS if results.get(name) is not None}
     cells = {NAMES[name]: f"{value:.4f}" for name, value in known.items()}
-    cells |= {"CLIP score": f"{results['clip_score']:.4f}"} if "clip_score" in results else {}
     cells |= {"samples": str(results["num_samples"]), "reference": str(results["num_ref"])}
     return markdown_table(list(cells), [list(cells.values())])
 

@@ -22,20 +22,9 @@ from common.logging import warn
 from config.options import GenerateConfig
 from flows import flow_of
 from sampling import checks, cost, session
-from sampling.image_folder import (
-    ImageWriter,
-    images_folder,
-    missing_images,
-    missing_in_npz,
-    npz_writer,
-    open_folder,
-    settings,
-    stage_folders,
-    whole_npz,
-    write_captions,
-)
+from sampling.destination import Destination, destination
+from sampling.image_folder import ImageWriter, images_folder, settings, write_captions
 from sampling.images import images
-from sampling.npz_writer import NpzWriter
 from sampling.session import Session
 
 if TYPE_CHECKING:
@@ -96,39 +85,36 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
     device = torch.device(state.device or "cpu")
     session.set_precision(config, device)
     loaded = session.load(config, weights, device)
-    npz = npz_writer(config)
-    lock = lock_folder(config, settings(config, weights, loaded.vae_sha256) if state.is_main_process else {}, npz, state)
+    dest = destination(config)
+    lock = lock_folder(config, settings(config, weights, loaded.vae_sha256) if state.is_main_process else {}, dest, state)
     try:
-        with npz:
-            drawn, seconds = draw_missing(config, loaded, npz, state)
+        with dest.npz:
+            drawn, seconds = draw_missing(config, loaded, dest, state)
         for other in gather_object([loaded.drawn])[1:] if config.core_cache else []:
             loaded.drawn.add(other)
         if state.is_main_process:
-            npz.finish()
+            dest.npz.finish()
             if weights.prompts is not None:
-                write_captions(images_folder(config), weights.prompts.texts, config.num_fid_samples)
-            report(config, loaded, drawn, seconds)
+                write_captions(dest.folder, weights.prompts.texts, config.num_fid_samples)
+            report(config, loaded, dest, drawn, seconds)
         state.wait_for_everyone()
     finally:
         if lock is not None:
-            if not config.no_png:  # all of it is in the folder
-                npz.remove()
+            dest.close()
             lock.release()
     state.destroy_process_group()
-    return images_folder(config)
+    return dest.folder
 
 
-def lock_folder(config: GenerateConfig, made_with: dict[str, Any], npz: NpzWriter, state: "PartialState") -> FolderLock | None:
-    """Keep other runs out of the folder, make it or check its record, and begin its npz; rank 0 does it, and all raise what it met."""
-    folder, lock, error = images_folder(config), None, ""
+def lock_folder(
+    config: GenerateConfig, made_with: dict[str, Any], dest: Destination, state: "PartialState"
+) -> FolderLock | None:
+    """Keep other runs out of the folder, and open it; rank 0 does it, and all raise what it met."""
+    folder, lock, error = dest.folder, None, ""
     if state.is_main_process:
         try:
             lock = FolderLock(folder.with_name(f"{folder.name}.lock"), folder, warn)
-            open_folder(folder, config, made_with)
-            for where, _ in stage_folders(config).values():
-                if not config.no_png:
-                    where.mkdir(exist_ok=True)
-            npz.prepare(keep=config.no_png)
+            dest.open(made_with)
         except UserError as refused:
             error = str(refused)
         except OSError as failed:
@@ -141,24 +127,11 @@ def lock_folder(config: GenerateConfig, made_with: dict[str, Any], npz: NpzWrite
     return lock
 
 
-def missing_of(config: GenerateConfig, npz: NpzWriter, own: Sequence[int], state: "PartialState") -> set[int]:
-    """Those of the images `own` that are to be drawn. What an earlier run has drawn is put into the npz."""
-    if config.no_png:
-        (before,) = broadcast_object_list([whole_npz(npz.path, config.resolution) if state.is_main_process else None])
-        return set(missing_in_npz(npz, before, own))
-    return {
-        i
-        for stage, (where, side) in stage_folders(config).items()
-        for i in missing_images(where, own, side, npz.write if stage == -1 else None)
-    }
-
-
-def draw_missing(config: GenerateConfig, loaded: Session, npz: NpzWriter, state: "PartialState") -> tuple[int, float]:
+def draw_missing(config: GenerateConfig, loaded: Session, dest: Destination, state: "PartialState") -> tuple[int, float]:
     """Fill folders and npz, each process its share. Returns how many images were missing, and the seconds it took."""
-    folders = stage_folders(config)
     # Each process looks at its share of the files; all then agree on what is missing.
     own = range(state.process_index, config.num_fid_samples, state.num_processes)
-    missing = sorted(gather_object(list(missing_of(config, npz, own, state))))
+    missing = sorted(gather_object(list(dest.missing(own, state))))
     start = time.perf_counter()
     with (
         ImageWriter() as writer,
@@ -166,23 +139,21 @@ def draw_missing(config: GenerateConfig, loaded: Session, npz: NpzWriter, state:
     ):
 
         def preview(indices: Sequence[int], stage: int, latents: Tensor) -> None:
-            writer.write(folders[stage][0], indices, loaded.decode(latents))
+            writer.write(dest.stages[stage][0], indices, loaded.decode(latents))
 
         share = images(loaded, config, missing, state.process_index, state.num_processes, preview if config.preview else None)
         for indices, drawn in share:
-            writer.write(None if config.no_png else folders[-1][0], indices, drawn, npz)
+            writer.write(dest.png, indices, drawn, dest.npz)
             bar.update(min(len(indices) * state.num_processes, len(missing) - bar.n))
     state.wait_for_everyone()
     return len(missing), time.perf_counter() - start
 
 
-def report(config: GenerateConfig, loaded: Session, drawn: int, seconds: float) -> None:
+def report(config: GenerateConfig, loaded: Session, dest: Destination, drawn: int, seconds: float) -> None:
     """Say what was drawn at what rate and cost."""
-    folder = images_folder(config)
     rate = f", {drawn / seconds:.2f} images/s" if drawn else ""
     kept = config.num_fid_samples - drawn
-    where, beside = (f"{folder}.npz", "") if config.no_png else (folder, f"; {folder.name}.npz beside it")
-    print(f"{where}: {drawn} images drawn in {seconds:.1f} s{rate}; {kept} kept{beside}")
+    print(f"{dest}: {drawn} images drawn in {seconds:.1f} s{rate}; {kept} kept{dest.also}")
     if not config.core_cache:
         flops = cost.mean_flops_per_step(config, session.guidance(config), loaded.model, loaded.guide)
         print(f"{flops / 1e9:.2f} GFLOPs per image and step, guidance included")

@@ -150,6 +150,11 @@ def training_draws(
     )
 
 
+def image_flips(seed: int, n: int, batch_slice: range) -> list[bool]:
+    """Whether forward `n` takes the mirrored image, for the images at `batch_slice` of the global batch: each with probability 1/2."""
+    return [bool(generator("flip", seed, n, place).integers(2)) for place in batch_slice]
+
+
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     """The order of the data in `epoch`: a permutation of range(num_samples)."""
     return generator("epoch order", seed, epoch).permutation(num_samples)

@@ -6,8 +6,10 @@ python -m benchmarks.backbones
 import torch
 
 import models
+from common.tables import markdown_table
 
 BUDGETS = (1, 1 / 2, 1 / 4, 1 / 16)
+HEAD = ["model", "parameters", "GFLOPs", "with ELIT: parameters", "GFLOPs at budget 1", "1/2", "1/4", "1/16"]
 PIXELS = {"input_size": 256, "in_channels": 3}
 FLUX = {"in_channels": 16}  # latents of a VAE with 16 channels, as in the ELIT paper
 FLUX_512 = {"in_channels": 16, "input_size": 64, "elit_group_size": 8}
@@ -28,24 +30,21 @@ def build(name: str, **options) -> torch.nn.Module:
         return models.create_model(name, **{"input_size": 32, **options})
 
 
-def line(name: str, options: dict) -> str:
-    """One line of a table: parameters and GFLOPs without and with ELIT."""
+def row(name: str, options: dict) -> list[str]:
+    """One row of a table: parameters and GFLOPs without and with ELIT."""
     model = build(name, **{k: v for k, v in options.items() if k != "elit_group_size"})
     elastic = build(f"ELIT-{name}", **options)
     millions = [round(sum(p.numel() for p in m.parameters()) / 1e6, 1) for m in (model, elastic)]
     flops = [models.count_flops(model), *(models.count_flops(elastic, b) for b in BUDGETS)]
     gflops = [f"{f / 1e9:.1f}" for f in flops]
-    return f"| {name} | {millions[0]:,.1f} M | {gflops[0]} | {millions[1]:,.1f} M | {' | '.join(gflops[1:])} |"
+    return [name, f"{millions[0]:,.1f} M", gflops[0], f"{millions[1]:,.1f} M", *gflops[1:]]
 
 
 def main() -> None:
     """Print all tables in Markdown."""
     for title, rows in TABLES.items():
         print(f"\n**{title}**\n")
-        print("| model | parameters | GFLOPs | with ELIT: parameters | GFLOPs at budget 1 | 1/2 | 1/4 | 1/16 |")
-        print("|---|---|---|---|---|---|---|---|")
-        for name, options in rows:
-            print(line(name, options), flush=True)
+        print(markdown_table(HEAD, [row(*model) for model in rows]), flush=True)
 
 
 if __name__ == "__main__":

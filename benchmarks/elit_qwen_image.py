@@ -9,6 +9,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.tables import markdown_table
 from elit_diffusers import attach
 
 BUDGETS = (1, 1 / 2, 1 / 4, 1 / 8)
@@ -39,10 +40,11 @@ def main() -> None:
     for elastic.budget in (*BUDGETS, LOWEST):
         ratios[elastic.budget] = flops(transformer, side, text) / whole
     print(f"Qwen-Image, {side * side} image and {text} text tokens: {whole / 1e12:.2f} TFLOPs a forward\n")
-    print("| tokens | one forward | guided, the unconditional one at 5/64 | paper | off by |\n|---|---|---|---|---|")
+    rows = []
     for budget, paper in zip(BUDGETS, PAPER, strict=True):
         guided = (ratios[budget] + ratios[LOWEST]) / 2
-        print(f"| {budget:.1%} | {ratios[budget]:.3f} | {guided:.3f} | {paper} | {guided / paper - 1:+.1%} |")
+        rows.append([f"{budget:.1%}", f"{ratios[budget]:.3f}", f"{guided:.3f}", str(paper), f"{guided / paper - 1:+.1%}"])
+    print(markdown_table(["tokens", "one forward", "guided, the unconditional one at 5/64", "paper", "off by"], rows))
 
 
 if __name__ == "__main__":

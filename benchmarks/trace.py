@@ -28,6 +28,7 @@ from benchmarks.cuda_autocast import CudaAutocast
 from common import precision
 from common.errors import cli_main
 from common.precision import AMP_TYPES
+from common.tables import markdown_table
 from config.options import TrainConfig
 from flows import FlowMatching, flow_of
 from loss import drop_conditions
@@ -360,19 +361,15 @@ def _sums(op: Op) -> bool:
 
 def table(trace: Trace) -> str:
     """Kernels, GB of traffic, TFLOPs and GiB kept, by part and kind, as a Markdown table."""
-    lines = [
-        "| part | kernels | products | attention | element-wise | element-wise GB | all GB | TFLOPs | kept GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["part", "kernels", "products", "attention", "element-wise", "element-wise GB", "all GB", "TFLOPs", "kept GiB"]
+    rows = []
     for name, parts in [*((part, [part]) for part in trace.parts), ("sum", trace.parts)]:
         kernels, size, flops = trace.total(parts=parts)
         kinds = [trace.total(kind, parts) for kind in ("products", "attention", "element-wise")]
-        counts = " | ".join(f"{k[0]:,}" for k in kinds)
         kept = sum(trace.saved.get(part, 0) for part in parts) / 2**30
-        lines.append(
-            f"| {name} | {kernels:,} | {counts} | {kinds[2][1] / 1e9:.2f} | {size / 1e9:.2f} | {flops / 1e12:.3f} | {kept:.2f} |"
-        )
-    return "\n".join(lines)
+        counts = [f"{count:,}" for count in (kernels, *(k[0] for k in kinds))]
+        rows.append([name, *counts, f"{kinds[2][1] / 1e9:.2f}", f"{size / 1e9:.2f}", f"{flops / 1e12:.3f}", f"{kept:.2f}"])
+    return markdown_table(head, rows)
 
 
 @cli_main

@@ -14,7 +14,7 @@ from config.options import TrainConfig
 from config.values import coerce
 from models.published import PREDICTIONS
 from models.text_encoders import TextRecord
-from models.vae import VAERecord
+from models.vae import STATISTICS, VAERecord
 
 FORMAT = 1
 TEXT = "text"  # in checkpoints of text models: what their text features are
@@ -121,7 +121,7 @@ def check_state_dict(values: Any, where: str, *, lazy: bool = False) -> dict[str
 
 def recorded_vae(values: Any, where: str | Path) -> VAERecord:
     """The VAE of a checkpoint `where`. Raises UserError where its record is none."""
-    if not isinstance(values, dict) or not all(map(_is_plain, values.values())):
+    if not isinstance(values, dict) or not all(_is_plain(v) for k, v in values.items() if k not in STATISTICS):
         raise UserError(f"{where}: its vae is no record of a VAE")
     return VAERecord.from_dict(values, str(where))
 

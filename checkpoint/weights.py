@@ -83,11 +83,13 @@ def meta_model(found: Weights, where: str | Path, **overrides: Any) -> models.Ba
         raise UserError(
             f"{where}: resolution {config['resolution']} is not divisible by the VAE's factor {found.record.downsample_factor}"
         )
+    side = config["resolution"] // found.record.downsample_factor
+    found.record.check_shape((found.record.latent_channels, side, side), where)
     try:
         with torch.device("meta"):
             return models.create_model(
                 config["model"],
-                input_size=config["resolution"] // found.record.downsample_factor,
+                input_size=side,
                 in_channels=found.record.latent_channels,
                 num_classes=config.get("num_classes") or 1,
                 arguments=arguments,

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from config.data_options import LatentOptions
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
@@ -99,7 +100,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(ScoreOptions, SystemOptions, Architecture):
+class TrainConfig(ScoreOptions, SystemOptions, LatentOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(
@@ -201,12 +202,6 @@ class TrainConfig(ScoreOptions, SystemOptions, Architecture):
     )
     condition: Literal["labels", "text"] | None = option(
         "data", None, "what the model is conditioned on (default: text for MMDiT, else labels; U-ViT takes both)", resume="same"
-    )
-    latent_norm: Literal["vae", "channel"] = option(
-        "data",
-        "vae",
-        "latents by the VAE's own scale and shift, or by each channel's (`dataset_tools.py stats`)",
-        resume="same",
     )
     cfg_prob: float = option(
         "train", 0.1, "probability that a label is dropped, for classifier-free guidance", ge=0, le=1, resume="changeable"

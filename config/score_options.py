@@ -36,4 +36,5 @@ class ScoreOptions:
     inception_weights: str | None = option("metrics", None, "as of evaluate.py", resume="free")
     dino_weights: str | None = option("metrics", None, "as of evaluate.py", resume="free")
     clip_weights: str | None = option("metrics", None, "as of evaluate.py", resume="free")
+    clip_score: str | None = option("metrics", None, "text models: as of evaluate.py", resume="free")
     keep_best: bool = option("metrics", False, "never delete the checkpoint with the best score (best.json)", resume="free")

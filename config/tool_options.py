@@ -32,8 +32,21 @@ class EncodeConfig:
     batch_size: int = option("system", 32, "images per batch", ge=1, le=2**31 - 1)
     workers: int = option("system", 4, "threads of each process that decode images in advance", ge=1, le=1024)
     dtype: Literal["float32", "float16"] = option("files", "float32", "how the latents are stored")
+    flip: bool = option("images", False, "also encode each mirrored image; training draws one of the two")
     packed: bool = option("files", False, "write a few large files that training maps, e.g. to DATA_DIR/packed")
     shard_size: int = option("files", 8192, "latents in each packed file", ge=1, le=10**9)
+
+
+@dataclasses.dataclass
+class VAEConfig:
+    """Options of dataset_tools.py vae: VAE weights under latent-diffusion's names (VA-VAE, E2E-VAE) → a folder of diffusers."""
+
+    source: str = option("files", ..., "file of weights: .pt, .ckpt or .safetensors", positional="FILE")
+    dest: str = option("files", ..., "new folder, for --vae", positional="DEST")
+    stats: str | None = option(
+        "files", None, "file with mean and std, or latents_bias and latents_scale, of the latents' channels"
+    )
+    scaling_factor: float = option("images", 1.0, "latents are multiplied by it", gt=0, le=1e6)
 
 
 @dataclasses.dataclass
@@ -62,9 +75,10 @@ class CheckConfig:
 
 @dataclasses.dataclass
 class StatsConfig:
-    """Options of dataset_tools.py stats: mean and standard deviation of each latent channel, for --latent-norm channel."""
+    """Options of dataset_tools.py stats: mean and standard deviation of the latents, for --latent-norm."""
 
     source: str = option("files", ..., "data folder, as given to train.py --data-dir", positional="DIR")
+    per: Literal["channel", "position"] = option("images", "channel", "of each channel, or of each position of each channel")
     workers: int = option("system", 8, "threads that read", ge=1, le=1024)
 
 
@@ -94,11 +108,14 @@ class MetricOptions(FeatureNetworks):
         "metrics",
         [],
         "of fid sfid is precision recall (default: those that the network gives) and, on demand, fdd kid mind density coverage "
-        "dino_precision dino_recall dino_density dino_coverage cmmd",
+        "dino_precision dino_recall dino_density dino_coverage cmmd clip_score",
         distinct=True,
     )
     clip_weights: str | None = option(
         "metrics", None, "CLIP ViT-L/14 at 336 px for cmmd: transformers' folder, or timm's file (required for cmmd)"
+    )
+    clip_score: str | None = option(
+        "metrics", None, "also the CLIP score of images and prompts, by this folder of transformers' CLIPModel"
     )
     features: str | None = option("metrics", None, "another network than Inception, as module:factory")
     pr_dtype: Literal["float16", "float32"] = option(
@@ -112,9 +129,6 @@ class EvaluateConfig(MetricOptions):
     """Options of evaluate.py: the figures of ADM's evaluator, and others."""
 
     samples: str = option("files", ..., ".npz or a folder of PNG", positional="SAMPLES")
-    clip_score: str | None = option(
-        "metrics", None, "also the CLIP score of images and prompts, by this folder of transformers' CLIPModel"
-    )
     prompts: str | None = option(
         "files", None, "file with a prompt in each line, for --clip-score (default: captions.json of the samples)"
     )

@@ -1,6 +1,7 @@
 """The COCO features of U-ViT (arXiv 2209.12152) and REPA's text-to-image code, read as they are.
 
 DATA_DIR/train/  {i}.npy (2C, h, w): mean and *log-variance* of the VAE's posterior;  {i}_{k}.npy (77, 768): caption k, by CLIP-L
+                 {i}.png: the images (REPA's alone)
 DATA_DIR/        empty_context.npy (77, 768): the empty prompt            (val/ is like train/; either may be given itself)
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.file_tree import FileTree
-from common.files import DataError
+from common.files import DataError, encode_name
 from common.tensor_files import npy_array
 from models.conditioning import Text
 from models.text_encoders import TextRecord
@@ -36,7 +37,7 @@ class CocoLatents:
         UserError: images whose numbers have gaps, or a broken first file.
     """
 
-    labels = None
+    labels, flips = None, False
     record = SD_VAE
 
     def __init__(self, path: Path):
@@ -59,6 +60,13 @@ class CocoLatents:
         """The name of file `index`."""
         return f"{index}.npy"
 
+    def image_names(self) -> np.ndarray:
+        """The images' names (bytes), which REPA's layout has. Raises UserError where one is missing."""
+        there = set(self.files.names())
+        if missing := [name for i in range(len(self)) if (name := f"{i}.png") not in there]:
+            raise UserError(f"{self.path}: {len(missing)} image(s) are missing, which REPA needs: {', '.join(missing[:3])}")
+        return np.array([encode_name(f"{i}.png") for i in range(len(self))])
+
     def where(self, index: int) -> str:
         """How messages name file `index`."""
         return self.files.where(self.name(index))
@@ -68,8 +76,8 @@ class CocoLatents:
         """How messages name the file of the labels, which this layout has not."""
         return str(self.path)
 
-    def read(self, indices: Sequence[int]) -> list[Tensor]:
-        """float32 (2C, h, w) of each index, mean and standard deviation."""
+    def read(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> list[Tensor]:
+        """float32 (2C, h, w) of each index, mean and standard deviation; there are no mirrored images."""
         return [torch.from_numpy(self._moments(i)) for i in indices]
 
     def _moments(self, index: int) -> np.ndarray:

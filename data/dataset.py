@@ -64,10 +64,11 @@ def open_text(
 class LatentDataset(Dataset):
     """VAE latents with their labels (`open_latents`), and if asked for the `images` they were made of and their captions' `text`.
 
-    [i] -> {"moments": float32 (2C, h, w), mean and std of the posterior; "label": int, 0 where unlabelled;
+    [i] -> {"moments": float32 (2C, h, w), mean and std of the posterior, or (C, h, w) where there is none; "label": int, 0 where unlabelled;
             "image": uint8 (3, H, W), if asked for; "text": float32 (L, E), and "pooled" (P,) where the encoder makes it, likewise}
 
-    `text`: the features of all captions, if asked for. `labels`: int64 (n,), or None where unlabelled. `record`: the VAE. `shape`: (2C, h, w) of every item.
+    `text`: the features of all captions, if asked for. `labels`: int64 (n,), or None where unlabelled. `record`: the VAE. `shape`: of the moments of every item.
+    `flip`: whether training draws mirrored images; None: if the set has them.
     Raises `UserError` for a folder that holds no such data set, and `DataError` for a broken file met on reading.
     """
 
@@ -77,6 +78,7 @@ class LatentDataset(Dataset):
         *,
         images: bool = False,
         text: bool = False,
+        flip: bool | None = False,
         cache_dir: str | None = None,
         option: str = "--data-dir",
     ):
@@ -84,15 +86,23 @@ class LatentDataset(Dataset):
         self.latents = open_latents(data_dir, cache_dir, option)
         self.text = open_text(data_dir, self.latents, cache_dir, option) if text else None
         self.record, self.shape = self.latents.record, self.latents.shape
-        channels = 2 * self.record.latent_channels
+        channels = self.record.stored_channels
         if len(self.shape) != 3 or self.shape[0] != channels:
             raise UserError(
                 f"{self.latents.where(0)}: has shape {format_shape(self.shape)}; {self.record.vae} makes {channels} × height × width"
             )
+        self.record.check_shape((self.record.latent_channels, *self.shape[1:]), self.latents.where(0))
+        self.flip = self.latents.flips if flip is None else flip
+        if self.flip and not self.latents.flips:
+            raise UserError(
+                f"--flip: {data_dir} has no latents of mirrored images; `dataset_tools.py encode --flip` makes them"
+            )
         self._images: FileTree | None = None
         if images and remote.is_remote(data_dir):
             raise UserError(f"{data_dir}: images are read from local folders and zips only (REPA needs them)")
-        if images:
+        if images and isinstance(self.latents, CocoLatents):
+            self._images, self._image_names = self.latents.files, self.latents.image_names()
+        elif images:
             self._images = FileTree(
                 _part(Path(data_dir), "images", "REPA needs the images too; `dataset_tools.py convert` makes them")
             )
@@ -136,15 +146,22 @@ class LatentDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(
-        self, indices: Sequence[int], choose_caption: Callable[[int, int], int] = lambda place, count: 0
+        self,
+        indices: Sequence[int],
+        choose_caption: Callable[[int, int], int] = lambda place, count: 0,
+        mirrored: Sequence[bool] | None = None,
     ) -> list[dict[str, Any]]:
-        """A whole batch, its latents in one read. choose_caption: which of `count` captions the item at `place` takes; the first."""
-        moments = self.latents.read(indices)
+        """A whole batch, its latents in one read.
+
+        choose_caption: which of `count` captions the item at `place` takes; the first. mirrored: which images are; none.
+        """
+        moments = self.latents.read(indices, mirrored)
         labels = [0] * len(indices) if self.labels is None else self.labels[indices].tolist()
         items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
         if self._images is not None:
-            for item, index in zip(items, indices, strict=True):
-                item["image"] = self._read_image(self._images, index)
+            for place, (item, index) in enumerate(zip(items, indices, strict=True)):
+                image = self._read_image(self._images, index)
+                item["image"] = image.flip(-1) if mirrored and mirrored[place] else image
         if self.text is not None:
             for place, (item, index) in enumerate(zip(items, indices, strict=True)):
                 text = self.text.read(index, partial(choose_caption, place))
@@ -185,22 +202,29 @@ def captions_of(data_dir: str | Path, latents: Latents) -> list[list[str]] | Non
     return [captions[decode_name(name)] for name in paired_images(images, latents)]
 
 
-def channel_record(data_dir: str | Path, latents: Latents) -> VAERecord:
-    """The record of the latents, with the mean and deviation of each channel that `dataset_tools.py stats` wrote beside them."""
-    where = f"{data_dir}/{STATS_FILE}"
+def normalised_record(data_dir: str | Path, latents: Latents, norm: str = "channel") -> VAERecord:
+    """The record of the latents, with the mean and deviation that `dataset_tools.py stats` wrote beside them.
+
+    norm: channel or position, of which they must be.
+    """
+    where, make = f"{data_dir}/{STATS_FILE}", f"dataset_tools.py stats {data_dir}{' --per=position' * (norm == 'position')}"
     try:
         content = remote.read(str(data_dir), STATS_FILE) if remote.is_remote(data_dir) else read_regular(Path(where))
         stats = parse_json(content, where)
         count, values = stats["count"], {"channel_mean": stats["mean"], "channel_std": stats["std"]}
     except FileNotFoundError:
-        raise UserError(f"{where}: missing; --latent-norm channel needs it: `dataset_tools.py stats {data_dir}`") from None
+        raise UserError(f"{where}: missing; --latent-norm {norm} needs it: `{make}`") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{where}: not what `dataset_tools.py stats` writes; run it again") from None
     if count != len(latents):
         raise UserError(
             f"{where}: was made of {count} latents, but there are {len(latents)}; run `dataset_tools.py stats` again"
         )
-    return VAERecord.from_dict(latents.record.to_dict() | values, where)
+    record = VAERecord.from_dict(latents.record.to_dict() | values, where)
+    record.check_shape((record.latent_channels, *latents.shape[1:]), where)
+    if isinstance(values["channel_mean"][0], list) != (norm == "position"):
+        raise UserError(f"{where}: its statistics are not of each {norm}; --latent-norm {norm} needs `{make}`")
+    return record
 
 
 def _holds_text_alone(packed: Path) -> bool:

@@ -50,6 +50,8 @@ def read_labels(files: FileTree) -> dict[str, int] | None:
 class LatentFiles:
     """Latents as encode writes them: `vae-sd/` or `vae-sd.zip`, one npy file (2C, h, w) each, dataset.json and vae.json.
 
+    With `flips`, those of the mirrored image too: files of (2, 2C, h, w), which is then `stored_shape`.
+
     The names are kept as bytes in one array: a million Python objects would be copied by every worker that counts references.
     """
 
@@ -70,7 +72,8 @@ class LatentFiles:
         if VAE_FILE in listed:
             self.record = VAERecord.from_dict(read_json(self.files, VAE_FILE), self.files.where(VAE_FILE))
         first = self.array(0)
-        self.shape, self.dtype = first.shape, first.dtype
+        self.stored_shape, self.dtype = first.shape, first.dtype
+        self.flips, self.shape = split_flips(first.shape)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -89,7 +92,7 @@ class LatentFiles:
         return self.files.where(LABEL_FILE)
 
     def array(self, index: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """File `index` (2C, h, w) as it is stored, checked to hold finite numbers, and those of `shape`."""
+        """File `index` (2C, h, w), or (2, 2C, h, w), as it is stored, checked to hold finite numbers, and those of `shape`."""
         content = self.files.read(self.name(index))
         try:
             moments = npy_array(content)
@@ -107,9 +110,12 @@ class LatentFiles:
             raise DataError(f"{self.where(index)}: holds values that are not finite")
         return moments
 
-    def read(self, indices: Sequence[int]) -> list[Tensor]:
-        """float32 (2C, h, w) of each index, one file after the other."""
-        return [torch.from_numpy(np.ascontiguousarray(self.array(i, self.shape), dtype=np.float32)) for i in indices]
+    def read(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> list[Tensor]:
+        """float32 (2C, h, w) of each index, one file after the other; of the mirrored image where `mirrored` says so."""
+        arrays = [self.array(i, self.stored_shape) for i in indices]
+        if self.flips:
+            arrays = [array[int(flip)] for array, flip in zip(arrays, mirrored or [False] * len(arrays), strict=True)]
+        return [torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)) for array in arrays]
 
     def _read_labels(self, names: list[str]) -> np.ndarray | None:
         labels = read_labels(self.files)
@@ -128,6 +134,12 @@ class LatentFiles:
             if key not in of_key:
                 raise UserError(f"{where}: has no label for {name}")
         return np.array([of_key[key] for key in keys], dtype=np.int64)
+
+
+def split_flips(stored: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:
+    """Of the shape in which latents are stored: whether it is of two, an image's and its mirror image's, and the shape of one."""
+    flips = len(stored) == 4 and stored[0] == 2
+    return flips, stored[1:] if flips else stored
 
 
 def pair_key(name: str) -> tuple[str, int] | None:

@@ -1,7 +1,8 @@
 """Packed latents: a few large npy files that training memory-maps, with an index.
 
 packed/  index.json              count, shape, dtype, VAE record, and each file's size in latents and SHA-256; written last
-         latents-00000.npy …     float32 or float16 (n, 2C, h, w), mean and std of the posterior
+         latents-00000.npy …     float32 or float16 (n, 2C, h, w), mean and std of the posterior; (n, 2, 2C, h, w) with those of
+                                 the mirrored images
          labels.npy              int64 (count,); absent where unlabelled
          names.npy               bytes (count,): the file that each latent is under in `vae-sd/`, which pairs it with its image
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from common.errors import UserError, first_line
 from common.file_tree import open_regular, read_regular
 from common.files import DataError, check_name, decode_name, parse_json
+from data.latent_files import split_flips
 from models.vae import VAERecord
 
 INDEX_FILE, LABELS_FILE, NAMES_FILE = "index.json", "labels.npy", "names.npy"
@@ -39,10 +41,12 @@ class PackedLatents:
         self.path = path
         index = read_index(path)
         self.record = VAERecord.from_dict(index["vae"], f"{path / INDEX_FILE}: vae")
-        self.shape, self.dtype = tuple(index["shape"]), np.dtype(index["dtype"])
+        self.stored_shape, self.dtype = tuple(index["shape"]), np.dtype(index["dtype"])
+        self.flips, self.shape = split_flips(self.stored_shape)
         counts = [shard["count"] for shard in index["shards"]]
         self._starts = np.cumsum([0, *counts])
-        self._shards = [self._map(shard["file"], (shard["count"], *self.shape), self.dtype) for shard in index["shards"]]
+        shards = [self._map(shard["file"], (shard["count"], *self.stored_shape), self.dtype) for shard in index["shards"]]
+        self._shards = [shard.reshape(-1, *self.shape) for shard in shards]  # with flips, two rows of each latent
         self._names = self._map(NAMES_FILE, (len(self),), None)
         if self._names.dtype.kind != "S":
             raise UserError(f"{path / NAMES_FILE}: holds {self._names.dtype}; wanted: names as bytes")
@@ -68,24 +72,28 @@ class PackedLatents:
         """How messages name the file of the labels."""
         return str(self.path / LABELS_FILE)
 
-    def read(self, indices: Sequence[int]) -> list[Tensor]:
-        """float32 (2C, h, w) of each index: views of one array, gathered from every file at once and in the order of the file.
+    def read(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> list[Tensor]:
+        """float32 (2C, h, w) of each index, of the mirrored image where `mirrored` says so.
 
-        Raises DataError where a value is not finite.
+        They are views of one array, gathered from every file at once and in the order of the file. Raises DataError where a value
+        is not finite.
         """
-        order = np.argsort(indices, kind="stable")
-        ordered = np.asarray(indices)[order]
-        if len(ordered) and not 0 <= ordered[0] <= ordered[-1] < len(self):
-            raise IndexError(f"{self.path}: no latents {ordered[0]} … {ordered[-1]}; it holds {len(self)}")
-        bounds = np.searchsorted(ordered, self._starts)
+        wanted, starts = np.asarray(indices), self._starts
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"{self.path}: no latents {wanted.min()} … {wanted.max()}; it holds {len(self)}")
+        if self.flips:
+            wanted, starts = 2 * wanted + (0 if mirrored is None else np.asarray(mirrored)), 2 * starts
+        order = np.argsort(wanted, kind="stable")
+        ordered = wanted[order]
+        bounds = np.searchsorted(ordered, starts)
         rows = np.empty((len(ordered), *self.shape), dtype=self.dtype)
         for shard in np.flatnonzero(np.diff(bounds)):
             first, last = bounds[shard], bounds[shard + 1]
             # mode clip: by the default, NumPy gathers into a buffer of its own first
-            np.take(self._shards[shard], ordered[first:last] - self._starts[shard], axis=0, out=rows[first:last], mode="clip")
+            np.take(self._shards[shard], ordered[first:last] - starts[shard], axis=0, out=rows[first:last], mode="clip")
         if not np.isfinite(rows).all():
             broken = next(i for i, row in zip(ordered.tolist(), rows, strict=True) if not np.isfinite(row).all())
-            raise DataError(f"{self.where(broken)}: holds values that are not finite")
+            raise DataError(f"{self.where(broken // (1 + self.flips))}: holds values that are not finite")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         gathered = torch.from_numpy(rows).float()
@@ -137,7 +145,10 @@ def parse_index(content: bytes, where: str | Path) -> dict[str, Any]:
             and len(shards) > 0
             and all(shard["file"] == shard_file(number) for number, shard in enumerate(shards)),
             "every sha256 must be 64 hexadecimal digits": all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests),
-            "shape must be three positive whole numbers and each count one, of a size that a disk can hold": len(shape) == 3
+            "shape must be three positive whole numbers, or 2 and three, and each count one, of a size that a disk can hold": len(
+                split_flips(tuple(shape))[1]
+            )
+            == 3
             and all(type(n) is int and n > 0 for n in (*shape, *counts))
             and sum(counts) * math.prod(shape) < 2**60,
             "dtype must be a floating-point type": isinstance(index["dtype"], str)

@@ -8,6 +8,7 @@ OUT=${1:-quickstart}
 ELIT=$OUT/quickstart/checkpoints/0002700.pt
 SIT=$OUT/quickstart_sit/checkpoints/0001980.pt
 SAMPLES=(--config experiments_updated/generation/quickstart.yaml --sample-dir "$OUT/samples")
+UNGUIDED=1200 # canvases of each model and budget without guidance: half the cost, and what a budget buys shows more clearly
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
@@ -31,13 +32,16 @@ train experiments_updated/train/quickstart_sit.yaml "$SIT" >"$OUT/background.log
 together train experiments_updated/train/quickstart.yaml "$ELIT"
 
 say "sampling"
-sample --ckpt "$SIT" >"$OUT/background.log" 2>&1 &
-together sample --ckpt "$ELIT" --inference-budget 1.0
-sample --ckpt "$ELIT" --inference-budget 0.25 >"$OUT/background.log" 2>&1 &
-together sample --ckpt "$ELIT" --inference-budget 0.0625
+for guidance in "" "--cfg-scale 1 --num-fid-samples $UNGUIDED"; do
+    # shellcheck disable=SC2086  # two options, or none
+    sample --ckpt "$SIT" $guidance >"$OUT/background.log" 2>&1 &
+    together sample --ckpt "$ELIT" --inference-budget 1.0 $guidance
+    sample --ckpt "$ELIT" --inference-budget 0.25 $guidance >"$OUT/background.log" 2>&1 &
+    together sample --ckpt "$ELIT" --inference-budget 0.0625 $guidance
+done
 sample --ckpt "$ELIT" --inference-budget 1.0 --unconditional-inference-budget 0.0625
 
 say "measuring"
 python experiments_updated/quickstart_report.py "${SAMPLES[@]}" --ckpt "$ELIT" --baseline-ckpt "$SIT" \
-    --val-data-dir "$OUT/data/val" --output-dir "$OUT"
+    --val-data-dir "$OUT/data/val" --output-dir "$OUT" --unguided-samples "$UNGUIDED"
 say "done: $OUT/budgets.png, $OUT/table.md"

@@ -56,6 +56,9 @@ class ReportConfig(GenerateConfig):
     baseline_ckpt: str | None = option("checkpoint", None, "the plain transformer's checkpoint", images=False)
     val_data_dir: str = option("data", ..., "held-out data set", images=False)
     output_dir: str = option("output", "quickstart", "folder of budgets.png, table.md and results.json", images=False)
+    unguided_samples: int = option(
+        "sample", 0, "canvases that generate.py drew of each row without guidance, for another FID; 0: none", ge=0, images=False
+    )
     budgets: list[float] = option(
         "sample", [0.0625, 0.25, 1.0], "budgets to compare, the full one last", gt=0, le=1, images=False
     )
@@ -63,13 +66,14 @@ class ReportConfig(GenerateConfig):
 
 @dataclass
 class Row:
-    """A set of samples: its options, the model that drew it, and the canvases (n, H, W, 3)."""
+    """A set of samples: its options, the model that drew it, and the canvases (n, H, W, 3), some also without guidance."""
 
     name: str
     config: ReportConfig
     loaded: Session
     weights: Weights
     images: np.ndarray
+    unguided: np.ndarray | None = None
 
     @property
     def budget(self) -> float | None:
@@ -80,6 +84,18 @@ class Row:
     def flops(self) -> float:
         """Of one forward of one image."""
         return models.count_flops(self.loaded.model, self.budget)
+
+
+@dataclass
+class Fid:
+    """FID of a set of canvases, and of resampled ones (resamplings,)."""
+
+    value: float
+    resampled: np.ndarray
+
+    def minus(self, other: "Fid") -> tuple[float, float]:
+        """The difference and its standard error."""
+        return self.value - other.value, float((self.resampled - other.resampled).std(ddof=1))
 
 
 @cli_main
@@ -98,10 +114,11 @@ def main(argv: list[str] | None = None) -> None:
     labels = labels_of(config, range(len(rows[0].images))).numpy()
     features = [_features(classifier, row.images) for row in rows]  # (n, 4, 64), and the classes (n, 4), each
     reference = digit_classifier.statistics(classifier, val_digits)
-    bootstrap = _bootstrap([f for f, _ in features], reference)  # (resamplings, rows)
+    guided = _fids({row.name: f for row, (f, _) in zip(rows, features, strict=True)}, reference)
+    unguided = {row.name: _features(classifier, row.unguided)[0] for row in rows if row.unguided is not None}
+    fids = {"fid": guided, "fid_unguided": _fids(unguided, reference)}
     sets = {f"row-{i}": _digits(row.images) for i, row in enumerate(rows)}
     figures, rates = digit_figures(config, val_digits, sets), _images_per_second(rows)
-    fids = [f["fid"] for f in figures]
     # Cheap guidance draws with the weights of the row before it, and has no loss of its own.
     measured = [row for row in rows if not row.config.unconditional_inference_budget]
     losses = dict(zip((row.name for row in measured), _losses(measured), strict=True))
@@ -114,17 +131,23 @@ def main(argv: list[str] | None = None) -> None:
             "gflops_per_step": cost.mean_flops_per_step(row.config, session.guidance(row.config), row.loaded.model) / 1e9,
             "images_per_second": rates[i],
             "digits_in_class": float((features[i][1] == labels[:, None]).mean()),
-            **{name: figures[i][name] for name in ("fid", "precision", "recall")},
-            "fid_difference": fids[i] - fids[full],
-            "fid_difference_standard_error": float((bootstrap[:, i] - bootstrap[:, full]).std(ddof=1)),
+            **{name: figures[i][name] for name in ("precision", "recall")},
             "pixel_difference": float(np.abs(row.images.astype(np.int16) - rows[full].images).mean()),
         }
+        for kind, of_kind in fids.items():
+            if row.name in of_kind:
+                difference, error = of_kind[row.name].minus(of_kind[rows[full].name])
+                result |= {
+                    kind: of_kind[row.name].value,
+                    f"{kind}_difference": difference,
+                    f"{kind}_difference_standard_error": error,
+                }
         if row.name in losses:
             mean, error = _mean_and_error(losses[row.name] - losses[rows[full].name])
             result |= {"held_out_loss": float(losses[row.name].mean())}
             result |= {"held_out_loss_difference": mean, "held_out_loss_difference_standard_error": error}
         results.append(result)
-    steps = _neighbours(config, rows, losses, fids, bootstrap)
+    steps = _neighbours(config, rows, losses, fids)
     training = [_training(row) for row in rows if row.name in ("SiT", name_of_budget(config.budgets[-1]))]
     text = "\n\n".join([_table(results, rows[full].name), _steps_table(steps), _training_table(training)])
     print(text)
@@ -157,11 +180,18 @@ def _rows(config: ReportConfig, weights: Weights) -> list[Row]:
         resolve_architecture(plain, {}, plain_weights, config.baseline_ckpt)
         generate.name_run(plain, plain_weights)
         plain_loaded = session.load(plain, plain_weights, session.device())
-        rows.append(Row("SiT", plain, plain_loaded, plain_weights, read_samples(plain)))
+        rows.append(Row("SiT", plain, plain_loaded, plain_weights, read_samples(plain), _read_unguided(plain)))
     for name, changes in elastic:
         options = dataclasses.replace(config, **changes)
-        rows.append(Row(name, options, loaded, weights, read_samples(options)))
+        rows.append(Row(name, options, loaded, weights, read_samples(options), _read_unguided(options)))
     return rows
+
+
+def _read_unguided(config: ReportConfig) -> np.ndarray | None:
+    """What generate.py drew by these options without guidance; cheap guidance has none of its own."""
+    if not config.unguided_samples or config.unconditional_inference_budget:
+        return None
+    return read_samples(dataclasses.replace(config, cfg_scale=1.0, num_fid_samples=config.unguided_samples))
 
 
 def read_samples(config: ReportConfig) -> np.ndarray:
@@ -243,11 +273,13 @@ def _features(classifier: digit_classifier.DigitClassifier, canvases: np.ndarray
     return pool.double().unflatten(0, (-1, 4)).numpy(), logits.argmax(dim=1).unflatten(0, (-1, 4)).numpy()
 
 
-def _bootstrap(features: list[np.ndarray], reference: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """FID of resampled canvases (resamplings, rows): the same canvases for all rows, which share noise and labels."""
-    rng, n = np.random.default_rng(0), len(features[0])
-    chosen = rng.integers(n, size=(BOOTSTRAP, n))
-    return np.array([[_fid(f[rows], reference) for f in features] for rows in chosen])
+def _fids(features: dict[str, np.ndarray], reference: tuple[np.ndarray, np.ndarray]) -> dict[str, Fid]:
+    """FID of features (n, 4, F) by row; resamplings take the same canvases of all rows, which share noise and labels."""
+    rng, n = np.random.default_rng(0), len(next(iter(features.values()), ()))
+    chosen = rng.integers(max(n, 1), size=(BOOTSTRAP, n))
+    return {
+        name: Fid(_fid(f, reference), np.array([_fid(f[rows], reference) for rows in chosen])) for name, f in features.items()
+    }
 
 
 def _fid(features: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) -> float:
@@ -276,16 +308,17 @@ def digit_figures(config: ReportConfig, val_digits: torch.Tensor, sets: dict[str
 
 
 def _neighbours(
-    config: ReportConfig, rows: list[Row], losses: dict[str, np.ndarray], fids: list[float], bootstrap: np.ndarray
+    config: ReportConfig, rows: list[Row], losses: dict[str, np.ndarray], fids: dict[str, dict[str, Fid]]
 ) -> list[dict[str, Any]]:
-    """What each step in compute gains: losses and FID of one row less those of the next, with their standard errors."""
-    place = {row.name: i for i, row in enumerate(rows)}
+    """What each step in compute gains: losses and FIDs of one row less those of the next, with their standard errors."""
     names = [name_of_budget(b) for b in config.budgets]
-    pairs = [*itertools.pairwise(names), *((names[-1], name) for name in place if name not in names)]
+    pairs = [*itertools.pairwise(names), *((names[-1], row.name) for row in rows if row.name not in names)]
     steps = []
     for a, b in pairs:
-        step: dict[str, Any] = {"from": a, "to": b, "fid": fids[place[a]] - fids[place[b]]}
-        step["fid_standard_error"] = float((bootstrap[:, place[a]] - bootstrap[:, place[b]]).std(ddof=1))
+        step: dict[str, Any] = {"from": a, "to": b}
+        for kind, of_kind in fids.items():
+            if a in of_kind and b in of_kind:
+                step[kind], step[f"{kind}_standard_error"] = of_kind[a].minus(of_kind[b])
         if a in losses and b in losses:
             step["loss"], step["loss_standard_error"] = _mean_and_error(losses[a] - losses[b])
         steps.append(step)
@@ -317,35 +350,46 @@ def name_of_budget(budget: float) -> str:
     return f"1/{round(1 / budget)}" if budget < 1 and (1 / budget).is_integer() else f"{budget:g}"
 
 
-COLUMNS = {
+COLUMNS = {  # of results.json's entries
     "GFLOPs / forward": "{gflops_per_forward:.3f}",
     "images/s": "{images_per_second:.2f}",
     "digits in class": "{digits_in_class:.3f}",
-    "FID": "{fid:.2f}",
-    "− full (± s.e.)": "{fid_difference:+.2f} ± {fid_difference_standard_error:.2f}",
     "precision": "{precision:.3f}",
     "recall": "{recall:.3f}",
+    "FID": "{fid:.2f}",
+    "FID, unguided": "{fid_unguided:.2f}",
+    "− full (± s.e.)": "{fid_unguided_difference:+.2f} ± {fid_unguided_difference_standard_error:.2f}",
     "held-out loss": "{held_out_loss:.4f}",
     "− full (± s.e.) ": "{held_out_loss_difference:+.4f} ± {held_out_loss_difference_standard_error:.4f}",
     "pixel − full": "{pixel_difference:.2f}",
+}
+STEP_COLUMNS = {
+    "held-out loss": "{loss:+.4f} ± {loss_standard_error:.4f}",
+    "FID": "{fid:+.2f} ± {fid_standard_error:.2f}",
+    "FID, unguided": "{fid_unguided:+.2f} ± {fid_unguided_standard_error:.2f}",
 }
 
 
 def _table(results: list[dict[str, Any]], full: str) -> str:
     lines = []
     for r in results:
-        cells = {head: form for head, form in COLUMNS.items() if "loss" not in form or "held_out_loss" in r}
-        line = [cells[head].format(**r) if head in cells else "" for head in COLUMNS]
+        line = _cells(COLUMNS, r)
         lines.append([r["name"], *("0" if r["name"] == full and "±" in cell else cell for cell in line)])
     return markdown_table(["budget", *COLUMNS], lines)
 
 
 def _steps_table(steps: list[dict[str, Any]]) -> str:
-    lines = []
-    for s in steps:
-        loss = f"{s['loss']:+.4f} ± {s['loss_standard_error']:.4f}" if "loss" in s else ""
-        lines.append([f"{s['from']} − {s['to']}", loss, f"{s['fid']:+.2f} ± {s['fid_standard_error']:.2f}"])
-    return markdown_table(["difference (± s.e.)", "held-out loss", "FID"], lines)
+    lines = [[f"{s['from']} − {s['to']}", *_cells(STEP_COLUMNS, s)] for s in steps]
+    return markdown_table(["difference (± s.e.)", *STEP_COLUMNS], lines)
+
+
+def _cells(columns: dict[str, str], values: dict[str, Any]) -> list[str]:
+    """Of the columns whose values there are; the others stay empty."""
+    cells = []
+    for form in columns.values():
+        first = form[1 : form.index(":")]
+        cells.append(form.format(**values) if first in values else "")
+    return cells
 
 
 if __name__ == "__main__":

@@ -12,78 +12,66 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError, first_line
 from common.file_tree import FileTree
 from data.captions import CAPTIONS_FILE, read_captions, read_prompts
-from metrics.feature_extractors import CLIP_MEAN, CLIP_STD
+from metrics.feature_extractors import CLIP_MEAN, CLIP_STD, Network
 from metrics.images import ImageSet
 from models.text_encoders import weights_sha256
 
 
-class ClipScore:
-    """A CLIP model, and the prompts of a set of images.
+class ClipScore(Network):
+    """A CLIP model beside prompts: its one feature of an image, `clip_score` (B, 1), is the cosine of image and prompt.
 
     Args:
         folder: of transformers' CLIPModel, with its tokenizer.
-        prompts: a text file with a prompt in each line, which the images go round; None: captions.json of the images.
-        images: to be scored.
+        prompts: which the images go round.
         device: of the model.
 
     Raises:
-        UserError: no such folder or prompts.
+        UserError: no such folder, or it cannot be loaded.
     """
 
-    def __init__(self, folder: str, prompts: str | None, images: ImageSet, device: torch.device):
-        self.folder, self.images, self.device = Path(folder), images, device
-        self.prompts = _prompts_of(images, prompts)
-        if not self.folder.is_dir():
+    def __init__(self, folder: str, prompts: Sequence[str], device: torch.device):
+        path = Path(folder)
+        if not path.is_dir():
             raise UserError(f"--clip-score {folder}: no such folder; wanted: transformers' CLIPModel and its tokenizer")
         import transformers
 
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         try:
             model: Any = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
-            self.model = model.to(device).eval()
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            beside = path / "preprocessor_config.json"
+            own = json.loads(beside.read_text()) if beside.is_file() else {}
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise UserError(f"--clip-score {folder}: cannot be loaded: {first_line(error)}") from None
-        self.side, self.length = (
-            self.model.config.vision_config.image_size,
-            self.model.config.text_config.max_position_embeddings,
+        super().__init__(
+            "clip_score",
+            lambda images: self.features(images, range(len(images))),
+            weights=path,
+            sha256=weights_sha256(path),
+            dims={"clip_score": 1},
         )
-        beside = self.folder / "preprocessor_config.json"
-        own = json.loads(beside.read_text()) if beside.is_file() else {}
+        self.model, self.prompts, self.device = model.to(device).eval(), prompts, device
+        self.side = model.config.vision_config.image_size
+        self.length = model.config.text_config.max_position_embeddings
         scale = own.get("image_mean", CLIP_MEAN), own.get("image_std", CLIP_STD)
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in scale)
         self._threads = ThreadPoolExecutor()
 
-    def score(self, state: PartialState, batch_size: int) -> dict[str, Any]:
-        """The score and what it belongs to; all processes call it, each sees its share of the images."""
-        starts = range(batch_size * state.process_index, self.images.count, batch_size * state.num_processes)
-        found: list[tuple[int, list[float]]] = []
-        for start in tqdm(starts, desc="CLIP score", unit="batch", disable=not state.is_main_process):
-            span = range(self.images.count)[start : start + batch_size]
-            found.append((start, self.cosines(self.images.read(span), [self.prompts[i] for i in span]).tolist()))
-        if state.num_processes > 1:
-            found = gather_object(found)
-        cosines = np.array([value for _, values in sorted(found) for value in values])
-        values = {"clip_score": float(np.maximum(100 * cosines, 0).mean())}
-        return values | {"clip_score_network": {"weights": str(self.folder), "sha256": weights_sha256(self.folder)}}
-
-    @torch.inference_mode()
-    def cosines(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
-        """Cosine (B,) of each image, uint8 (B, H, W, 3), and its prompt."""
-        pixels = np.stack(list(self._threads.map(self._resized, images)))
+    def features(self, images: Tensor, indices: Sequence[int]) -> dict[str, Tensor]:
+        """See `Network`; images uint8 on the CPU."""
+        pixels = np.stack(list(self._threads.map(self._resized, images.permute(0, 2, 3, 1).numpy())))
         pixels = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+        prompts = [self.prompts[i % len(self.prompts)] for i in indices]
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         out = self.model(**tokens.to(self.device), pixel_values=(pixels - self.mean) / self.std)
-        return F.cosine_similarity(out.image_embeds.double(), out.text_embeds.double()).cpu()
+        return {"clip_score": F.cosine_similarity(out.image_embeds.double(), out.text_embeds.double())[:, None]}
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
         """CLIP's own preprocessing: the shorter side to the model's, bicubic, and the centre of the longer one."""
@@ -95,11 +83,15 @@ class ClipScore:
         return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
 
 
-def _prompts_of(images: ImageSet, prompts: str | None) -> list[str]:
-    """The prompt of each image. Raises UserError where they are not known."""
+def clip_score(cosines: np.ndarray) -> float:
+    """The score of images by their cosines (N, 1)."""
+    return float(np.maximum(100 * cosines.astype(np.float64), 0).mean())
+
+
+def prompts_of(images: ImageSet, prompts: str | None) -> list[str]:
+    """The prompts that a set of images goes round: the lines of a file, or captions.json of the images. Raises UserError."""
     if prompts is not None:
-        lines = read_prompts(prompts)
-        return [lines[i % len(lines)] for i in range(images.count)]
+        return read_prompts(prompts)
     folder = images.path.with_suffix("") if images.path.suffix == ".npz" else images.path
     if not (folder / CAPTIONS_FILE).is_file():
         raise UserError(f"--clip-score: {folder / CAPTIONS_FILE}, which generate.py writes, is missing; give --prompts")

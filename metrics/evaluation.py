@@ -13,6 +13,7 @@ from torch import Tensor
 from common.errors import UserError, did_you_mean, first_line
 from config.tool_options import EvaluateConfig, FeatureNetworks, MetricOptions
 from metrics import feature_extractors
+from metrics.clip_score import ClipScore, clip_score, prompts_of
 from metrics.distances import cmmd, kid, mind
 from metrics.feature_extractors import Network
 from metrics.features import IN_FILE, Features, gather, read_batches
@@ -24,11 +25,15 @@ from metrics.statistics import covariance_problem, frechet_distance, inception_s
 ADM = {"fid": "pool", "sfid": "spatial", "is": "logits", "precision": "pool", "recall": "pool"}
 ON_DEMAND = {"fdd": "dinov2", "kid": "pool", "mind": "pool", "density": "pool", "coverage": "pool"}
 ON_DEMAND |= dict.fromkeys(("dino_precision", "dino_recall", "dino_density", "dino_coverage"), "dinov2") | {"cmmd": "clip"}
+ON_DEMAND |= {"clip_score": "clip_score"}
+OF_SAMPLES = ("is", "clip_score")  # metrics that do not look at the reference
 NEEDS = ADM | ON_DEMAND
 METRICS = tuple(NEEDS)
 NAMES = {name: name.capitalize().replace("Dino_", "DINO ") for name in METRICS}  # for people
-NAMES |= {"sfid": "sFID"} | {name: name.upper() for name in ("fid", "is", "fdd", "kid", "mind", "cmmd")}
-HIGHER_IS_BETTER = {name for name in METRICS if name.endswith(("is", "precision", "recall", "density", "coverage"))}
+NAMES |= {"sfid": "sFID", "clip_score": "CLIP score"} | {
+    name: name.upper() for name in ("fid", "is", "fdd", "kid", "mind", "cmmd")
+}
+HIGHER_IS_BETTER = {name for name in METRICS if name.endswith(("is", "precision", "recall", "density", "coverage", "score"))}
 FRECHET = {"fid": "pool", "sfid": "spatial", "fdd": "dinov2"}
 NEIGHBOURS = 3  # k of precision and recall
 PRDC_NEIGHBOURS = 5  # k of density and coverage, and of all four of DINOv2's features
@@ -45,8 +50,16 @@ class Plan(NamedTuple):
     networks: list[Network]
 
 
-def prepare(config: MetricOptions, sets: Sequence[ImageSet], state: PartialState, warn: Warn) -> Plan:
+def prepare(
+    config: MetricOptions,
+    sets: Sequence[ImageSet],
+    state: PartialState,
+    warn: Warn,
+    prompts: Sequence[str] | None = None,
+) -> Plan:
     """Check (reference, samples) `sets` against what `config` asks for, and load the networks; no features are computed.
+
+    `prompts`: those that the samples go round, in words, where they are known.
 
     Raises:
         UserError: a metric that the sets or networks do not allow, sets of different sizes or of too few images, weights.
@@ -66,6 +79,12 @@ def prepare(config: MetricOptions, sets: Sequence[ImageSet], state: PartialState
     state.wait_for_everyone()
     wanted = (ref.wanted | samples.wanted).difference(*(network.dims for network in used))
     used += load_networks(config, wanted, sets, state, warn)
+    if "clip_score" in metrics:
+        if not prompts:
+            raise UserError(
+                "--clip-score: needs prompts in words, which models of class labels and features without captions do not have"
+            )
+        used.append(ClipScore(config.clip_score or "", prompts, device_of(state)))
     check_dimensions(ref, samples, metrics, used, warn)
     return Plan(metrics, ref, samples, used)
 
@@ -74,7 +93,8 @@ def evaluate(config: EvaluateConfig, state: PartialState, warn: Warn) -> dict[st
     """Every figure that `config` asks for, and what it belongs to: the content of the JSON file. None off the main process."""
     check_names(config.metrics)
     sets = [open_images(path) for path in (config.ref, config.samples)]
-    metrics, ref, samples, used = prepare(config, sets, state, warn)
+    prompts = prompts_of(sets[1], config.prompts) if config.clip_score else None
+    metrics, ref, samples, used = prepare(config, sets, state, warn, prompts)
     with ThreadPoolExecutor(1) as pool:
         hashes = pool.submit(lambda: [images.sha256() for images in sets]) if state.is_main_process else None
         for features, name in ((ref, "reference"), (samples, "samples")):
@@ -117,7 +137,7 @@ def check_names(metrics: Sequence[str]) -> None:
 
 
 def choose_metrics(config: MetricOptions, used: Sequence[Network], sets: Sequence[ImageSet], warn: Warn) -> list[str]:
-    """The metrics asked for, else all that the network's outputs and the (reference, samples) `sets` allow.
+    """The metrics asked for, else all that the network's outputs and the (reference, samples) `sets` allow; and the CLIP score.
 
     What the sets do not allow is named in a warning. Metrics beyond ADM's are computed on demand only.
     """
@@ -128,22 +148,25 @@ def choose_metrics(config: MetricOptions, used: Sequence[Network], sets: Sequenc
             raise UserError(
                 f"--metrics {name}: needs --clip-weights, e.g. a copy of the hub's openai/clip-vit-large-patch14-336"
             )
-        if kind not in ("dinov2", "clip", *kinds):
+        if kind == "clip_score" and not config.clip_score:
+            raise UserError(f"--metrics {name}: needs --clip-score, a folder of transformers' CLIPModel and its tokenizer")
+        if kind not in ("dinov2", "clip", "clip_score", *kinds):
             raise UserError(f"--metrics {name}: needs {kind}, which --features {config.features} does not give")
+    clip_score = ["clip_score"] * bool(config.clip_score)
     if config.metrics:
-        return list(config.metrics)
+        return list(dict.fromkeys([*config.metrics, *clip_score]))
     possible = [name for name, kind in ADM.items() if kind in kinds]
     metrics = [name for name in possible if not lacks(name, sets)]
     if not metrics or not sets[1].count:  # `plan` says what is missing
-        return possible
+        return possible + clip_score
     if left_out := [f"{name} ({lacks(name, sets)})" for name in possible if name not in metrics]:
         warn(f"left out: {', '.join(left_out)}")
-    return metrics
+    return metrics + clip_score
 
 
 def lacks(metric: str, sets: Sequence[ImageSet]) -> str:
     """What a metric needs and one of the (reference, samples) `sets` does not hold; an empty text where nothing is missing."""
-    for images in sets[1:] if metric == "is" else sets:
+    for images in sets[1:] if metric in OF_SAMPLES else sets:
         statistics = IN_FILE[FRECHET[metric]] if metric in FRECHET else ()
         if not images.count and not (statistics and all(name in images.statistics for name in statistics)):
             return f"{images.path.name} holds no arr_0{''.join(f', {name}' for name in statistics)}"
@@ -158,10 +181,10 @@ def plan(images: ImageSet, metrics: Sequence[str], score_on: str | None) -> Feat
         kind = NEEDS[metric]
         if metric in FRECHET and all(name in images.statistics for name in IN_FILE[kind]):
             continue
-        if metric == "is":
+        if metric in OF_SAMPLES:
             if score_on is None:
                 continue
-            kind = score_on
+            kind = score_on if metric == "is" else kind
         (gather if metric in FRECHET else keep).add(kind)
         needed_by.setdefault(kind, []).append(metric)
     if needed_by and not images.count:
@@ -283,6 +306,8 @@ def compute(
     for name, distance in {"mind": mind, "cmmd": cmmd}.items():
         if name in metrics:
             figures[name] = distance(ref.rows[NEEDS[name]], samples.rows[NEEDS[name]], device=device)
+    if "clip_score" in metrics:
+        figures["clip_score"] = clip_score(samples.rows["clip_score"])
     if "kid" in metrics:
         figures["kid"] = kid(ref.rows["pool"], samples.rows["pool"])
     return figures | _of_neighbours(config, metrics, ref, samples, device, progress)

@@ -8,7 +8,7 @@ import importlib
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +67,10 @@ class Network:
     source_sha256: str | None = None  # of the module of a network named by hand
     dims: dict[str, int] = field(default_factory=dict)  # kind of features → d, found by a first image
     class_weight: np.ndarray | None = None  # (classes, d): logits of `pool` without a bias, where it gives none itself
+
+    def features(self, images: Tensor, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Features of `images` (B, 3, H, W), which are those of a set at `indices`."""
+        return self.extract(images)
 
     @property
     def identity(self) -> str:

@@ -114,7 +114,7 @@ def gather(
             found = None
             if len(indices):
                 where = f"{features.images.path}: image {indices[0]} ff."
-                found = indices, features_of(needed, images, features.wanted, batch_size, where)
+                found = indices, features_of(needed, (indices, images), features.wanted, batch_size, where)
             for part in _gathered(found, state):
                 if part is not None:
                     features.take(*part)
@@ -123,15 +123,14 @@ def gather(
         raise ValueError(f"{features.images.path}: batches hold fewer than {features.images.count} images")
 
 
-def features_of(
-    used: Sequence[Network], images: Tensor, wanted: set[str], batch_size: int, where: str
-) -> dict[str, np.ndarray]:
-    """Images uint8 (B, 3, H, W) → the wanted features, each (B, d) float32. `DataError` for values that are not finite."""
+def features_of(used: Sequence[Network], batch: Batch, wanted: set[str], batch_size: int, where: str) -> dict[str, np.ndarray]:
+    """The wanted features of a batch, each (B, d) float32. `DataError` for values that are not finite."""
+    indices, images = batch
     found: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
-        for part in images.cpu().contiguous().split(batch_size):
+        for number, part in enumerate(images.cpu().contiguous().split(batch_size)):
             for network in used:
-                given = network.extract(part)
+                given = network.features(part, indices[number * batch_size :][: len(part)])
                 for kind in network.dims.keys() & wanted:
                     found.setdefault(kind, []).append(given[kind].flatten(1).float().cpu())
     arrays = {kind: torch.cat(values).numpy() for kind, values in found.items()}

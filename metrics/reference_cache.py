@@ -63,6 +63,6 @@ def write(path: Path, features: Features, networks: Sequence[Network], warn: War
 
 def _probes(features: Features, networks: Sequence[Network]) -> dict[str, np.ndarray]:
     """The features of the first images."""
-    images = read_batch(features.images, range(min(PROBES, features.images.count)))
+    span = range(min(PROBES, features.images.count))
     used = [network for network in networks if features.wanted & network.dims.keys()]
-    return features_of(used, images, features.wanted, PROBES, str(features.images.path))
+    return features_of(used, (span, read_batch(features.images, span)), features.wanted, PROBES, str(features.images.path))

@@ -1,7 +1,7 @@
 """Figures of images that are in memory: what `evaluate.py` gives for their .npz file, without the file."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,15 @@ class Scorer:
         ref: the reference and its features (on the main process, once a set has been scored).
     """
 
-    def __init__(self, options: MetricOptions, count: int, size: tuple[int, int], state: PartialState, warn: Warn):
+    def __init__(
+        self,
+        options: MetricOptions,
+        count: int,
+        size: tuple[int, int],
+        state: PartialState,
+        warn: Warn,
+        prompts: Sequence[str] | None = None,
+    ):
         """Check, and load the networks. The reference is looked at when the first set is scored, or by `look_at_reference`.
 
         Args:
@@ -51,6 +59,7 @@ class Scorer:
             size: (height, width) of the images.
             state: of this process.
             warn: called with what may surprise a user.
+            prompts: those that the images go round, in words, where they are known.
 
         Raises:
             UserError: as of `evaluate.py`: reference, metrics, networks.
@@ -61,7 +70,8 @@ class Scorer:
             (h1, w1), (h2, w2) = ref.size, size
             raise UserError(f"{options.ref}: has images of {w1}x{h1} pixels, but those to be scored have {w2}x{h2}")
         with tf32(False):
-            self.metrics, self.ref, samples, self.networks = prepare(options, [ref, DrawnImages(count, size)], state, warn)
+            sets = ref, DrawnImages(count, size)
+            self.metrics, self.ref, samples, self.networks = prepare(options, sets, state, warn, prompts)
         self._gather, self._keep = samples.gather, samples.keep
         self._is_ready = False
 
@@ -75,7 +85,7 @@ class Scorer:
         """All that decides the figures beside the images: reference, networks, metrics and their options."""
         fields = dataclasses.fields(MetricOptions)
         options = {f.name: getattr(self._options, f.name) for f in fields if f.metadata["group"] == "metrics"}
-        weights = {name for name in options if name.endswith("_weights")}  # told by their hash
+        weights = {name for name in options if name.endswith(("_weights", "clip_score"))}  # told by their hash
         return {name: value for name, value in options.items() if name not in weights} | {
             "ref_sha256": self.ref_sha256,
             "metrics": sorted(self.metrics),
@@ -107,15 +117,16 @@ class Scorer:
         if self._is_ready or not self.ref.wanted:
             return
         is_main, path = self._state.is_main_process, None
+        networks = [network for network in self.networks if self.ref.wanted & network.dims.keys()]
         with tf32(False):
             if is_main:
-                path = reference_cache.path_of(self.ref, self.networks, self.ref_sha256)
+                path = reference_cache.path_of(self.ref, networks, self.ref_sha256)
             (is_kept,) = broadcast_object_list(
-                [path is not None and reference_cache.read(path, self.ref, self.networks, self._warn)]
+                [path is not None and reference_cache.read(path, self.ref, networks, self._warn)]
             )
             if not is_kept:
                 batches = read_batches(self.ref, self._options.batch_size, self._state)
-                gather(self.ref, self.networks, batches, self._options.batch_size, self._state, "reference")
+                gather(self.ref, networks, batches, self._options.batch_size, self._state, "reference")
                 if path is not None:
-                    reference_cache.write(path, self.ref, self.networks, self._warn)
+                    reference_cache.write(path, self.ref, networks, self._warn)
         self._is_ready = True

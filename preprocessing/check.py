@@ -45,6 +45,7 @@ def check(config: CheckConfig) -> None:
     latents = dataset.latents
     print(
         f"{latents.path}: {len(latents)} latents of {'x'.join(map(str, latents.shape))}, {latents.dtype}, by {dataset.record.vae}"
+        + (", and as many of the mirrored images" if latents.flips else "")
     )
     if isinstance(latents, PackedLatents):
         check_checksums(latents, problems)
@@ -106,23 +107,23 @@ def check_checksums(latents: PackedLatents, problems: Problems) -> None:
 
 def check_values(latents: Latents, threads: ThreadPoolExecutor, problems: Problems) -> None:
     """Readable, of one size, finite, means not all equal, deviations not negative."""
+    kinds = [False, True] if latents.flips else [False]  # whether mirrored
 
     def of_block(block: range) -> list[tuple[str, str]]:
         found = []
         for index in block:
             try:
-                moments = latents.read([index])[0].numpy()
+                for moments in latents.read([index] * len(kinds), kinds):
+                    found += [(problem, latents.where(index)) for problem in wrong(moments.numpy())]
             except UserError as error:
                 found.append(("latent", str(error)))
-                continue
-            mean, std = np.split(moments, 2)
-            if not np.isfinite(moments).all():
-                found.append(("not finite", latents.where(index)))
-            elif mean.max() == mean.min():
-                found.append(("constant", latents.where(index)))
-            elif std.min() < 0:
-                found.append(("negative deviation", latents.where(index)))
         return found
+
+    def wrong(moments: np.ndarray) -> list[str]:
+        mean, std = np.split(moments, [latents.record.latent_channels])  # std is empty where there is no posterior
+        if not np.isfinite(moments).all():
+            return ["not finite"]
+        return ["constant"] if mean.max() == mean.min() else ["negative deviation"] if (std < 0).any() else []
 
     for found in prefetch(threads, of_block, blocks(len(latents), "latents"), ahead=8):
         for kind, text in found:
@@ -237,7 +238,7 @@ def draw_grid(config: CheckConfig, dataset: LatentDataset, images: FileTree | No
     chosen = np.linspace(0, len(dataset) - 1, min(GRID, len(dataset))).round().astype(int).tolist()
     vae, _ = load_vae(config.vae or dataset.record.vae, expected=dataset.record)
     moments = torch.stack(dataset.latents.read(chosen))
-    zeros = torch.zeros(len(moments), moments.shape[1] // 2, *moments.shape[2:])
+    zeros = torch.zeros(len(moments), dataset.record.latent_channels, *moments.shape[2:])
     rows = list(decode(vae, sample_latents(moments, zeros, dataset.record)).permute(0, 2, 3, 1).numpy())
     if images is not None:
         names = [decode_name(name) for name in paired_images(images, dataset.latents)]

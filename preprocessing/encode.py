@@ -12,10 +12,10 @@ import torch
 
 from common import image_files
 from common.distributed import LONG_WAIT, start_processes
-from common.errors import UserError
 from common.files import DataError
 from common.precision import set_tf32
 from config.tool_options import EncodeConfig
+from models.autoencoders import class_of
 from models.vae import encode_moments, load_vae
 from preprocessing.latent_output import Plan, fill, open_dest
 from preprocessing.source import image_numbers, list_images, open_source
@@ -25,23 +25,25 @@ if TYPE_CHECKING:
 
 
 def encode(config: EncodeConfig) -> None:
-    """Images → `00000/img-mean-std-00000000.npy` … (or packed files): (2C, h, w), mean and std of the VAE's posterior."""
+    """Images → `00000/img-mean-std-00000000.npy` … (or packed files): (2C, h, w), mean and std of the VAE's posterior.
+
+    Of an autoencoder without a posterior (C, h, w). With --flip two of them: the image's, then its mirror image's.
+    """
     source = open_source(config.source, config.dest)
     names, labels = list_images(source, config.max_images)
     targets = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in image_numbers(names)]
     first = image_files.read_image(source, names[0]).shape  # (H, W, 3)
     making = {"command": "encode", "source": str(source.path.resolve()), "vae": config.vae, "dtype": config.dtype}
+    making["flip"] = config.flip
     # They meet again at the end alone, and that of the slowest may be hours after that of the quickest.
     state = start_processes(LONG_WAIT)
     with open_dest(Path(config.dest), making, targets, config.shard_size if config.packed else None, state) as dest:
         set_tf32(False)  # the latents are promised in float32
         vae, record = load_vae(config.vae, state.device or "cpu")
         factor = record.downsample_factor
-        if first[0] % factor or first[1] % factor:
-            raise UserError(
-                f"{source.where(names[0])}: has {first[1]}x{first[0]} pixels, not divisible by the VAE's factor {factor}"
-            )
-        shape = (2 * record.latent_channels, first[0] // factor, first[1] // factor)
+        class_of(record.vae_class, "").check_pixels(vae, first[0], first[1], source.where(names[0]))
+        shape = (record.stored_channels, first[0] // factor, first[1] // factor)
+        shape = (2, *shape) if config.flip else shape
         plan = Plan(targets, labels, record, shape, np.dtype(config.dtype), config.batch_size)
 
         def read(block: range) -> np.ndarray:
@@ -55,7 +57,9 @@ def encode(config: EncodeConfig) -> None:
             return np.stack(images)
 
         def moments(images: np.ndarray) -> np.ndarray:
-            return encode_moments(vae, torch.from_numpy(images).permute(0, 3, 1, 2)).cpu().numpy()  # (B, 2C, h, w)
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+            plain = encode_moments(vae, pixels).cpu().numpy()  # (B, 2C, h, w)
+            return np.stack([plain, encode_moments(vae, pixels.flip(-1)).cpu().numpy()], axis=1) if config.flip else plain
 
         fill(dest, plan, state, read, moments, config.workers, "encode")
         state.wait_for_everyone()

@@ -23,10 +23,10 @@ def pack(config: PackConfig) -> None:
     making = {"command": "pack", "source": str(source.resolve()), "dtype": str(dtype)}
     names = [latents.name(i) for i in range(len(latents))]
     labels = None if latents.labels is None else latents.labels.tolist()
-    plan = Plan(names, labels, latents.record, latents.shape, dtype, PACK_BLOCK)
+    plan = Plan(names, labels, latents.record, latents.stored_shape, dtype, PACK_BLOCK)
 
     def read(block: range) -> np.ndarray:
-        arrays = [latents.array(i, latents.shape) for i in block]
+        arrays = [latents.array(i, latents.stored_shape) for i in block]
         for i, array in zip(block, arrays, strict=True):
             if config.dtype == "same" and array.dtype != dtype:
                 raise DataError(f"{latents.where(i)}: holds {array.dtype}, but {latents.where(0)} {dtype}; give --dtype")
@@ -36,4 +36,4 @@ def pack(config: PackConfig) -> None:
     with open_dest(dest_path, making, names, config.shard_size, state) as dest:
         fill(dest, plan, state, read, lambda moments: moments, config.workers, "pack")
         dest.finish(plan)
-    print(f"{config.dest}: {len(names)} latents of {'x'.join(map(str, latents.shape))}, {dtype}")
+    print(f"{config.dest}: {len(names)} latents of {'x'.join(map(str, latents.stored_shape))}, {dtype}")

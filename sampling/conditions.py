@@ -30,6 +30,11 @@ BLOCK = 1024  # prompts that are encoded and written at a time
 class Conditions(Protocol):
     """What images are drawn from."""
 
+    @property
+    def words(self) -> Sequence[str] | None:
+        """The prompts that images go round; None for labels, and where features alone are known."""
+        ...
+
     def of(self, config: Any, indices: Sequence[int]) -> Condition:
         """The condition of the images `indices`; config: the options of sampling."""
         ...
@@ -60,6 +65,8 @@ def labels_of(config: GenerateConfig | InferenceTool, indices: Sequence[int]) ->
 
 class Labels:
     """Class labels, as the options say."""
+
+    words = None
 
     def of(self, config: GenerateConfig | InferenceTool, indices: Sequence[int]) -> Tensor:
         """See `labels_of`."""
@@ -106,10 +113,15 @@ class DataPrompts(_Named):
         self.features, self.data_dir = features, data_dir
 
     @cached_property
+    def words(self) -> list[str] | None:
+        """See `Conditions`."""
+        captions = captions_of(self.data_dir, self.features.latents)
+        return None if captions is None else [texts[0] for texts in captions]
+
+    @property
     def texts(self) -> list[str]:
         """In words, where the data folder has them; else which they are."""
-        captions = captions_of(self.data_dir, self.features.latents)
-        return [f"caption of sample {i}" for i in range(len(self.features))] if captions is None else [c[0] for c in captions]
+        return self.words or [f"caption of sample {i}" for i in range(len(self.features))]
 
     def of(self, config: Any, indices: Sequence[int]) -> Text:
         """See `Conditions`."""
@@ -134,6 +146,7 @@ class EncodedPrompts(_Named):
 
     def __init__(self, texts: Sequence[str], rows: np.ndarray, record: TextRecord):
         self.texts, self.rows, self.record = texts, rows, record
+        self.words = texts
 
     def _text(self, places: Sequence[int]) -> Text:
         length, width = self.record.length, self.record.width
@@ -171,6 +184,11 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def words(self) -> Sequence[str] | None:
+        """See `Conditions`."""
+        return self.texts if self.data is None else self.data.words
 
     @cached_property
     def identity(self) -> dict[str, Any]:

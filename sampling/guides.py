@@ -59,10 +59,11 @@ def _check(config: GenerateConfig | InferenceTool, weights: Weights, own: Archit
     if states[0] != states[1]:
         theirs, ours = (" and ".join("×".join(map(str, shape)) for shape in shapes) for shapes in states)
         raise UserError(f"{where}: guides latents of {theirs}, but the model's are {ours}")
-    for name in ("scaling_factor", "shift_factor", "channel_mean", "channel_std"):
+    for name in ("vae_class", "scaling_factor", "shift_factor", "channel_mean", "channel_std"):
         values = getattr(guide.record, name), getattr(weights.record, name)
         if values[0] != values[1]:
-            raise UserError(f"{where}: its latents have {name} {values[0]}, but the model's {values[1]}: they are not alike")
+            shown = [str(value)[:60] for value in values]
+            raise UserError(f"{where}: its latents have {name} {shown[0]}, but the model's {shown[1]}: they are not alike")
     if own.path_type != config.path_type:
         raise UserError(f"{where}: was trained with path_type {own.path_type}, but the model with {config.path_type}")
     if config.guide_label == "same" and not guide.takes_text and own.num_classes != config.num_classes:

@@ -108,18 +108,24 @@ def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -
     return {"ckpt_sha256": weights.sha256, "ckpt_step": weights.step, "vae_sha256": vae_sha256, **guide, **options}
 
 
-def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any]) -> None:
+def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any], npz: NpzWriter | None = None) -> None:
     """Make the folder and the record of its settings beside it, or check that the images in it were made with the same.
+
+    Args:
+        folder: of the images.
+        config: for messages.
+        made_with: the settings.
+        npz: where all images are to be in it, and no folder is made; it may hold some of them.
 
     Raises:
         UserError: they were not, or the folder cannot be written to.
     """
-    record, npz = folder.with_name(folder.name + ".json"), npz_writer(config)
+    record = folder.with_name(folder.name + ".json")
     try:
         holds_images = folder.is_dir() and any(folder.glob("*.png"))
-        if holds_images or (config.no_png and (npz.path.exists() or npz.unfinished.exists())):
+        if holds_images or (npz is not None and (npz.path.exists() or npz.unfinished.exists())):
             _check_record(record, folder, made_with)
-        (folder.parent if config.no_png else folder).mkdir(parents=True, exist_ok=True)
+        (folder if npz is None else folder.parent).mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):  # of a killed run
             if re.fullmatch(r"\d{6,}\.png(\.\d+)?\.tmp", leftover.name):
                 leftover.unlink()

@@ -59,6 +59,7 @@ class Source:
         gflops: of each, per image; what a core cache saves is not known before.
         settings: of each, all that the images depend on (on the main process).
         ref: the reference of its cells.
+        prompts: those that its images go round, in words; None for labels, and where features alone are known.
     """
 
     config: GenerateConfig
@@ -69,6 +70,7 @@ class Source:
     configs: list[GenerateConfig]
     gflops: list[float]
     settings: list[Values] = dataclasses.field(default_factory=list)
+    prompts: Sequence[str] | None = None
 
     def load(self, device: torch.device, vaes: dict, keep: bool) -> Session:
         """Model and VAE; `keep`: the state dict stays in memory for another time."""
@@ -105,7 +107,7 @@ class Plan:
             if source.ref not in self.scorers:
                 fields["ref"] = source.ref
                 size = source.config.resolution, source.config.resolution
-                self.scorers[source.ref] = Scorer(MetricOptions(**fields), smallest, size, state, warn)
+                self.scorers[source.ref] = Scorer(MetricOptions(**fields), smallest, size, state, warn, source.prompts)
 
     def _source(self, ckpt: str, ref: str, points: Sequence[Values], by_hand: Values) -> Source:
         base = base_config(self.config, ckpt)
@@ -133,6 +135,7 @@ class Plan:
         gflops = [flops / 1e9 for flops in cost.flops_per_image(configs, meta_model(weights, ckpt), guide)]
         run = weights.config.get("exp_name") or configs[0].model
         source = Source(first, by_hand, ref, weights, f"{run}/{Path(ckpt).stem}", configs, gflops)
+        source.prompts = weights.prompts and weights.prompts.words
         _, record = session.vae_of(first, weights, self.device, self.vaes)
         if self.state.is_main_process:
             alone = dataclasses.replace(weights, guide=None)

@@ -12,6 +12,8 @@ from encoder_runs import random_vit
 from numerics import GOLDEN
 from runs import reset_accelerate, tiny_vae
 
+from models import costs
+
 torch.set_num_threads(1)  # for models this small, more threads only wait for each other
 
 
@@ -59,6 +61,28 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "e2e" in item.path.parts:
             item.add_marker(pytest.mark.e2e)
+
+
+COUNTED: dict[tuple, int] = {}  # FLOPs of forwards, by model and options
+
+
+@pytest.fixture(scope="module", autouse=True)
+def count_once(request):
+    """Each run counts the FLOPs of its forwards. Those of equal models are kept, except in the tests of the counts."""
+    if request.path.parent.name not in ("checkpoint", "data", "e2e", "sampling", "training"):
+        yield
+        return
+
+    def kept(shadow, batch_size, count=costs._forward_flops, **options):
+        shapes = tuple((name, tuple(p.shape)) for name, p in shadow.named_parameters())
+        key = (type(shadow), json.dumps(shadow._hub_mixin_config, sort_keys=True), shapes, batch_size, *sorted(options.items()))
+        if key not in COUNTED:
+            COUNTED[key] = count(shadow, batch_size, **options)
+        return COUNTED[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "_forward_flops", kept)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -72,9 +72,14 @@ def mean_training_flops(config: TrainConfig, model: Backbone) -> float:
 
 
 def rows_by_budget(schedule: BudgetSchedule, times: Tensor) -> list[tuple[float, Tensor]]:
-    """The images of a batch that have the same budget: (budget, their rows), in the schedule's order; none without images.
+    """The images of a batch, put together by budget.
 
-    times: (B,) of the images, on the host: looking at them on a device would wait for it.
+    Args:
+        schedule: the budget at each time.
+        times: (B,) of the images, on the host: looking at them on a device would wait for it.
+
+    Returns:
+        (budget, rows) in the schedule's order, none without images; rows: int64 (n,), ascending. The n sum to B.
     """
     of_image = [schedule.at(t) for t in times.tolist()]
     rows = {budget: [i for i, own in enumerate(of_image) if own == budget] for budget, *_ in schedule.pieces}
@@ -84,9 +89,16 @@ def rows_by_budget(schedule: BudgetSchedule, times: Tensor) -> list[tuple[float,
 def parts_by_budget(
     schedule: BudgetSchedule, times: Tensor, batch: dict[str, Any]
 ) -> Iterator[tuple[float, float, dict[str, Any]]]:
-    """The images of a batch that have the same budget: (budget, share of the batch, the part of it); see `rows_by_budget`.
+    """The parts of a batch whose images have the same budget, as `rows_by_budget` puts them together.
 
-    batch: tensors with a row for each image, on the device; the condition `y`, and the `draws`.
+    Args:
+        schedule: the budget at each time.
+        times: (B,) of the images, on the host.
+        batch: `moments` (B, 2C, h, w), for REPA `image` (B, 3, H, W), the condition `y` (labels (B,), or `Text` of B rows) and
+            the `draws` of B images, all on the device.
+
+    Yields:
+        (budget, n / B, the same of the n images of that budget). The shares sum to 1.
     """
     for budget, rows in rows_by_budget(schedule, times):
         chosen = to_device(rows, batch["moments"].device)

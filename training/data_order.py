@@ -15,7 +15,7 @@ from common.early_signals import SIGNALS
 from config.options import TrainConfig
 from data.captions import caption_of
 from data.dataset import LatentDataset
-from randomness import Draws, epoch_order, split_draws
+from randomness import Draws, epoch_order, image_flips, split_draws
 
 DATA_POSITION = "data_position"  # in checkpoints
 
@@ -110,7 +110,8 @@ def _unpack_items(flat: Tensor, shape: torch.Size, form: Sequence[Any], others: 
 class StepData(Dataset):
     """The samples of a forward with its draws, both made where the data is read: in the data workers, if there are any.
 
-    Of an image with several captions, each forward draws one, by (seed, forward, place in the global batch).
+    Of an image with several captions, and of one and its mirror image, each forward draws one, by (seed, forward, place in the
+    global batch).
     """
 
     def __init__(self, dataset: LatentDataset, draw: Callable[[int], Draws], seed: int = 0, first_place: int = 0):
@@ -123,7 +124,11 @@ class StepData(Dataset):
         def choose(place: int, count: int) -> int:
             return caption_of(self.seed, batch.forward, self.first_place + place, count)
 
-        items = self.dataset.__getitems__(batch, *([] if self.dataset.text is None else [choose]))
+        options: dict[str, Any] = {} if self.dataset.text is None else {"choose_caption": choose}
+        if self.dataset.flip:
+            places = range(self.first_place, self.first_place + len(batch))
+            options["mirrored"] = image_flips(self.seed, batch.forward, places)
+        items = self.dataset.__getitems__(batch, **options)
         return StepItems(default_collate(items), draws=self.draw(batch.forward))
 
 

@@ -116,6 +116,7 @@ class Plan:
         if self.text is not None:
             classes = f"captions of {self.text.length} tokens × {self.text.width} by {self.text.encoder}"
         images = " and images" if self.encoders else ""
+        images += ", each mirrored half the time" if data.dataset.flip else ""
         self.say(
             "data", f"{config.data_dir}: {count:,} samples, {classes}; latents {C} × {h} × {w} of {self.record.vae}{images}"
         )

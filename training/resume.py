@@ -60,28 +60,33 @@ def load_state(run_dir: RunDir, resume_step: int, *, lazy: bool = False) -> dict
     Rank 0 alone reads and verifies the file. In the other processes tensors of more than `SMALL` bytes are on the meta device;
     `shared` brings them there. lazy: for a sharded run, of which each process reads its part, see `training_state.load`.
     """
-    step, state, problem = resume_step, None, ""
-    if not step:
+    if not resume_step:
         return None
+    state, problem = None, ""
     if run_dir.is_main:
         try:
-            folder = run_dir.checkpoints
-            if step == -1:
-                state = training_state.load_newest(folder, warn, lazy=lazy)
-            else:
-                state = training_state.load_step(folder, step, lazy=lazy)
-            if state is not None:
-                state = _checked(state, training_state.step_path(folder, state["step"]), lazy=lazy)
+            state = _read(run_dir.checkpoints, resume_step, lazy=lazy)
         except UserError as error:
-            state, problem = None, str(error)
+            problem = str(error)
     outline = None if lazy else tree_map(lambda x: x.to("meta") if _is_large(x) else x, state)
     step, outline, problem = broadcast_object_list([state and state["step"], outline, problem])
     if problem:
         raise UserError(problem)
-    if run_dir.is_main or step is None or not lazy:
-        return state if run_dir.is_main else outline
-    path = training_state.step_path(run_dir.checkpoints, step)
-    return _checked(training_state.load(path, lazy=True), path, lazy=True)
+    if run_dir.is_main:
+        return state
+    if lazy and step is not None:
+        path = training_state.step_path(run_dir.checkpoints, step)
+        return _checked(training_state.load(path, lazy=True), path, lazy=True)
+    return outline
+
+
+def _read(folder: Path, step: int, *, lazy: bool) -> dict[str, Any] | None:
+    """The checkpoint of a step in `folder`, checked; of -1 the newest that is whole, or None where there is none."""
+    if step == -1:
+        state = training_state.load_newest(folder, warn, lazy=lazy)
+    else:
+        state = training_state.load_step(folder, step, lazy=lazy)
+    return state and _checked(state, training_state.step_path(folder, state["step"]), lazy=lazy)
 
 
 def _is_large(value: Any) -> bool:
@@ -147,7 +152,7 @@ def _recorded_depths(config: TrainConfig, run_dir: RunDir) -> dict[str, int | No
 
 def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, run_dir: RunDir) -> None:
     """Raise UserError where continuing from `state` with these options and data would silently be another run."""
-    own, recorded = dataclasses.asdict(config), with_former_defaults(state["config"], state["vae"])
+    own, recorded = dataclasses.asdict(config), {"flip": False, **with_former_defaults(state["config"], state["vae"])}
     for name in (*SAME, *CHANGEABLE):
         if name in recorded and own[name] != recorded[name] and _acts(name, config):
             _refuse(config, name, f"was started with {format_option(recorded[name])}", run_dir, allowed=name in CHANGEABLE)

@@ -9,7 +9,7 @@ import numpy as np
 import models
 from common.errors import UserError
 from config.options import TrainConfig
-from data.dataset import LatentDataset, channel_record
+from data.dataset import LatentDataset, normalised_record
 from models.encoders import encoder_names
 from models.text_encoders import TextRecord
 from models.vae import VAERecord
@@ -62,7 +62,7 @@ def open_data(config: TrainConfig, num_processes: int) -> RunData:
     text = takes_text(config)
     num_classes = None if text else config.num_classes
     images = bool(encoder_names(config.enc_type, config.proj_coeff))
-    dataset = LatentDataset(config.data_dir, images=images, text=text, cache_dir=config.cache_dir)
+    dataset = LatentDataset(config.data_dir, images=images, text=text, flip=config.flip, cache_dir=config.cache_dir)
     dataset.check(num_classes=num_classes, resolution=config.resolution)
     val_data = None
     if config.val_data_dir:
@@ -83,5 +83,7 @@ def open_data(config: TrainConfig, num_processes: int) -> RunData:
         raise UserError(
             f"--epochs {config.epochs}: {config.epochs * per_epoch} batches are less than --gradient-accumulation-steps {config.gradient_accumulation_steps}"
         )
-    record = channel_record(config.data_dir, dataset.latents) if config.latent_norm == "channel" else dataset.record
+    record = dataset.record
+    if config.latent_norm != "vae":
+        record = normalised_record(config.data_dir, dataset.latents, config.latent_norm)
     return RunData(dataset, val_data, record, per_epoch, total)

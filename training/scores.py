@@ -64,8 +64,14 @@ def sampling_options(config: TrainConfig, budget: float | None, processes: int =
 def metric_options(config: TrainConfig) -> MetricOptions:
     """The options of `evaluate.py`."""
     assert config.eval_ref is not None
-    weights = {name: getattr(config, name) for name in ("inception_weights", "dino_weights", "clip_weights")}
-    return MetricOptions(ref=config.eval_ref, metrics=config.eval_metrics, features=config.eval_features, **weights)
+    names = ("inception_weights", "dino_weights", "clip_weights", "clip_score")
+    networks = {name: getattr(config, name) for name in names}
+    return MetricOptions(ref=config.eval_ref, metrics=metrics_of(config), features=config.eval_features, **networks)
+
+
+def metrics_of(config: TrainConfig) -> list[str]:
+    """The metrics; a CLIP is one of them."""
+    return list(dict.fromkeys([*config.eval_metrics, *["clip_score"] * bool(config.clip_score)]))
 
 
 def budgets_of(config: TrainConfig) -> list[float | None]:
@@ -145,7 +151,8 @@ class Scores:
         self.vae = vae or load_vae(config.vae or data.record.vae, accelerator.device, expected=data.record)[0]
         size = (config.resolution, config.resolution)
         with _own_options():
-            self.scorer = Scorer(metric_options(config), config.eval_samples, size, PartialState(), warn)
+            prompts = self.conditions.words if config.clip_score else None
+            self.scorer = Scorer(metric_options(config), config.eval_samples, size, PartialState(), warn, prompts)
         self.scorer.look_at_reference()
         self._name, self._best, self._since = _decisive(config), None, 0
 
@@ -171,7 +178,7 @@ class Scores:
                     raise
                 warn(f"step {step} is not scored: {error}")
             if self.run_dir.is_main:
-                values |= {metric + suffix: (figures or {}).get(metric) for metric in self.config.eval_metrics}
+                values |= {metric + suffix: (figures or {}).get(metric) for metric in metrics_of(self.config)}
         return values
 
     def record_best(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -190,7 +197,7 @@ class Scores:
         is_same = True
         try:
             before = json.loads(path.read_bytes())
-            is_same = before["settings"] == self._settings()
+            is_same = {"clip_score": None} | before["settings"] == self._settings()  # an option newer than some files
             self._since = int(before["since"]) if is_same else step
         except (OSError, ValueError, LookupError, TypeError):  # none, or damaged
             pass
@@ -237,7 +244,7 @@ class Scores:
         assert self._best is not None
         step, value = self._best
         checkpoint = str(training_state.step_path(self.run_dir.checkpoints, step))
-        scores = {name: v for name, v in values.items() if name.split("_budget_")[0] in self.config.eval_metrics}
+        scores = {name: v for name, v in values.items() if name.split("_budget_")[0] in metrics_of(self.config)}
         content = {"step": step, "checkpoint": checkpoint, "metric": self._name, "value": value, "scores": scores}
         content |= {"generate": self._command(checkpoint), "since": self._since, "settings": self._settings()}
         with warn_if_unwritable(self.run_dir.path / "best.json"):

@@ -41,7 +41,7 @@ from training import scores, sharding
 from training.budgets import check_budgets, trained_budgets
 from training.profiler import parse_steps
 from training.resume import ALLOWED
-from training.run_data import takes_text
+from training.run_data import RunData, takes_text
 
 # The type that gradients are summed in over the processes → accelerate's hook of DDP for it.
 COMM_HOOKS = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
@@ -80,8 +80,9 @@ def adapt_blocks(model: nn.Module, config: TrainConfig, device: torch.device) ->
         models.compile_model(model)
 
 
-def with_split(config: TrainConfig, model: Backbone) -> TrainConfig:
-    """The options with the head and tail depth that `model` was built with, to be recorded: defaults change over the years."""
+def as_built(config: TrainConfig, model: Backbone, data: RunData) -> TrainConfig:
+    """The options with what their defaults came to, to be recorded: the split of `model`, and whether `data` is flipped."""
+    config = dataclasses.replace(config, flip=data.dataset.flip)
     if not isinstance(model, Elastic):
         return config
     return dataclasses.replace(config, head_depth=model.head_depth, tail_depth=model.tail_depth)

@@ -61,7 +61,7 @@ class Trainer:
         self.model = setup.build_model(config, self.data.record, [t.z_dim for t in targets], self.data.text_record)
         if isinstance(self.model, NullText) and self.data.dataset.text is not None:
             self.model.set_null_text(*self.data.dataset.text.null)
-        self.config = self.run_dir.config = setup.with_split(config, self.model)
+        self.config = self.run_dir.config = setup.as_built(config, self.model, self.data)
         peak = peak_tflops(accelerator.device, config.mixed_precision, config.allow_tf32)
         self.speed = Speed(self.model, self.budgets, targets, accelerator.num_processes, peak)
         kinds = dict.fromkeys("loss" + condition.metric_suffix for condition in self.flow.conditions(self.budgets))

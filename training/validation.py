@@ -135,8 +135,8 @@ class Validation:
         if self.schedule is None:
             return losses[:0]
         assert self.data is not None
-        channels, *sides = self.data.shape
-        times = self.flow.times(self.flow.val_draws(indices, (channels // 2, *sides)))
+        shape = (self.record.latent_channels, *self.data.shape[1:])
+        times = self.flow.times(self.flow.val_draws(indices, shape))
         of_budgets = losses.unflatten(0, (len(self.budgets), -1))  # (budgets, stages, B)
         chosen = torch.empty_like(of_budgets[0])
         for budget, rows in rows_by_budget(self.schedule, times):

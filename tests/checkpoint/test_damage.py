@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import runs
 import torch
+import training_runs
 from accelerate import Accelerator
-from runs import CLASSES, RESOLUTION, make_checkpoint, make_latents, make_vae, reset_accelerate
+from runs import make_checkpoint, make_latents, make_vae, reset_accelerate
 
 import convert_checkpoint
 import elit_ccfg_inference
@@ -54,23 +55,8 @@ def data(tmp_path_factory):
 
 
 def arguments(data, output_dir, *more):
-    options = {
-        "model": "SiT-Nano/2",
-        "exp-name": "run",
-        "output-dir": output_dir,
-        "data-dir": data,
-        "resolution": RESOLUTION,
-        "num-classes": CLASSES,
-        "batch-size": 4,
-        "max-train-steps": 3,
-        "checkpointing-steps": 1,
-        "sampling-steps": 0,
-        "num-workers": 0,
-        "mixed-precision": "no",
-        "report-to": "none",
-        "log-every": 1,
-    }
-    return [str(part) for name, value in options.items() for part in ("--" + name, value)] + [str(m) for m in more]
+    short = ("--batch-size", 4, "--max-train-steps", 3, "--checkpointing-steps", 1)
+    return training_runs.arguments(data, output_dir, *short, *more, model="SiT-Nano/2")
 
 
 def run_train(data, output_dir, *more):

@@ -309,7 +309,7 @@ def test_json_nested_deeply_is_one_line(folder, tmp_path):
         (tmp_path / "vae-sd" / file).write_bytes(before)
     (tmp_path / "latent_stats.json").write_bytes(b"[" * 100_000)
     with pytest.raises(UserError, match=r"latent_stats\.json"):
-        dataset.channel_record(tmp_path, dataset.open_latents(tmp_path))
+        dataset.normalised_record(tmp_path, dataset.open_latents(tmp_path))
 
 
 @pytest.mark.parametrize("member", [b"../../evil.png", b"/evil.png", b"\xff\xff.png"])

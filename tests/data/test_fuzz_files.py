@@ -23,7 +23,7 @@ from common.file_tree import FileTree
 from common.image_files import png_bytes, png_pixels, read_image
 from config.options import TrainConfig
 from config.parsing import parse
-from data.dataset import LatentDataset, channel_record
+from data.dataset import LatentDataset, normalised_record
 from metrics.images import open_images, write_npz
 from models.vae import VAERecord
 from preprocessing.pack import pack
@@ -127,7 +127,7 @@ def read_channels(folder: Path) -> None:
         def __len__(self) -> int:
             return COUNT
 
-    channel_record(folder, Latents())
+    normalised_record(folder, Latents())
 
 
 def read_unfinished(path: Path) -> None:

@@ -19,7 +19,7 @@ from common import tensor_files
 from common.errors import UserError
 from common.files import file_sha256
 from data import remote
-from data.dataset import LatentDataset, channel_record
+from data.dataset import LatentDataset, normalised_record
 from dataset_tools import main
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,7 @@ def test_remote_data_are_read_as_local_ones(url, folder, tmp_path, monkeypatch):
     np.testing.assert_array_equal(found.labels, local.labels)
     for a, b in zip(found, local, strict=True):
         assert torch.equal(a["moments"], b["moments"])
-    assert channel_record(url, found.latents) == channel_record(folder, local.latents)
+    assert normalised_record(url, found.latents) == normalised_record(folder, local.latents)
     (copy,) = tmp_path.iterdir()
     assert content(copy) == content(folder / "packed")
     times = {p.name: p.stat().st_mtime_ns for p in copy.iterdir()}

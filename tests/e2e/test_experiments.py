@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adm import adm_frechet
 from numerics import randomize
 from runs import make_latents, refused
 from torch.distributed.run import get_args_parser
@@ -331,10 +332,13 @@ def test_quickstart_report(tmp_path, monkeypatch, capsys):
         training_state.save(paths[name], state | {"step": 7, "config": vars(config), "vae": record.to_dict()})
         (paths[name].parents[1] / "metrics.jsonl").write_text('{"step": 7, "images_per_second": 2.0}\n')
     sit, elit = paths.values()
-    for more in ([sit], *([elit, "--inference-budget", b] for b in (0.0625, 0.25)), [elit, "--inference-budget", 1.0],
-                 [elit, "--inference-budget", 1.0, "--unconditional-inference-budget", 0.0625]):  # fmt: skip
+    measured = [[sit], *([elit, "--inference-budget", b] for b in (0.0625, 0.25, 1.0))]
+    cheap = [elit, "--inference-budget", 1.0, "--unconditional-inference-budget", 0.0625]
+    unguided = ["--cfg-scale", 1, "--num-fid-samples", 20]
+    for more in (*measured, cheap, *([*m, *unguided] for m in measured)):
         generate.main([str(o) for o in (*options, "--ckpt", *more)])
     report = [*options, "--ckpt", elit, "--baseline-ckpt", sit, "--val-data-dir", data, "--output-dir", tmp_path]
+    report += ["--unguided-samples", 20]
     quickstart_report.main([str(o) for o in report])
     found = json.loads((tmp_path / "results.json").read_text())
     rows = {row["name"]: row for row in found["budgets"]}
@@ -346,8 +350,11 @@ def test_quickstart_report(tmp_path, monkeypatch, capsys):
     assert rows["SiT"]["held_out_loss"] == pytest.approx(full["held_out_loss"] + rows["SiT"]["held_out_loss_difference"])
     assert cheap["gflops_per_step"] == pytest.approx(full["gflops_per_forward"] + rows["1/16"]["gflops_per_forward"])
     steps = {(s["from"], s["to"]): s for s in found["steps"]}
-    assert steps["1/16", "1/4"]["loss"] == pytest.approx(rows["1/16"]["held_out_loss"] - rows["1/4"]["held_out_loss"])
-    assert steps["1", "SiT"]["fid"] == pytest.approx(full["fid"] - rows["SiT"]["fid"])
+    drawn = torch.from_numpy(np.load(next(tmp_path.glob("**/*cfg-1.0-*budget-0.25-*.npz")))["arr_0"]).permute(0, 3, 1, 2)
+    sets = [digit_classifier.features(classifier, d)[0].double().numpy() for d in (digit_classifier.quarters(drawn), digits[0])]
+    expected = adm_frechet(*(moment for f in sets for moment in (f.mean(axis=0), np.cov(f, rowvar=False))))
+    assert len(drawn) == 20 and rows["1/4"]["fid_unguided"] == pytest.approx(expected, rel=1e-3) and "fid_unguided" not in cheap
+    assert steps["1/4", "1"]["fid_unguided"] == pytest.approx(rows["1/4"]["fid_unguided"] - full["fid_unguided"])
     plain, elastic = found["training"]
     assert plain["flops"] == pytest.approx(3 * 7 * 2 * 1e9 * rows["SiT"]["gflops_per_forward"]) and plain["seconds"] == 7
     assert rows["1/16"]["gflops_per_forward"] < elastic["flops"] / (3 * 7 * 2 * 1e9) < full["gflops_per_forward"]

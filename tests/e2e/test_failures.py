@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 import runs
+import training_runs
 from runs import (
-    CLASSES,
-    RESOLUTION,
     command_line,
     environment,
     free_port,
@@ -54,25 +53,9 @@ def broken(data, tmp_path_factory):
 
 
 def arguments(data, output_dir, *more):
-    options = {
-        "model": "ELIT-SiT-Ti/2",
-        "elit-group-size": 2,
-        "exp-name": "run",
-        "output-dir": output_dir,
-        "data-dir": data,
-        "resolution": RESOLUTION,
-        "num-classes": CLASSES,
-        "batch-size": 4,
-        "max-train-steps": 100_000,
-        "epochs": 100_000,
-        "checkpointing-steps": 100_000,
-        "sampling-steps": 0,
-        "num-workers": 0,
-        "mixed-precision": "no",
-        "report-to": "none",
-        "log-every": 1,
-    }
-    return [str(part) for name, value in options.items() for part in ("--" + name, value)] + [str(m) for m in more]
+    """Of a run that lasts."""
+    lasting = ("--batch-size", 4, "--max-train-steps", 100_000, "--epochs", 100_000, "--checkpointing-steps", 100_000)
+    return training_runs.arguments(data, output_dir, *lasting, *more)
 
 
 def status(output_dir):
@@ -88,7 +71,7 @@ def error_lines(text):
 # One import for all runs, which go on at the same time; each process ends as a script does, not by os._exit.
 AS_SCRIPTS = """
 import json, multiprocessing, os, signal, sys, time
-import train
+import train, torch._dynamo  # which an optimizer imports
 from common.errors import UserError
 from data.dataset import LatentDataset
 from training.trainer import Trainer
@@ -186,14 +169,6 @@ def test_a_failing_run_ends_with_its_workers_and_exit_code(failed, name):
         assert ("KeyboardInterrupt" if name == "SIGINT" else "KeyError: 'met in training'") in told
 
 
-def test_two_ranks_end_where_one_meets_a_broken_file(broken, tmp_path):
-    """Each rank reads half of every batch, so that one of them meets it first."""
-    argv = arguments(broken, tmp_path, "--num-workers", 1)
-    done = launch("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", "train.py", *argv, timeout=60)
-    assert done.returncode == 1
-    assert [line for line in error_lines(done.stderr) if "img-mean-std-00000007.npy" in line]
-
-
 class Failing(Dataset):
     def __len__(self):
         return 2
@@ -218,7 +193,7 @@ def test_what_a_worker_raises_itself_is_no_killed_worker():
 # Ranks, as torchrun and `accelerate launch` start them, of launchers that can be killed: after one import.
 LAUNCHERS = """
 import json, os, sys, time
-import train
+import train, torch._dynamo  # which an optimizer imports
 import torch.distributed as dist
 for port, count, environment, argv in json.loads(sys.argv[1]):
     if not os.fork():
@@ -301,25 +276,34 @@ if rank == 1:
 """
 
 
-def test_ranks_that_fail_refuse_or_stand_on_other_machines(data, tmp_path):
-    """One rank fails and the other ends; a held folder is refused by both, in one line; rank 1 speaks for its machine."""
+def test_ranks_that_fail_refuse_or_stand_on_other_machines(data, broken, tmp_path):
+    """One rank fails and the other ends, by a bug, or by the file that it meets first, since each reads half of every batch.
+
+    A held folder is refused by both, in one line, and so is a batch that they cannot share; rank 1 speaks for its machine.
+    """
     held = tmp_path / "held" / "run"
     held.mkdir(parents=True)
     told = [
         (2, arguments(data, tmp_path / "alone"), FAILS_ALONE),
         (2, arguments(data, tmp_path / "held", "--max-train-steps", 1), ""),
         (2, arguments(data, tmp_path / "machines", "--max-train-steps", 1), OTHER_MACHINE),
+        (2, arguments(broken, tmp_path / "broken", "--num-workers", 1), ""),
+        (2, arguments(data, tmp_path / "odd", "--batch-size", 7), ""),
     ]
     with held_by_another(held / "run.lock"):
         runs_ = json.dumps([(free_port(), *run) for run in told])
-        done = launch("-c", runs.FORK, runs_, timeout=60)
-    alone, refusal, machines = done.stdout.splitlines()
+        done = launch("-c", runs.FORK, runs_, timeout=90)
+    alone, refusal, machines, file, odd = done.stdout.splitlines()
     assert alone == "1 1" and "process 1 failed" in done.stderr
     assert refusal == "2 2"
     assert [p.name for p in held.iterdir()] == ["run.lock"]
     assert len([line for line in error_lines(done.stderr) if "another run is writing there" in line]) == 1
     assert machines.split()[1] == "2"
     assert len([line for line in error_lines(done.stderr) if "/nowhere" in line]) == 1
+    assert "2" in file.split() and "0" not in file.split()
+    assert [line for line in error_lines(done.stderr) if "img-mean-std-00000007.npy" in line]
+    assert odd == "2 2" and not (tmp_path / "odd").exists()
+    assert len([line for line in error_lines(done.stderr) if "--batch-size 7" in line]) == 1
 
 
 @pytest.mark.parametrize(

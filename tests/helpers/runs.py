@@ -93,7 +93,7 @@ def launch(*command: str, cwd: Path | None = None, **kwargs) -> subprocess.Compl
 
 FORK = """
 import importlib, json, os, sys
-import train  # once, for all processes of all runs
+import train, torch._dynamo  # once, for all processes of all runs: the first optimizer of a process imports Dynamo, in seconds
 for name in sys.argv[2:]:
     importlib.import_module(name)
 for port, count, argv, before in json.loads(sys.argv[1]):

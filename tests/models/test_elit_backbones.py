@@ -118,7 +118,7 @@ def test_gradient_checkpointing(family):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("family", "graphs"), FAMILIES.items())
+@pytest.mark.parametrize(("family", "graphs"), [item for item in FAMILIES.items() if item[0] != "sit"])  # see test_schedules
 def test_budgets_and_batch_sizes_share_their_compiled_graphs(family, graphs):
     model = small(family)
     batches = [inputs(model, 2), inputs(model, 5)]

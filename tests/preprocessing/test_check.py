@@ -11,7 +11,7 @@ from runs import make_latents
 from sets import picture, refused, save
 
 from common.errors import UserError
-from data.dataset import LatentDataset, channel_record
+from data.dataset import LatentDataset, normalised_record
 from dataset_tools import main
 from models.vae import VAERecord
 
@@ -137,9 +137,9 @@ def test_stats_are_those_of_the_latents(packed):
 def test_the_record_with_channels(loose):
     latents = LatentDataset(loose).latents
     with pytest.raises(UserError, match=r"latent_stats\.json: missing; .*dataset_tools.py stats"):
-        channel_record(loose, latents)
+        normalised_record(loose, latents)
     main(["stats", str(loose)])
-    record = channel_record(loose, latents)
+    record = normalised_record(loose, latents)
     stats = json.loads((loose / "latent_stats.json").read_text())
     assert list(record.channel_mean) == stats["mean"] and list(record.channel_std) == stats["std"]
     assert record.vae == RECORD.vae and VAERecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
@@ -152,4 +152,4 @@ def test_the_record_with_channels(loose):
     ):
         (loose / "latent_stats.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=culprit):
-            channel_record(loose, latents)
+            normalised_record(loose, latents)

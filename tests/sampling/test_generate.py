@@ -119,8 +119,10 @@ def test_images_do_not_depend_on_batch_or_processes(ckpt, whole, tmp_path, how):
 
 
 def test_a_restart_keeps_what_is_good_and_redoes_what_is_broken(ckpt, whole, tmp_path):
-    generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 7))
+    shutil.copytree(whole.parent, tmp_path / "made")
     folder = folder_of(tmp_path)
+    for i in range(7, COUNT):
+        (folder / f"{i:06d}.png").unlink()
     (folder / "000002.png").write_bytes((folder / "000002.png").read_bytes()[:-40])  # cut short
     (folder / "000005.png").write_bytes(b"")
     (folder / "000001.png").unlink()
@@ -132,8 +134,8 @@ def test_a_restart_keeps_what_is_good_and_redoes_what_is_broken(ckpt, whole, tmp
     assert_same_images(images_of(folder), images_of(whole))
 
 
-def test_asked_for_fewer_than_exist_it_keeps_them_and_uses_the_first(ckpt, tmp_path):
-    generate.main(arguments(ckpt, tmp_path))
+def test_asked_for_fewer_than_exist_it_keeps_them_and_uses_the_first(ckpt, whole, tmp_path):
+    shutil.copytree(whole.parent, tmp_path / "made")
     generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 4))
     folder = folder_of(tmp_path)
     assert len(list(folder.glob("*.png"))) == COUNT
@@ -288,11 +290,11 @@ def no_space(*args, **kwargs):
 def test_a_full_disk_is_one_line(ckpt, tmp_path, capsys, monkeypatch, where):
     with monkeypatch.context() as patch:
         patch.setattr(where, no_space)
-        line = refused(capsys, arguments(ckpt, tmp_path))
+        line = refused(capsys, arguments(ckpt, tmp_path, "--num-fid-samples", 4))
     assert "No space left on device" in line and (".png" if "PIL" in where else ".npz") in line
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.lock"))
-    generate.main(arguments(ckpt, tmp_path))  # and goes on once there is space
-    assert len(images_of(folder_of(tmp_path))) == COUNT
+    generate.main(arguments(ckpt, tmp_path, "--num-fid-samples", 4))  # and goes on once there is space
+    assert len(images_of(folder_of(tmp_path))) == 4
 
 
 def test_another_flow_needs_no_change_here(ckpt, tmp_path, monkeypatch):
@@ -330,10 +332,18 @@ def dfm(tmp_path_factory):
     return make_checkpoint(folder / "dfm.pt", make_vae(folder / "vae"), model="DFM-ELIT-SiT-Ti/2", **schedule)
 
 
-def test_dfm_images_and_previews_are_those_of_the_sampler(dfm, tmp_path):
+@pytest.fixture(scope="module")
+def five(dfm, tmp_path_factory):
+    """Five images with their previews."""
+    out = tmp_path_factory.mktemp("five")
+    generate.main(arguments(dfm, out, "--preview", "--num-fid-samples", 5))
+    PartialState._reset_state()
+    return out / "made"
+
+
+def test_dfm_images_and_previews_are_those_of_the_sampler(dfm, five):
     """By the schedule that the checkpoint records; image 4, drawn alone, and its first stage as that stood at 0.2."""
-    generate.main(arguments(dfm, tmp_path, "--preview", "--num-fid-samples", 5))
-    main, preview = sorted(p for p in (tmp_path / "made").iterdir() if p.is_dir())
+    main, preview = sorted(p for p in five.iterdir() if p.is_dir())
     assert main.name == "ckpt-dfm-cfg-2.0-steps-5-seed-0-ode-budget-0.5-scales-3_2-thresholds-0.2"
     assert preview.name == main.name + "-stage0"
     model, _ = reading.load_model(dfm)
@@ -366,8 +376,8 @@ def test_dfm_images_and_previews_are_those_of_the_sampler(dfm, tmp_path):
         assert_same_images(images_of(preview)[4], pixels(clean))
 
 
-def test_dfm_is_repeatable_and_a_lost_preview_is_made_again(dfm, tmp_path):
-    generate.main(arguments(dfm, tmp_path, "--preview", "--num-fid-samples", 5))
+def test_dfm_is_repeatable_and_a_lost_preview_is_made_again(dfm, five, tmp_path):
+    shutil.copytree(five, tmp_path / "made")
     main, preview = sorted(p for p in (tmp_path / "made").iterdir() if p.is_dir())
     first, early = images_of(main), images_of(preview)
     (preview / "000003.png").unlink()

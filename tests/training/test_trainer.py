@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import runs
 import torch
+from PIL import Image
 from reference import pyramid
-from runs import RESOLUTION, command_line, environment, launch, make_latents, make_vae, reset_accelerate
+from runs import RESOLUTION, command_line, environment, make_latents, make_vae, reset_accelerate
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import arguments, assert_same_tensors, final_state, metrics
@@ -50,8 +51,8 @@ def data(tmp_path_factory):
 def undisturbed(data, tmp_path_factory):
     """One run of 4 steps by one process, and its folder."""
     out = tmp_path_factory.mktemp("undisturbed")
-    done = launch("train.py", *arguments(data, out))
-    assert done.returncode == 0, done.stderr
+    train.main(arguments(data, out))
+    reset_accelerate()
     return out
 
 
@@ -113,10 +114,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, tmp_path,
     assert_same_tensors(final_state(tmp_path)["model"], final_state(undisturbed)["model"])
 
 
-@pytest.mark.parametrize("model", ["DFM-SiT-Ti/2", "DFM-ELIT-SiT-Ti/2"])
-def test_dfm_trains_resumes_and_shows_its_stages(data, tmp_path, monkeypatch, model):
-    from PIL import Image
+def stages_shown(output_dir, step):
+    """Size of the picture at a step in cells: images, stages and budgets beside each other, images below each other."""
+    with Image.open(output_dir / "run" / "samples" / f"{step:07d}.png") as image:
+        return tuple((side + 2) / (RESOLUTION + 2) for side in image.size)
 
+
+def test_dfm_trains_resumes_and_shows_its_stages(data, tmp_path, monkeypatch):
+    model = "DFM-ELIT-SiT-Ti/2"
     monkeypatch.setattr(validation, "SAMPLE_CFG", 1.0)
     more = ("--stage-weights", 0.5, 0.5, "--num-steps-per-scale", 2, 1)
     train.main(arguments(data, tmp_path / "whole", *more, model=model))
@@ -134,17 +139,19 @@ def test_dfm_trains_resumes_and_shows_its_stages(data, tmp_path, monkeypatch, mo
     assert stages == {0, 1}  # both were met, so both final layers have moved
     for s in stages:
         assert whole["model"][f"final_layer.projections.{s}.linear.weight"].abs().max() > 0
-    budgets = ["_budget_1", "_budget_0.25"] if "ELIT" in model else [""]
-    for budget in budgets:
+    for budget in ("1", "0.25"):
         for s in (0, 1):
-            assert set(metrics(tmp_path, f"val_loss{budget}_stage_{s}")) == {1, 2, 4}
-    with Image.open(tmp_path / "run" / "samples" / "0000004.png") as image:  # stage 0, stage 1 and the whole, at each budget
-        assert image.size == (len(budgets) * 3 * 8 * (RESOLUTION + 2) - 2, 8 * (RESOLUTION + 2) - 2)
+            assert set(metrics(tmp_path, f"val_loss_budget_{budget}_stage_{s}")) == {1, 2, 4}
+    assert stages_shown(tmp_path, 4) == (2 * 3 * 8, 8)  # stage 0, stage 1 and the whole, at each budget
 
 
-def test_first_loss_of_dfm_is_the_velocity_error_of_its_stages(data, tmp_path):
+def test_first_loss_of_dfm_is_the_velocity_error_of_its_stages(data, tmp_path, monkeypatch):
     """An untrained model predicts 0: the loss of forward 0, whose active stage is the last, in NumPy."""
-    train.main(arguments(data, tmp_path, "--stage-weights", 0, 1, "--max-train-steps", 1, model="DFM-SiT-Ti/2"))
+    monkeypatch.setattr(validation, "SAMPLE_CFG", 1.0)
+    pictures = ("--val-data-dir", data, "--sampling-steps", 1, "--num-steps-per-scale", 2, 1)
+    train.main(arguments(data, tmp_path, "--stage-weights", 0, 1, "--max-train-steps", 1, *pictures, model="DFM-SiT-Ti/2"))
+    assert set(metrics(tmp_path, "val_loss_stage_0")) == set(metrics(tmp_path, "val_loss_stage_1")) == {1}
+    assert stages_shown(tmp_path, 1) == (3 * 8, 8)
     order = epoch_order(0, 0, COUNT)[:8]
     moments = np.stack([np.load(data / "vae-sd" / "00000" / f"img-mean-std-{i:08d}.npy") for i in order]).astype(np.float64)
     draws = training_draws(0, 0, range(8), (4, 8, 8), further_shapes=[(4, 4, 4)])
@@ -482,8 +489,6 @@ def test_sample_images_validation_loss_and_tracker(data, tmp_path, monkeypatch):
     options = ("--val-data-dir", data, "--sampling-steps", 2, "--max-train-steps", 2, "--report-to", "tensorboard")
     train.main(arguments(data, tmp_path, *options))
     run = tmp_path / "run"
-    from PIL import Image
-
     for step in (1, 2):
         with Image.open(run / "samples" / f"{step:07d}.png") as image:
             assert image.size == (16 * (RESOLUTION + 2) - 2, 8 * (RESOLUTION + 2) - 2)  # full and lowest budget, 8 × 8 each
@@ -798,13 +803,6 @@ def test_what_may_change_takes_effect(data, undisturbed, tmp_path):
 def test_an_output_folder_that_cannot_be_written_is_named(data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "--output-dir" in refused(capsys, arguments(data, tmp_path / "file"))
-
-
-def test_a_batch_that_processes_cannot_share_is_refused_once(data, tmp_path):
-    port = f"--master_port={runs.free_port()}"
-    done = launch("torchrun", "--nproc_per_node=2", port, "train.py", *arguments(data, tmp_path, "--batch-size", 7))
-    assert done.returncode != 0
-    assert done.stderr.count("train.py: error:") == 1 and "--batch-size 7" in done.stderr
 
 
 def test_deterministic_and_full_float32_reach_the_kernels(data, tmp_path, monkeypatch):
