@@ -36,7 +36,7 @@ def card(driver: Any, name: str) -> dict[str, Any] | None:
     """Picture, GFLOPs and milliseconds of a card of the page; None while it is not there."""
     return driver.execute_script(
         "const c = document.getElementById(arguments[0]);"
-        "return c && {src: c.querySelector('img').src, gflops: +c.dataset.gflops, ms: +c.dataset.ms};",
+        "const i = c && c.querySelector('img');return i && {src: i.src, gflops: +c.dataset.gflops, ms: +c.dataset.ms};",
         name,
     )
 

@@ -6,10 +6,13 @@ medians at each budget, and the median and quartiles of the ratio of the same ro
 """
 
 import argparse
+import io
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+from PIL import Image
 
 import web_demo
 from benchmarks.browser import card, chromium, wait_for
@@ -18,6 +21,7 @@ from config.demo_options import QUICKSTART
 from web.page import check_port, serve
 
 BOUND = 1.3
+PICTURE = ("--class-label", "3", "--seed", "7")
 
 
 def move(driver, slider, key) -> float:
@@ -37,18 +41,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=7869)
     parser.add_argument("--screenshot", type=Path)
     args = parser.parse_args(argv)
-    if args.rounds < 3:
-        raise UserError(f"--rounds {args.rounds}: must be at least 3")
+    if args.rounds in (1, 2):
+        raise UserError(f"--rounds {args.rounds}: must be at least 3, or 0 for the screenshot alone")
     check_port("127.0.0.1", args.port)
     config = "experiments_updated/generation/quickstart.yaml"
-    page, _ = web_demo.prepare(["--config", config, "--ckpt", args.ckpt, "--port", str(args.port)])
+    page, _ = web_demo.prepare(["--config", config, "--ckpt", args.ckpt, "--port", str(args.port), *PICTURE])
     url, stop = serve(page, "127.0.0.1", args.port)
     with tempfile.TemporaryDirectory() as profile:
         driver = chromium(profile)
         try:
-            report(measure(page.drawer, driver, url, args.rounds))
+            if args.rounds:
+                report(measure(page.drawer, driver, url, args.rounds))
             if args.screenshot:
-                driver.save_screenshot(str(args.screenshot))
+                screenshot(driver, url, len(page.drawer.budgets), args.screenshot)
         finally:
             driver.quit()
             stop()
@@ -79,6 +84,23 @@ def measure(drawer, driver, url, rounds) -> dict[float, list[tuple[float, float]
             if turn:
                 times.setdefault(budget, []).append((shown, alone))
     return times
+
+
+def screenshot(driver, url, budgets, path: Path) -> None:
+    """The whole page with all budgets and what Read looks at."""
+    from selenium.webdriver.common.by import By
+
+    driver.get(url)
+    wait_for(driver, lambda d: card(d, "difference"))
+    for button, pictures, count in (("read", "#attention img", 7), ("all-budgets", "#strip img", budgets)):
+        driver.find_element(By.ID, button).click()
+        wait_for(driver, lambda d, css=pictures, count=count: len(d.find_elements(By.CSS_SELECTOR, css)) == count, 300)
+    bottom = driver.execute_script("return document.querySelector('#strip').getBoundingClientRect().bottom + scrollY")
+    inner = driver.execute_script("return innerHeight")
+    driver.set_window_size(1280, round(bottom) + 40 + driver.get_window_size()["height"] - inner)
+    time.sleep(0.5)
+    with Image.open(io.BytesIO(driver.get_screenshot_as_png())) as shot:
+        shot.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def report(times: dict[float, list[tuple[float, float]]]) -> None:

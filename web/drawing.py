@@ -120,6 +120,7 @@ class Drawer:
         device = session.device()
         session.set_precision(config, device)
         self._encoder = None
+        self._encoded: conditions.EncodedPrompts | None = None  # the last prompt
         if prompts is not None:
             if prompts.data is not None:
                 raise UserError(
@@ -150,6 +151,8 @@ class Drawer:
         """
         read = {name: coerce(WebDemoConfig, name, value, flag(name)) for name, value in values.items()}
         config = dataclasses.replace(self.config, **read)
+        if self.takes_text and not config.prompt:
+            raise UserError("--prompt: is empty; it must be text")
         check(config)
         return resolve(config)
 
@@ -166,9 +169,9 @@ class Drawer:
         sampled = self.loaded.with_options(config).fresh()
         if self._encoder is None:
             return sampled
-        return dataclasses.replace(
-            sampled, conditions=conditions.encode(self._encoder, self._encoder_name, config.prompt or [])
-        )
+        if self._encoded is None or self._encoded.texts != config.prompt:
+            self._encoded = conditions.encode(self._encoder, self._encoder_name, config.prompt or [])
+        return dataclasses.replace(sampled, conditions=self._encoded)
 
     def gflops(self, config: WebDemoConfig, sampled: Session) -> float:
         """Of a request's image; `sampled`: what has drawn it, where a core cache decides."""

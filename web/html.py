@@ -33,12 +33,12 @@ CSS = """
 .web-less { margin-top: 10px; line-height: 1.5; }
 .web-bar { height: 8px; border-radius: 4px; background: var(--background-fill-secondary); }
 .web-bar i { display: block; height: 100%; border-radius: 4px; background: #2f6db5; }
-.web-strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(78px, 1fr)); gap: 10px; }
+.web-strip { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 10px; }
 .web-strip figure { margin: 0; text-align: center; font-size: .75rem; } .web-strip img { width: 100%; border-radius: 6px; }
 .web-strip figcaption b { display: block; } .web-strip figcaption { line-height: 1.25; margin-top: 3px; }
 .web-strip .web-dropped { opacity: .35; }
 .web-caption { opacity: .7; margin: 0 0 8px; }
-@media (max-width: 720px) { .web-cards { grid-template-columns: 1fr; } }
+@media (max-width: 720px) { .web-cards { grid-template-columns: 1fr; } .web-strip { grid-template-columns: repeat(4, 1fr); } }
 """
 
 
@@ -136,7 +136,9 @@ def attention(config: WebDemoConfig, picture: Picture, maps: np.ndarray) -> str:
 
 
 def _strip(config: WebDemoConfig, figures: str) -> str:
-    return f'<div class="web-strip{" web-pixels" if config.resolution <= SMALL else ""}">{figures}</div>'
+    columns = min(8, figures.count("<figure"))
+    pixels = " web-pixels" if config.resolution <= SMALL else ""
+    return f'<div class="web-strip{pixels}" style="--columns: {columns}">{figures}</div>'
 
 
 def describe(config: WebDemoConfig) -> str:

@@ -136,6 +136,8 @@ def build(page: Page) -> Any:
         def look(*values: Any) -> Iterator[tuple]:
             yield from _reported(gr, 2, lambda: iter([page.attention(*values)]))
 
+        for control in [*controls, within_ms]:
+            control.preprocess = _as_given
         typed = [c.submit for c in controls if isinstance(c, gr.Textbox | gr.Number)]
         picked = [c.input for c in controls if isinstance(c, gr.Dropdown)]
         gr.on([draw_button.click, blocks.load, *typed, *picked], draw, controls, [status, pictures], api_name="draw", **turn)
@@ -168,7 +170,7 @@ def serve(page: Page, host: str, port: int) -> tuple[str, Callable[[], None]]:
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, url, _ = blocks.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             share=False,
             prevent_thread_lock=True,
@@ -184,8 +186,8 @@ def serve(page: Page, host: str, port: int) -> tuple[str, Callable[[], None]]:
             theme=theme,
             css=html.CSS,
         )
-    except OSError as error:
-        raise UserError(f"--port {port}: cannot be listened at on {host}: {error}") from None
+    except OSError:
+        raise UserError(f"--port {port}: is in use or cannot be listened at on {host}; give another") from None
     return url, partial(blocks.close, verbose=False)
 
 
@@ -275,6 +277,11 @@ def _controls(gr: Any, page: Page, start: list[Any]) -> list[Any]:
             lambda kind: gr.update(visible=kind in GUIDED_LOW), controls[3], controls[5], queue=False, api_name=False
         )
     return controls
+
+
+def _as_given(value: Any) -> Any:
+    """In place of gradio's own checks of a control, whose messages are others than the command line's."""
+    return value
 
 
 def _throttled(progress: Any) -> Progress:

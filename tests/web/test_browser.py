@@ -10,7 +10,7 @@ import web_demo
 from benchmarks.browser import card, chromium, errors, wait_for
 from web.page import serve
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")]
 
 
 @pytest.fixture(scope="module")

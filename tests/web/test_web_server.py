@@ -14,6 +14,7 @@ from runs import free_port, make_checkpoint, make_vae
 import web_demo
 from web.page import serve
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 REQUEST = [3, 5, 4, "CFG", 1.5, 0.25]  # and a budget
 
 
