@@ -49,7 +49,7 @@ def reference(config: ReferenceConfig) -> None:
     """Images of one size → a reference batch for evaluation; under torchrun, too."""
     from metrics.reference import make_reference
 
-    state = start_processes()
+    state = start_processes(config.timeout_minutes)
     set_tf32(False)
     make_reference(config, state, warn)
     state.destroy_process_group()

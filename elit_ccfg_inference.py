@@ -30,6 +30,7 @@ from common.errors import cli_main
 from common.files import check_folder
 from common.logging import warn
 from common.plotting import bar_plot, labelled_grid
+from common.sizes import sides
 from config.options import CCFGConfig
 from models.elit import budget_to_k
 from samplers import BudgetSchedule, Guidance, parse_budget
@@ -115,7 +116,7 @@ def compare(config: CCFGConfig, weights: Weights) -> list[dict[str, Any]]:
     grid = np.stack([[images[mode, s][i] for s in scales] for i in range(len(examples)) for mode in modes])
     rows = [f"{example}\n{name}" for example in examples for name in modes.values()]
     labelled_grid(grid, rows, [f"scale {scale:g}" for scale in scales], folder / "cfg_vs_ccfg_grid.png",
-                  inches=min(max(config.resolution / 160, 1.0), 1.6))  # fmt: skip
+                  inches=min(max(sides(config.resolution)[1] / 160, 1.0), 1.6))  # fmt: skip
     bars = {KINDS[e["mode"]]: e["gflops_per_guided_step"] for e in results if e["cfg_scale"] == scales[-1]}
     budget = parse_budget(config.inference_budget)
     budget_name = f"schedule {budget}" if isinstance(budget, BudgetSchedule) else f"budget {budget:g}"

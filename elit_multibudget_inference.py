@@ -32,6 +32,7 @@ from common.errors import cli_main
 from common.files import check_folder
 from common.image_files import psnr
 from common.plotting import attention_maps, labelled_grid, line_plot
+from common.sizes import sides
 from config.options import MultibudgetConfig
 from samplers import BudgetSchedule, Guidance
 from sampling import checks, cost, session
@@ -94,7 +95,7 @@ def compare(config: MultibudgetConfig, weights: Weights) -> list[dict[str, Any]]
         labels = loaded.conditions.names(config)
         grid = np.stack([images[column] for column in columns], axis=1)  # (labels, budgets, H, W, 3)
         labelled_grid(grid, labels, [_heading(e) for e in results], folder / "image_grid.png",
-                      inches=min(max(config.resolution / 160, 1.0), 1.6), fontsize=8)  # fmt: skip
+                      inches=min(max(sides(config.resolution)[1] / 160, 1.0), 1.6), fontsize=8)  # fmt: skip
         plot(config, requested, results, columns, folder, session.device_name(latents[1.0].device))
         if config.attention:
             show_attention(config, loaded, latents[1.0], images[1.0], labels, folder)

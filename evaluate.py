@@ -7,7 +7,7 @@ REF, SAMPLES: .npz files in ADM's format, or folders of PNG. Alone or under torc
 
 from pathlib import Path
 
-from common.distributed import LONG_WAIT, end_with_launcher, start_processes
+from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main
 from common.files import check_output, make_folder, write_json
 from common.logging import warn
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(config.output)
     check_output("--output", output)
     end_with_launcher()
-    state = start_processes(LONG_WAIT)
+    state = start_processes(config.timeout_minutes)
     set_tf32(False)
     if config.prompts and not config.clip_score:
         raise UserError(f"--prompts {config.prompts}: only --clip-score looks at prompts")

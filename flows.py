@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,14 @@ from typing_extensions import override
 import models
 import samplers
 from common.errors import UserError
+from common.sizes import Resolution, latent_sides, resolution_of
 from loss import PathType, active_stage, dfm_loss, flow_matching_loss, interpolate, stage_times, training_times
+from models.autoencoders import VAE
 from models.conditioning import Condition, condition_of, map_condition
 from models.pyramid import decompose, recompose
 from models.vae import VAERecord, decode, decode_stages, sample_latents
 from randomness import Draws, pyramid_noise, sde_noise, to_device, training_draws
 from samplers import Guidance
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 Shape = Sequence[int]
 State = Any  # Tensor, or list[Tensor] of DFM
@@ -67,9 +66,7 @@ class FlowLoss(NamedTuple):
 class FlowMatching:
     """Plain flow matching, one state of the latents' shape at one time; and the interface of every flow.
 
-    Its options have the names of the command line's.
-
-    Attributes:
+    Attributes (options by the names of the command line's):
         model: registered name of the model, for messages.
         path_type, weighting, time_shift: see `loss.interpolant` and `loss.training_times`.
         mode, num_steps, heun: the sampler; as the defaults stand, training draws its pictures.
@@ -225,12 +222,12 @@ class FlowMatching:
         """How many views `views` gives."""
         return 1
 
-    def views(self, vae: "AutoencoderKL", state: State) -> Tensor:
+    def views(self, vae: VAE, state: State) -> Tensor:
         """Pictures of a state, uint8 (num_views, B, 3, H, W): the images, and before them what leads to them (DFM's stages)."""
         return decode(vae, self.latents(state))[None]
 
-    def preview_sides(self, resolution: int) -> dict[int, int]:
-        """Coarser stage → side in pixels of its images; empty where there are none."""
+    def preview_sides(self, resolution: Resolution) -> dict[int, Resolution]:
+        """Coarser stage → size in pixels of its images; empty where there are none."""
         return {}
 
     # What it costs
@@ -343,12 +340,14 @@ class DFM(FlowMatching):
         return self.stages_count + 1
 
     @override
-    def views(self, vae: "AutoencoderKL", state: State) -> Tensor:
+    def views(self, vae: VAE, state: State) -> Tensor:
         return decode_stages(vae, state)
 
     @override
-    def preview_sides(self, resolution: int) -> dict[int, int]:
-        return {s: resolution // 2 ** (self.stages_count - 1 - s) for s in range(self.stages_count - 1)}
+    def preview_sides(self, resolution: Resolution) -> dict[int, Resolution]:
+        return {
+            s: resolution_of(latent_sides(resolution, 2 ** (self.stages_count - 1 - s))) for s in range(self.stages_count - 1)
+        }
 
     @property
     @override

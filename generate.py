@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint.weights import Weights
-from common.distributed import LONG_WAIT, end_with_launcher, start_processes
+from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main
 from common.files import FolderLock, check_folder, check_name
 from common.logging import warn
@@ -81,7 +81,7 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
     Raises:
         UserError: the folder holds other images or cannot be written, or latents are not finite.
     """
-    state = start_processes(LONG_WAIT)
+    state = start_processes(config.timeout_minutes)
     device = torch.device(state.device or "cpu")
     session.set_precision(config, device)
     loaded = session.load(config, weights, device)
@@ -94,8 +94,8 @@ def generate(config: GenerateConfig, weights: Weights) -> Path:
             loaded.drawn.add(other)
         if state.is_main_process:
             dest.npz.finish()
-            if weights.prompts is not None:
-                write_captions(dest.folder, weights.prompts.texts, config.num_fid_samples)
+            if weights.prompts is not None and weights.prompts.words is not None:
+                write_captions(dest.folder, weights.prompts.words, config.num_fid_samples)
             report(config, loaded, dest, drawn, seconds)
         state.wait_for_everyone()
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from common.distributed import LONG_WAIT, end_with_launcher, start_processes
+from common.distributed import end_with_launcher, start_processes
 from common.errors import UserError, cli_main
 from common.logging import warn
 from common.tables import markdown_table
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     require_options(config, "ckpt", "ref")
     points = check_options(config, given)
     end_with_launcher()
-    state = start_processes(LONG_WAIT)
+    state = start_processes(config.timeout_minutes)
     runner = Runner(Plan(config, given, points, state), Store(config.dest, warn))
     cells = runner.cells(config.coarse or config.num_fid_samples)
     full = runner.cells(config.num_fid_samples) if config.coarse else cells

@@ -1,4 +1,4 @@
-"""Making and reading data, side by side in one run: `python -m benchmarks.data [reading] [convert] [encode] [index]`.
+"""Making and reading data, side by side in one run: `python -m benchmarks.data [reading] [convert] [encode] [text] [index]`.
 
 Each line is the median over rounds of the ratio of two rates of the same round, with the bound that it must meet.
 """
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,14 @@ from benchmarks.baselines import FilesOneByOne
 from common.errors import cli_main
 from data.dataset import LatentDataset
 from data.packed import FORMAT, INDEX_FILE, LABELS_FILE, NAMES_FILE, shard_file
+from models.text_encoders import load_text_encoder
 from models.vae import SD_VAE
-from preprocessing import demo
+from preprocessing import demo, digit_captions
+from preprocessing.digit_captions import CAPTIONS
 
 QUICKSTART_VAE = "experiments_updated/quickstart_vae"
 ENTRIES, SHARD = 1_281_167, 8192  # ImageNet
+TOKENS = 77  # of a caption, padding included
 
 
 def in_turn(rounds: int, actions: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
@@ -104,6 +108,18 @@ def fresh(folder: Path, numbers: Iterable[int] = iter(range(10**9))) -> Path:
     return folder / f"dest-{next(numbers)}"
 
 
+def at_once(jobs: list[tuple[Any, ...]], count: int) -> int:
+    """Run functions with their arguments, each in a process of its own; returns `count`, what all of them do."""
+    context = multiprocessing.get_context("fork")
+    runs = [context.Process(target=function, args=args) for function, *args in jobs]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join()
+    assert not any(process.exitcode for process in runs)
+    return count
+
+
 def convert(folder: Path, rounds: int) -> bool:
     """JPEGs of ImageNet's usual size to 256 pixels, folder output; and what two runs at once give, the most that there is."""
     count, rng = 800, np.random.default_rng(0)
@@ -119,13 +135,7 @@ def convert(folder: Path, rounds: int) -> bool:
         return count
 
     def two_runs() -> int:
-        context = multiprocessing.get_context("fork")
-        runs = [context.Process(target=run, args=(folder / f"source/{i}", fresh(folder), 1)) for i in range(2)]
-        for process in runs:
-            process.start()
-        for process in runs:
-            process.join()
-        return count
+        return at_once([(run, folder / f"source/{i}", fresh(folder), 1) for i in range(2)], count)
 
     source = folder / "source"
     actions = {"1 worker": lambda: run(source, fresh(folder), 1), "2 workers": lambda: run(source, fresh(folder), 2)}
@@ -150,6 +160,39 @@ def encode(folder: Path, rounds: int) -> bool:
     run(32)  # imports and warm-up
     rates = in_turn(rounds, {"batch 1": lambda: run(1), "batch 32": lambda: run(32)})
     return compare(rates, "batch 32", "batch 1", 1.5)
+
+
+def text(folder: Path, rounds: int) -> bool:
+    """The text quick start's captions by MiniLM, 77 tokens: as the tool has them, and one by one as U-ViT's and REPA's scripts.
+
+    One by one, each caption is padded to 77 tokens; without padding a caption has `tokens` of them. That ratio, times the cores,
+    is about what there is to be had where batches compute no faster than single captions.
+    """
+    captions = [form(digits) for digits in digit_captions.drawn(held_out=False, count=256) for form in CAPTIONS.values()]
+    encoder: Any = load_text_encoder("minilm", TOKENS)
+    tokenizer, model = encoder._tokenizer, encoder._model
+    tokens = statistics.mean(len(ids) for ids in tokenizer(captions).input_ids)
+
+    @torch.inference_mode()
+    def one_by_one() -> int:
+        for caption in captions[:64]:
+            padded = tokenizer(caption, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+            model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).last_hidden_state.half()
+        return 64
+
+    def batched(share: list[str] = captions) -> int:
+        for start in range(0, len(share), 64):
+            encoder.encode(share[start : start + 64]).features.half()
+            encoder.cut(share[start : start + 64])
+        return len(share)
+
+    def two_processes() -> int:
+        return at_once([(batched, captions[i::2]) for i in range(2)], len(captions))
+
+    torch.set_num_threads(1)
+    rates = in_turn(rounds, {"one by one": one_by_one, "batched": batched, "two processes": two_processes})
+    print(f"{tokens:.1f} tokens a caption, of {TOKENS}: {TOKENS / tokens:.2f} times as many one by one")
+    return compare(rates, "batched", "one by one", TOKENS / tokens) & compare(rates, "two processes", "batched", 1.5)
 
 
 # --------------------------------------------------------------------------------------------------------------- index
@@ -220,7 +263,7 @@ def index(folder: Path, rounds: int) -> bool:
     return good
 
 
-PARTS = {"reading": reading, "convert": convert, "encode": encode, "index": index}
+PARTS = {"reading": reading, "convert": convert, "encode": encode, "text": text, "index": index}
 
 
 @cli_main

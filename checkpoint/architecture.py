@@ -6,6 +6,7 @@ from typing import Any
 import models
 from checkpoint.weights import Weights
 from common.errors import UserError
+from common.sizes import latent_size
 from config.options import Architecture
 from config.rules import names
 from models.vae import VAERecord
@@ -48,10 +49,10 @@ def with_former_defaults(options: dict[str, Any], record: VAERecord) -> dict[str
     """
     if not options.get("model") or not options.get("resolution"):
         return options
-    side = options["resolution"] // record.downsample_factor
+    size = latent_size(options["resolution"], record.downsample_factor)
     spec = models.model_spec(options["model"])
     if not spec.elastic:
         return options
-    sizes = {**spec.arguments(side, levels=options.get("levels")), **spec.former_split}
+    sizes = {**spec.arguments(size, levels=options.get("levels")), **spec.former_split}
     former = {k: sizes[k] for k in DEPTHS if k in sizes} | {"elit_write": "published", "elit_mlp_ratio": 1.0}
     return {**options, **{k: v for k, v in former.items() if options.get(k) is None}}

@@ -69,6 +69,8 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     fixed = {"pos_embed", "null_text", "null_pooled"} & dict(model.named_buffers()).keys()
     own = {k: v for k, v in model.state_dict().items() if k not in fixed}
     other = {k: v for k, v in found.state_dict.items() if k not in fixed}
+    if isinstance(size := found.config.get("resolution"), str) and size != config["resolution"]:
+        raise UserError(f"--init-from {where}: is of images of {size} pixels, but the model of {config['resolution']}")
     # Projectors are of use for the same encoders alone.
     same_encoders = found.config.get("enc_type") == config["enc_type"]
     aside = [k for k in other if k.startswith("projectors.") and not same_encoders]
@@ -82,10 +84,12 @@ def init_from(found: Weights, model: nn.Module, config: dict[str, Any], where: s
     if theirs != (own_scale := getattr(model, "time_scale", 1.0)):
         options += f", time_scale {theirs} → {own_scale}"
     options += f", what it predicts {found.config['predicts']} → velocity" if "predicts" in found.config else ""
+    # A table of another grid may have as many rows.
+    moved = _GRIDS if "resolution" in differing and isinstance(config["resolution"], str) else ()
     made = Transfer(f"started from {where}: step {found.step}{options}", left=[*aside, *(k for k in other if k not in own)])
     for name, dst in own.items():
         src = other.get(name)
-        if src is not None and src.shape == dst.shape:
+        if src is not None and src.shape == dst.shape and name not in moved:
             made.state_dict[name] = src
         elif src is not None and name in _ADAPT:
             try:
@@ -160,6 +164,9 @@ _ADAPT = {
     "interface.write_pos": _token_positions,
     "interface.latent_pos": _latent_positions,
 }
+
+
+_GRIDS = ("pos_embed", "interface.latent_pos")  # whose rows lie on the grid of tokens or groups
 
 
 def _as_image(table: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:

@@ -204,6 +204,10 @@ def _architecture(
     shapes: Shapes, patch_size: int, given: dict[str, Any], arguments: dict[str, Any], record: VAERecord, foreign: bool
 ) -> dict[str, Any]:
     """The options, and under `arguments` what else of the model the shapes of a bare state dict tell; `given` fills the rest."""
+    if not isinstance(given.get("resolution") or 0, int):
+        raise UserError(
+            f"--resolution {given['resolution']}: {shapes.path} is a bare state dict, which is read as a model of square images"
+        )
     input_size = arguments.get("input_size") or (given.get("resolution") or 0) // record.downsample_factor
     rows, columns = input_size if isinstance(input_size, list) and len(input_size) == 2 else (input_size, input_size)
     if type(rows) is not int or rows != columns or not 0 <= rows * record.downsample_factor <= 2**16:

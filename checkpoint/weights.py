@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import models
 from checkpoint import sharded
 from common.errors import UserError, first_line
+from common.sizes import latent_sides, latent_size, sides
 from common.tensor_files import Checksum
 from config.options import Architecture
 from config.rules import names
@@ -79,17 +80,15 @@ def meta_model(found: Weights, where: str | Path, **overrides: Any) -> models.Ba
     for name in ("model", "resolution", *(["num_classes"] if is_labelled else [])):
         if not config.get(name):
             raise UserError(f"{where}: the checkpoint records no {name}; give --{name.replace('_', '-')}")
-    if config["resolution"] % found.record.downsample_factor:
-        raise UserError(
-            f"{where}: resolution {config['resolution']} is not divisible by the VAE's factor {found.record.downsample_factor}"
-        )
-    side = config["resolution"] // found.record.downsample_factor
-    found.record.check_shape((found.record.latent_channels, side, side), where)
+    factor, resolution = found.record.downsample_factor, config["resolution"]
+    if any(side % factor for side in sides(resolution)):
+        raise UserError(f"{where}: resolution {resolution} is not divisible by the VAE's factor {factor}")
+    found.record.check_shape((found.record.latent_channels, *latent_sides(resolution, factor)), where)
     try:
         with torch.device("meta"):
             return models.create_model(
                 config["model"],
-                input_size=side,
+                input_size=latent_size(resolution, factor),
                 in_channels=found.record.latent_channels,
                 num_classes=config.get("num_classes") or 1,
                 arguments=arguments,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 
 
-LONG_WAIT = timedelta(days=7)  # for a process that works alone while the others wait; PyTorch's default is minutes
+LONG_WAIT = timedelta(days=7)  # for a process that works alone while the others wait
+WAIT = timedelta(minutes=30)  # for processes that do the same, but for compiling and reading; PyTorch's default on CUDA is 10
 
 
 PATIENCE = 3  # seconds in which workers may finish what they do
@@ -53,18 +54,23 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_processes(timeout: timedelta | None = None) -> "PartialState":
+def wait_time(minutes: float | None, alone: bool = True) -> timedelta:
+    """How long processes wait for each other: `minutes` where given, else `LONG_WAIT` where one works `alone` at times, or `WAIT`."""
+    return (LONG_WAIT if alone else WAIT) if minutes is None else timedelta(minutes=minutes)
+
+
+def start_processes(minutes: float | None = None) -> "PartialState":
     """This process among those of torchrun or `accelerate launch`, or alone.
 
     Args:
-        timeout: how long processes wait for each other; PyTorch's default where there is none.
+        minutes: see `wait_time`; in all that starts its processes here one of them works alone at times.
 
     Raises:
         UserError: WORLD_SIZE is not the number of processes that run.
     """
     from accelerate import PartialState  # 2 s of import, for what runs in one process
 
-    state = PartialState(cpu=not torch.accelerator.is_available(), **({"timeout": timeout} if timeout else {}))
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=wait_time(minutes))
     check_world_size(state.num_processes)
     return state
 

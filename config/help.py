@@ -3,7 +3,9 @@
 import dataclasses
 import shutil
 import textwrap
+from typing import Any
 
+from common.sizes import Resolution
 from config.options import Architecture, ConvertCheckpointConfig, TrainConfig
 from config.rules import GROUPS
 from config.values import Kind, kinds
@@ -52,7 +54,7 @@ def print_help(cls: type, prog: str) -> None:
 
 def _entry(field: dataclasses.Field, kind: Kind, recorded: bool, width: int) -> str:
     flags = ", ".join("--" + name.replace("_", "-") for name in (field.name, *field.metadata["aliases"]))
-    kind_name = "{" + ",".join(kind.choices) + "}" if kind.choices else kind.type.__name__.upper()
+    kind_name = "{" + ",".join(kind.choices) + "}" if kind.choices else _type_name(kind.type)
     head = f"  {flags} {kind_name}{' …' if kind.is_list else ''}"
     default = " [required]" if field.metadata["required"] else f" [{_default(field)}]"
     if recorded or "(default: " in field.metadata["help"]:
@@ -69,3 +71,7 @@ def _default(field: dataclasses.Field) -> str:
 
 
 _ARCHITECTURE = {f.name for f in dataclasses.fields(Architecture)}
+
+
+def _type_name(type: Any) -> str:
+    return "SIZE" if type is Resolution else type.__name__.upper()

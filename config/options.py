@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Literal
 
+from common.sizes import Resolution
 from config.data_options import LatentOptions
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
-from config.system_options import SystemOptions
+from config.system_options import ProcessOptions, SystemOptions
 
 
 @dataclasses.dataclass
@@ -15,7 +16,9 @@ class Architecture:
     """What the model is. Recorded in every checkpoint, so that generation needs none of it."""
 
     model: str = option("architecture", ..., "registered name, e.g. SiT-XL/2 or ELIT-SiT-XL/2", resume="same", images=True)
-    resolution: int = option("architecture", 256, "image side in pixels", ge=1, le=2**16, resume="same", images=True)
+    resolution: Resolution = option(
+        "architecture", 256, "image side in pixels, or WIDTHxHEIGHT", ge=1, le=2**16, resume="same", images=True
+    )
     num_classes: int = option("architecture", 1000, "number of classes", ge=1, le=10**7, resume="same", images=True)
     encoder_depth: int = option(
         "repa", 8, "block after which REPA reads the tokens (1-based)", ge=1, le=1000, resume="same", when="repa", images=False
@@ -292,7 +295,7 @@ class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
 
 
 @dataclasses.dataclass
-class GenerateConfig(Sampling, Architecture):
+class GenerateConfig(Sampling, Architecture, ProcessOptions):
     """Options of generate.py. Architecture comes from the checkpoint unless that records none."""
 
     sample_dir: str = option("output", "results", "folder of all sample sets", images=False)

@@ -5,12 +5,13 @@ from typing import Any
 
 from config.options import Architecture, GenerateConfig
 from config.rules import folder_labels, names, option
+from config.system_options import ProcessOptions
 from config.tool_options import MetricOptions
 from config.values import kinds
 
 
 @dataclasses.dataclass
-class SweepOptions(MetricOptions, Architecture):
+class SweepOptions(MetricOptions, Architecture, ProcessOptions):
     """Options of sweep.py: figures of one or several checkpoints over guidance, budgets, steps and any other sampling option."""
 
     ckpt: list[str] = option("checkpoint", ..., "one or several checkpoints, as of generate.py", whole=True, distinct=True)

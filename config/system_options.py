@@ -7,7 +7,22 @@ from config.rules import option
 
 
 @dataclasses.dataclass
-class SystemOptions:
+class ProcessOptions:
+    """What scripts have in common that run in several processes."""
+
+    timeout_minutes: float | None = option(
+        "system",
+        None,
+        "minutes that processes wait for each other before they give up (default: 30; a week where one works alone at times)",
+        ge=1,
+        le=10**6,
+        resume="free",
+        images=False,
+    )
+
+
+@dataclasses.dataclass
+class SystemOptions(ProcessOptions):
     """How a run uses its machines; the model that comes out is the same but for rounding."""
 
     compile: bool | None = option(
@@ -38,3 +53,7 @@ class SystemOptions:
     plan_tflops: float | None = option(
         "plan", None, "--plan: TFLOP/s that a process is taken to sustain, for the time needed", ge=1e-6, le=1e6, resume="free"
     )
+    plan_card: str | None = option(
+        "plan", None, "--plan: GPU by name, e.g. H100, to estimate a step's time for (default: this machine's)", resume="free"
+    )
+    plan_per_node: int = option("plan", 8, "--plan: GPUs of a node", ge=1, le=2**20, resume="free")

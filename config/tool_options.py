@@ -4,17 +4,18 @@ import dataclasses
 from typing import Literal
 
 from config.rules import option
+from config.system_options import ProcessOptions
 
 
 @dataclasses.dataclass
 class ConvertConfig:
-    """Options of dataset_tools.py convert: any images → numbered square PNGs."""
+    """Options of dataset_tools.py convert: any images → numbered PNGs of one size."""
 
     source: str = option("files", ..., "folder tree or .zip with images")
     dest: str = option("files", ..., "new folder or .zip, e.g. DATA_DIR/images")
     resolution: str | None = option("images", None, "WxH in pixels, e.g. 256x256 (default: sizes stay)")
-    transform: Literal["none", "center-crop", "center-crop-wide", "center-crop-dhariwal"] = option(
-        "images", "none", "how images are cropped"
+    transform: Literal["none", "center-crop", "center-crop-wide", "center-crop-dhariwal", "resize-crop"] = option(
+        "images", "none", "how images are cropped; resize-crop makes sizes that are not square"
     )
     max_images: int | None = option("images", None, "only the first so many images", ge=1)
     workers: int | None = option("system", None, "processes (default: one for each CPU core)", ge=1, le=1024)
@@ -22,7 +23,7 @@ class ConvertConfig:
 
 
 @dataclasses.dataclass
-class EncodeConfig:
+class EncodeConfig(ProcessOptions):
     """Options of dataset_tools.py encode: images → VAE latents."""
 
     source: str = option("files", ..., "folder or .zip of images, e.g. DATA_DIR/images")
@@ -125,7 +126,7 @@ class MetricOptions(FeatureNetworks):
 
 
 @dataclasses.dataclass
-class EvaluateConfig(MetricOptions):
+class EvaluateConfig(MetricOptions, ProcessOptions):
     """Options of evaluate.py: the figures of ADM's evaluator, and others."""
 
     samples: str = option("files", ..., ".npz or a folder of PNG", positional="SAMPLES")
@@ -136,7 +137,7 @@ class EvaluateConfig(MetricOptions):
 
 
 @dataclasses.dataclass
-class ReferenceConfig(FeatureNetworks):
+class ReferenceConfig(FeatureNetworks, ProcessOptions):
     """Options of dataset_tools.py reference: images → a reference batch for evaluation, in ADM's format."""
 
     source: str = option("files", ..., "folder or .zip of images of one size, or .npz")
@@ -190,7 +191,7 @@ class FinetuneDiffusersConfig:
 
 
 @dataclasses.dataclass
-class TextConfig:
+class TextConfig(ProcessOptions):
     """Options of dataset_tools.py text: captions → text features."""
 
     source: str = option("files", ..., "data folder with captions, e.g. DATA_DIR; writes DATA_DIR/text")

@@ -12,6 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
 from common.errors import UserError
+from common.sizes import Resolution, parse_size, sides
 
 LARGEST = 2**63 - 1  # of a whole number without a bound of its own
 HUGE = 10**30  # stands for every larger one
@@ -25,7 +26,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(_\d+)*(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | 
 class Kind(NamedTuple):
     """The type of an option: `int`, `float | None`, `list[int]`, `Literal["a", "b"]`."""
 
-    type: type  # of a value, or of the items of a list
+    type: Any  # of a value, or of the items of a list
     is_list: bool = False
     choices: tuple[str, ...] = ()
     optional: bool = False
@@ -133,16 +134,27 @@ def text(value: Any) -> str:
     return found
 
 
-_PARSERS: dict[type, tuple[Callable[[Any], Any], str]] = {
+def resolution(value: Any) -> Resolution:
+    """The side of a square, or text like 256x384, from a number or such text. Raises ValueError for anything else."""
+    try:
+        return whole_number(value)
+    except ValueError:
+        return parse_size(value)
+
+
+_PARSERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     bool: (boolean, "true or false"),
     int: (whole_number, "a whole number"),
     float: (number, "a number"),
     str: (text, "text"),
+    Resolution: (resolution, "a whole number of pixels, or WIDTHxHEIGHT"),
 }
 
 
 def _kind(hint: Any) -> Kind:
     arguments = typing.get_args(hint)
+    if hint == Resolution:
+        return Kind(Resolution)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return _kind(next(a for a in arguments if a is not type(None)))._replace(optional=type(None) in arguments)
     if typing.get_origin(hint) is Literal:
@@ -184,6 +196,8 @@ def _checked(value: Any, field: dataclasses.Field, kind: Kind, where: str) -> An
         _check_text(found, field, where)
     if kind.type in (int, float):
         _check_range(found, value, field, kind, where)
+    for side in sides(found) if kind.type is Resolution else ():
+        _check_range(side, side, field, kind, where)
     return found
 
 

@@ -66,20 +66,20 @@ def read_captions(images: FileTree) -> dict[str, list[str]]:
     if not names:
         raise UserError(f"{images.path}: holds no image files")
     coco = [name for name in files if COCO.fullmatch(name)]
-    texts = {name.rpartition(".")[0]: name for name in files if name.endswith(".txt")}
+    texts = {
+        name.rpartition(".")[0]: name for name in files if name.endswith(".txt") and name != "skipped.txt"
+    }  # which `convert` writes
     if CAPTIONS_FILE in files:
         where, captions = images.where(CAPTIONS_FILE), _own(images)
     elif coco:
         where, captions = ", ".join(map(images.where, coco)), _coco(images, coco, names)
     else:
-        where, captions = f"{images.path}: *.txt", {}
-        for name in names:
-            if (text := texts.get(name.rpartition(".")[0])) is not None:
-                captions[name] = _lines(images, text)
-        if not captions:
+        where, stems = f"{images.path}: *.txt", {name.rpartition(".")[0]: name for name in names}
+        if not texts.keys() & stems.keys():
             raise UserError(
                 f"{images.path}: holds no captions: neither {CAPTIONS_FILE}, captions_*.json nor .txt beside images"
             )
+        captions = {stems.get(stem, text): _lines(images, text) for stem, text in texts.items()}
     _refuse(where, "caption(s) of images that are not there", sorted(captions.keys() - set(names)))
     _refuse(where, "image(s) without a caption", [name for name in names if not captions.get(name)])
     _refuse(where, "image(s) with an empty caption", [n for n in names if not all(c.strip() for c in captions[n])])

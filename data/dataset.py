@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.file_tree import FileTree, read_regular
 from common.files import DataError, decode_name, encode_name, parse_json
 from common.image_files import image_names, read_image
+from common.sizes import Resolution, check_divisible, latent_sides
 from data import remote
 from data.captions import PACKED_FILES, RECORD_FILE, TextFeatures, has_captions, read_captions, text_folder
 from data.coco_layout import CocoLatents, CocoText, coco_folder
@@ -113,8 +114,8 @@ class LatentDataset(Dataset):
         """int64 (n,), or None where unlabelled."""
         return self.latents.labels
 
-    def check(self, *, num_classes: int | None = None, resolution: int | None = None) -> None:
-        """Raise `UserError` if the labels do not fit `num_classes`, or the latents an image side of `resolution` pixels."""
+    def check(self, *, num_classes: int | None = None, resolution: Resolution | None = None) -> None:
+        """Raise `UserError` if the labels do not fit `num_classes`, or the latents images of `resolution` pixels."""
         if num_classes is not None and self.labels is None and num_classes != 1:
             raise UserError(f"{self.latents.label_file}: unlabelled, which trains with --num-classes 1 only, not {num_classes}")
         if self.labels is not None:
@@ -129,14 +130,13 @@ class LatentDataset(Dataset):
                 )
         if resolution is not None:
             factor = self.record.downsample_factor
-            if resolution % factor:
-                raise UserError(f"--resolution {resolution}: not divisible by the VAE's factor {factor}")
-            side = resolution // factor
-            if self.shape[1:] != (side, side):
+            check_divisible(resolution, factor, f"not divisible by the VAE's factor {factor}")
+            wanted = latent_sides(resolution, factor)
+            if self.shape[1:] != wanted:
                 height, width = (factor * n for n in self.shape[1:])
                 raise UserError(
                     f"{self.latents.where(0)}: has latents of {format_shape(self.shape[1:])}, made of images of {height} × {width} pixels; "
-                    f"--resolution {resolution} needs {side} × {side}"
+                    f"--resolution {resolution} needs {format_shape(wanted)}"
                 )
 
     def __len__(self) -> int:

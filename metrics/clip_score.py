@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from common.file_tree import FileTree
 from data.captions import CAPTIONS_FILE, read_captions, read_prompts
 from metrics.feature_extractors import CLIP_MEAN, CLIP_STD, Network
 from metrics.images import ImageSet
-from models.text_encoders import weights_sha256
+from models.text_encoders import LOAD_ERRORS, load_pretrained, weights_sha256
 
 
 class ClipScore(Network):
@@ -44,11 +43,11 @@ class ClipScore(Network):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
-            model: Any = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
+            self.model = load_pretrained(transformers.CLIPModel, path, device)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             beside = path / "preprocessor_config.json"
             own = json.loads(beside.read_text()) if beside.is_file() else {}
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except LOAD_ERRORS as error:
             raise UserError(f"--clip-score {folder}: cannot be loaded: {first_line(error)}") from None
         super().__init__(
             "clip_score",
@@ -57,9 +56,9 @@ class ClipScore(Network):
             sha256=weights_sha256(path),
             dims={"clip_score": 1},
         )
-        self.model, self.prompts, self.device = model.to(device).eval(), prompts, device
-        self.side = model.config.vision_config.image_size
-        self.length = model.config.text_config.max_position_embeddings
+        self.prompts, self.device = prompts, device
+        self.side = self.model.config.vision_config.image_size
+        self.length = self.model.config.text_config.max_position_embeddings
         scale = own.get("image_mean", CLIP_MEAN), own.get("image_std", CLIP_STD)
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in scale)
         self._threads = ThreadPoolExecutor()
@@ -91,6 +90,8 @@ def clip_score(cosines: np.ndarray) -> float:
 def prompts_of(images: ImageSet, prompts: str | None) -> list[str]:
     """The prompts that a set of images goes round: the lines of a file, or captions.json of the images. Raises UserError."""
     if prompts is not None:
+        if Path(prompts).is_dir():
+            raise UserError(f"--prompts {prompts}: is a folder; wanted: a text file with a prompt in each line")
         return read_prompts(prompts)
     folder = images.path.with_suffix("") if images.path.suffix == ".npz" else images.path
     if not (folder / CAPTIONS_FILE).is_file():

@@ -70,6 +70,13 @@ def prepare(
         used.append(feature_extractors.by_name(config.features, device_of(state)))
         probe(used[0], sets)
     metrics = choose_metrics(config, used, sets, warn)
+    clip = []
+    if "clip_score" in metrics:
+        if not prompts:
+            raise UserError(
+                "--clip-score: needs prompts in words, which models of class labels and features without captions do not have"
+            )
+        clip = [ClipScore(config.clip_score or "", prompts, device_of(state))]
     score_on = "logits" if config.features else "pool"
     ref, samples = (plan(images, metrics, score_on if i else None) for i, images in enumerate(sets))
     check_sets(ref, samples, metrics)
@@ -79,12 +86,7 @@ def prepare(
     state.wait_for_everyone()
     wanted = (ref.wanted | samples.wanted).difference(*(network.dims for network in used))
     used += load_networks(config, wanted, sets, state, warn)
-    if "clip_score" in metrics:
-        if not prompts:
-            raise UserError(
-                "--clip-score: needs prompts in words, which models of class labels and features without captions do not have"
-            )
-        used.append(ClipScore(config.clip_score or "", prompts, device_of(state)))
+    used += clip
     check_dimensions(ref, samples, metrics, used, warn)
     return Plan(metrics, ref, samples, used)
 

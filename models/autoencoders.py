@@ -166,7 +166,7 @@ class AutoencoderRAE(AutoencoderKL):
         if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
             shape = torch.broadcast_shapes(vae.token_mean.shape, vae.token_std.shape)
             last = shape[-3:] if len(shape) > 3 and set(shape[:-3]) == {1} else shape
-            values = (x.detach().cpu().double().expand(shape).view(last).tolist() for x in (vae.token_mean, vae.token_std))
+            values = (x.detach().cpu().double().expand(shape).reshape(last).tolist() for x in (vae.token_mean, vae.token_std))
             facts |= dict(zip(("channel_mean", "channel_std"), values, strict=True))
         return facts
 

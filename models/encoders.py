@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common import hub, tensor_files
 from common.errors import UserError, did_you_mean, first_line
+from common.sizes import Resolution
 from common.torchvision_shim import import_torchvision
 
 
@@ -89,7 +90,7 @@ def encoder_names(enc_type: str, proj_coeff: float) -> list[str]:
     return [] if names in ([], ["none"]) or proj_coeff == 0 else names
 
 
-def describe_encoders(names: list[str], resolution: int, grid_size: tuple[int, int]) -> list[TargetEncoder]:
+def describe_encoders(names: list[str], resolution: Resolution, grid_size: tuple[int, int]) -> list[TargetEncoder]:
     """The encoders without weights, on the meta device: their widths, sides and costs, at no cost.
 
     Raises:
@@ -100,7 +101,7 @@ def describe_encoders(names: list[str], resolution: int, grid_size: tuple[int, i
 
 def load_encoders(
     names: list[str],
-    resolution: int,
+    resolution: Resolution,
     grid_size: tuple[int, int],
     weights: list[str] | None = None,
     device: str | torch.device = "cpu",
@@ -152,10 +153,12 @@ def _timm() -> ModuleType:
     return timm
 
 
-def _on_meta(name: str, resolution: int, grid_size: tuple[int, int]) -> TargetEncoder:
+def _on_meta(name: str, resolution: Resolution, grid_size: tuple[int, int]) -> TargetEncoder:
     target, timm = _target(name), _timm()
     if not timm.is_model(target.timm_name):
         raise UserError(f"--enc-type {name}: timm has no such model{did_you_mean(target.timm_name, timm.list_models())}")
+    if not isinstance(resolution, int):
+        raise UserError(f"--enc-type {name}: REPA reads square images; --resolution {resolution} is none")
     tokens = grid_size[0] * grid_size[1]
     no_vit = UserError(
         f"--enc-type {name}: not a ViT with one feature per patch; REPA needs one for each of the {tokens} tokens"

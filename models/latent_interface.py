@@ -323,7 +323,9 @@ def _check_groups(grid: tuple[int, ...], shape: tuple[int, ...], given: int | Se
     if len(shape) != len(grid):
         valid = f"give one number for each of its {len(grid)} axes, or one for all"
     elif isinstance(given, int):
-        valid = f"choose a common divisor of {' and '.join(map(str, grid))}"
+        common = math.gcd(*grid)
+        sizes = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        valid = f"choose a common divisor of {' and '.join(map(str, grid))}: {sizes}"
     else:
         valid = f"choose a divisor of {', of '.join(map(str, grid))}"
     size = given if isinstance(given, int) else "×".join(map(str, given))

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from common.errors import UserError, first_line
@@ -33,6 +34,7 @@ from randomness import generator, normal
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WORDS_WIDTH = 64
 CHUNK = 64  # prompts that a network sees at once
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # of transformers, on damaged folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,8 @@ class TextEncoder(Protocol):
         """B prompts → float32 features (B, L, E) and pooled (B, P), on the CPU. The same prompts give the same bits."""
         ...
 
-    def cut(self, prompt: str) -> str:
-        """What of the prompt is lost since it has more than L tokens; empty for most."""
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """What is lost of those prompts that have more than L tokens; of most, nothing."""
         ...
 
 
@@ -105,7 +107,7 @@ def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu"
         if (folder / "text_encoder_2").is_dir():
             return SD3Encoders(name, folder, length, device, whole)
         return Transformer(name, folder, length, device)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"--encoder {name}: cannot be loaded: {first_line(error)}") from None
@@ -129,15 +131,16 @@ class Words:
                 row[place] = vector + self._positions[place]
         return Text(features)
 
-    def cut(self, prompt: str) -> str:
+    def cut(self, prompts: Sequence[str]) -> list[str]:
         """See `TextEncoder`."""
-        return " ".join(_words(prompt)[self.record.length :])
+        return list(filter(None, (" ".join(_words(prompt)[self.record.length :]) for prompt in prompts)))
 
 
 class Transformer:
     """A text model of transformers and its tokenizer.
 
-    CLIP runs as U-ViT and REPA run it: on prompts padded to L tokens, without a mask. Others see no padding; zeros stand there.
+    CLIP runs as U-ViT and REPA run it: on prompts padded to L tokens, without a mask. Others see no padding; zeros stand there:
+    prompts of equally many tokens run together, so that nothing is padded and no mask is needed.
     """
 
     def __init__(self, name: str, folder: Path, length: int, device: torch.device | str):
@@ -152,37 +155,33 @@ class Transformer:
             raise UserError(f"--length {length}: {name} has {positions} positions")
         self._tokenizer = _tokenizer(name, folder)
         if self._is_clip:
-            model: Any = transformers.CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
+            cls: Any = transformers.CLIPTextModel
             padding = "end token" if self._tokenizer.pad_token_id == self._tokenizer.eos_token_id else "pad token"
         else:
-            model = _encoder_class(transformers, config).from_pretrained(folder, dtype=torch.float32)
-            padding = "zeros"
-        self._model = model.to(device).eval().requires_grad_(False)
+            cls, padding = _encoder_class(transformers, config), "zeros"
+        self._model = load_pretrained(cls, folder, device)
         width = getattr(text_config, "hidden_size", None) or text_config.d_model
         self.record = TextRecord(name, weights_sha256(folder), length, width, 0, padding)
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """See `TextEncoder`."""
-        L = self.record.length
-        options = {"max_length": L, "truncation": True, "return_tensors": "pt"}
-        features = torch.empty(len(prompts), L, self.record.width)
-        # Prompts of like lengths run together, so that little is padded.
-        order = range(len(prompts)) if self._is_clip else sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(prompts), CHUNK):
-            chunk = order[start : start + CHUNK]
-            tokens = self._tokenizer([prompts[i] for i in chunk], padding="max_length" if self._is_clip else True, **options)
-            ids, mask = (tokens[k].to(self._model.device) for k in ("input_ids", "attention_mask"))
-            with torch.inference_mode():
-                if self._is_clip:
+        L, padding = self.record.length, "max_length" if self._is_clip else "do_not_pad"
+        tokens = self._tokenizer(list(prompts), max_length=L, truncation=True, padding=padding).input_ids
+        by_length: dict[int, list[int]] = {}
+        for place, ids in enumerate(tokens):
+            by_length.setdefault(len(ids), []).append(place)
+        features = torch.zeros(len(prompts), L, self.record.width)
+        for length, places in by_length.items():
+            for chunk in torch.tensor(places).split(CHUNK):
+                ids = torch.tensor([tokens[place] for place in chunk]).to(self._model.device)
+                with torch.inference_mode():
                     found = self._model(input_ids=ids).last_hidden_state
-                else:
-                    found = self._model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
-            features[list(chunk)] = F.pad(found.float(), (0, 0, 0, L - found.shape[1])).cpu()
+                features[chunk, :length] = found.float().cpu()
         return Text(features)
 
-    def cut(self, prompt: str) -> str:
+    def cut(self, prompts: Sequence[str]) -> list[str]:
         """See `TextEncoder`."""
-        return _cut(self._tokenizer, prompt, self.record.length)
+        return _cut(self._tokenizer, prompts, self.record.length)
 
 
 class SD3Encoders:
@@ -199,10 +198,7 @@ class SD3Encoders:
             if not (model.is_dir() and tokenizer.is_dir()):
                 raise UserError(f"--encoder {name}: an SD3 pipeline has {model.name}/ and {tokenizer.name}/, too")
         self._tokenizers = [_tokenizer(name, tokenizer) for _, tokenizer in parts]
-        self._models = [
-            cls.from_pretrained(model, dtype=torch.float32).to(device).eval().requires_grad_(False)
-            for cls, (model, _) in zip(classes, parts, strict=True)
-        ]
+        self._models = [load_pretrained(cls, model, device) for cls, (model, _) in zip(classes, parts, strict=True)]
         clip_l, clip_g, t5 = (model.config for model in self._models)
         self._clip_length = min(77, clip_l.max_position_embeddings)
         self._length = length - self._clip_length if whole else length
@@ -231,9 +227,17 @@ class SD3Encoders:
         features = torch.cat([F.pad(both, (0, t5.shape[-1] - both.shape[-1])), t5], dim=1)
         return features.float().cpu(), torch.cat([clip.text_embeds for clip in clips], dim=-1).float().cpu()
 
-    def cut(self, prompt: str) -> str:
+    def cut(self, prompts: Sequence[str]) -> list[str]:
         """See `TextEncoder`; what T5 does not see."""
-        return _cut(self._tokenizers[2], prompt, self._length)
+        return _cut(self._tokenizers[2], prompts, self._length)
+
+
+def load_pretrained(cls: Any, folder: Path, device: torch.device | str) -> Any:
+    """A frozen float32 model of transformers. Raises ValueError where the folder lacks weights, which would stay random."""
+    model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):  # BERT's, which nothing looks at
+        raise ValueError(f"{folder} holds no weights for {len(missing)} part(s) of {type(model).__name__}: {missing[0]} …")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -306,8 +310,8 @@ def _encoder_class(transformers: Any, config: Any) -> Any:
     return transformers.AutoModelForTextEncoding if type(config) in mapping else transformers.AutoModel
 
 
-def _cut(tokenizer: Any, prompt: str, length: int) -> str:
+def _cut(tokenizer: Any, prompts: Sequence[str], length: int) -> list[str]:
     """What lies behind the tokens that fit beside the special ones."""
-    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    room = length - tokenizer.num_special_tokens_to_add()
-    return "" if len(ids) <= room else tokenizer.decode(ids[max(room, 0) :])
+    tokens = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids if prompts else []
+    room = max(0, length - tokenizer.num_special_tokens_to_add())
+    return [tokenizer.decode(ids[room:]) for ids in tokens if len(ids) > room]

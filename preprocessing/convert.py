@@ -15,6 +15,7 @@ from common.errors import UserError, first_line
 from common.file_tree import FileTree
 from common.files import DataError, encode_name
 from common.image_files import png_bytes, png_pixels
+from common.sizes import format_sides
 from config.tool_options import ConvertConfig
 from preprocessing.output import SKIPPED_FILE, Folder, ZipDest, create, label_file
 from preprocessing.source import list_images, open_source
@@ -24,13 +25,14 @@ GROUP = 8  # images that a worker takes up and hands over together
 
 
 def convert(config: ConvertConfig) -> None:
-    """Any images → `00000/img00000000.png` …: square RGB PNGs of one size, numbered by their place in the sorted source."""
+    """Any images → `00000/img00000000.png` …: RGB PNGs of one size, square but for resize-crop, numbered by their place in the sorted source."""
     transform = make_transform(config.transform, parse_resolution(config.resolution))
     source = open_source(config.source, config.dest)
     names, labels = list_images(source, config.max_images)
     targets = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(names))]
-    side = first_side(source, names, transform, strict=config.strict)
-    if side is None:
+    any_shape = config.transform == "resize-crop"
+    size = first_size(source, names, transform, strict=config.strict, any_shape=any_shape)
+    if size is None:
         raise UserError(
             f"--source {config.source}: no image can be read, or none is large enough for {config.transform} at {config.resolution}"
         )
@@ -45,7 +47,7 @@ def convert(config: ConvertConfig) -> None:
     with create(config.dest, making, targets, png_pixels) as dest, ExitStack() as stack:
         folder = None if isinstance(dest, ZipDest) else Folder(dest.path, png_pixels)
         present = {} if folder else {target: dest.existing(target) for target in targets}
-        work = Conversion(source, names, targets, transform, side, folder, present)
+        work = Conversion(source, names, targets, transform, size, folder, present)
         results = stack.enter_context(closing(work.results(config.workers or cpu_count())))
         bar = stack.enter_context(tqdm(total=len(names), desc="convert", unit="image"))
         for result, name, target in zip(results, names, targets, strict=True):
@@ -63,7 +65,7 @@ def convert(config: ConvertConfig) -> None:
         if skipped:
             dest.write(SKIPPED_FILE, encode_name("".join(skipped)))
         dest.finish(label_file(written, None if labels is None else dict(zip(targets, labels, strict=True))))
-    print(f"{config.dest}: {len(written)} images of {side}x{side}, {'unlabelled' if labels is None else 'labelled'}")
+    print(f"{config.dest}: {len(written)} images of {format_sides(size)}, {'unlabelled' if labels is None else 'labelled'}")
     if skipped:
         print(f"{len(skipped)} images could not be read: {SKIPPED_FILE} there says why (--strict stops at the first)")
 
@@ -80,7 +82,7 @@ class Result(NamedTuple):
 class Conversion(Dataset):
     """[i] → what became of image i. A folder is written by whoever converts; PNGs for a zip are handed over.
 
-    `side`: what all results must have; `present`: the shapes of the targets that a zip holds already.
+    `size`: (height, width) that all results must have; `present`: the shapes of the targets that a zip holds already.
     """
 
     def __init__(
@@ -89,12 +91,12 @@ class Conversion(Dataset):
         names: list[str],
         targets: list[str],
         transform: Transform,
-        side: int,
+        size: tuple[int, int],
         folder: Folder | None,
         present: dict[str, tuple[int, ...] | None],
     ):
         self.source, self.names, self.targets, self.transform = source, names, targets, transform
-        self.side, self.folder, self.present = side, folder, present
+        self.size, self.folder, self.present = size, folder, present
 
     def results(self, workers: int) -> Generator[Result, None, None]:
         """The results in order, computed by `workers` processes a bounded number of images ahead."""
@@ -113,12 +115,12 @@ class Conversion(Dataset):
         try:
             shape = self.folder.existing(target) if self.folder else self.present[target]
             if shape is not None:
-                check_size(target, shape[1], shape[0], self.side)
+                check_size(target, shape, self.size)
                 return Result(is_there=True)
             image = transformed(self.source, name, self.transform)
             if image is None:  # too small for center-crop-wide: left out, the number used up
                 return Result()
-            check_size(self.source.where(name), image.shape[1], image.shape[0], self.side)
+            check_size(self.source.where(name), image.shape, self.size)
             content = png_bytes(image)
             if self.folder is None:
                 return Result(is_there=True, content=content)
@@ -130,8 +132,10 @@ class Conversion(Dataset):
             return Result(error=str(error))
 
 
-def first_side(source: FileTree, names: list[str], transform: Transform, *, strict: bool) -> int | None:
-    """The width of the first result, which all others must have; None where no image gives one."""
+def first_size(
+    source: FileTree, names: list[str], transform: Transform, *, strict: bool, any_shape: bool
+) -> tuple[int, int] | None:
+    """(height, width) of the first result, which all others must have; None where no image gives one."""
     for name in names:
         try:
             image = transformed(source, name, transform)
@@ -140,8 +144,9 @@ def first_side(source: FileTree, names: list[str], transform: Transform, *, stri
                 raise
             continue
         if image is not None:
-            check_size(source.where(name), image.shape[1], image.shape[0], image.shape[1])
-            return image.shape[1]
+            if not any_shape:
+                check_square(source.where(name), image.shape[1], image.shape[0])
+            return image.shape[0], image.shape[1]
     return None
 
 
@@ -154,14 +159,22 @@ def transformed(source: FileTree, name: str, transform: Transform) -> np.ndarray
         raise DataError(f"{source.where(name)}: cannot be transformed: {first_line(error)}") from None
 
 
-def check_size(where: str, width: int, height: int, side: int) -> None:
-    """Raise `UserError` for a result that is not a square of `side` pixels, a power of two."""
+def check_size(where: str, shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    """Raise `UserError` for a result (height, width, 3) that is not of `size`."""
+    if size[0] == size[1] and not size[0] & (size[0] - 1):
+        check_square(where, shape[1], shape[0])
+    if shape[:2] != size:
+        raise UserError(
+            f"{where}: the result has {format_sides(shape)} pixels, others {format_sides(size)}; give --transform and --resolution"
+        )
+
+
+def check_square(where: str, width: int, height: int) -> None:
+    """Raise `UserError` for a result that is not a square whose side is a power of two."""
     if height != width:
         raise UserError(f"{where}: the result has {width}x{height} pixels, not a square; give --transform and --resolution")
     if width & (width - 1):
         raise UserError(f"{where}: the result is {width} pixels wide, not a power of two; give --transform and --resolution")
-    if width != side:
-        raise UserError(f"{where}: the result is {width} pixels wide, others {side}; give --transform and --resolution")
 
 
 def _end_with_parent(_: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common import image_files
-from common.distributed import LONG_WAIT, start_processes
+from common.distributed import start_processes
 from common.files import DataError
 from common.precision import set_tf32
 from config.tool_options import EncodeConfig
@@ -36,7 +36,7 @@ def encode(config: EncodeConfig) -> None:
     making = {"command": "encode", "source": str(source.path.resolve()), "vae": config.vae, "dtype": config.dtype}
     making["flip"] = config.flip
     # They meet again at the end alone, and that of the slowest may be hours after that of the quickest.
-    state = start_processes(LONG_WAIT)
+    state = start_processes(config.timeout_minutes)
     with open_dest(Path(config.dest), making, targets, config.shard_size if config.packed else None, state) as dest:
         set_tf32(False)  # the latents are promised in float32
         vae, record = load_vae(config.vae, state.device or "cpu")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError, first_line
+from common.errors import UserError
 from common.files import make_folder, write_atomically
 from common.tensor_files import load, load_safetensors, save_safetensors
 from common.torchvision_shim import import_torchvision
@@ -28,7 +28,7 @@ RENAMED = (
     (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
     (r"\.up\.(\d+)\.attn\.", r".up_blocks.\1.attentions."),
     (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-    (r"(?<!attentions)\.norm_out\.", ".conv_norm_out."),
+    (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
     (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
@@ -141,7 +141,9 @@ def to_diffusers(weights: dict[str, Tensor], options: dict[str, Any], where: Pat
     except UserError:
         raise
     except Exception as error:  # weights that lack a part, or have one more
-        raise UserError(f"--source {where}: not a VAE as latent-diffusion has them: {first_line(error)}") from None
+        raise UserError(
+            f"--source {where}: not a VAE as latent-diffusion has them: {' '.join(str(error).split())[:200]}"
+        ) from None
     return vae
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.distributed import LONG_WAIT, start_processes
+from common.distributed import start_processes
 from common.errors import UserError
 from common.files import WriteError, file_sha256, make_folder, write_atomically
 from common.logging import warn
@@ -56,7 +56,7 @@ def text(config: TextConfig) -> None:
     folder = Path(config.source) / ("packed" if config.packed else "text")
     if (folder / RECORD_FILE).is_file():
         raise UserError(f"{folder}: holds finished text features; remove them ({RECORD_FILE} at least) to encode again")
-    state = start_processes(LONG_WAIT)
+    state = start_processes(config.timeout_minutes)
     set_tf32(False)
     encoder = load_text_encoder(config.encoder, config.length, state.device or "cpu")
     digest = hashlib.sha256(json.dumps(list(captions.items())).encode()).hexdigest()
@@ -101,7 +101,7 @@ def _fill(
     dest: "LooseText | PackedText",
     prompts: list[list[str]],
     encode: Callable[[list[str]], Text],
-    cut: Callable[[str], str],
+    cut: Callable[[list[str]], list[str]],
     state: Any,
     workers: int,
 ) -> list[str]:
@@ -115,9 +115,10 @@ def _fill(
         for block in blocks[rank::ranks]:
             if not dest.is_there(block):
                 of_block = [prompt for i in block for prompt in prompts[i]]
-                encoded = encode(of_block)
-                lost += filter(None, map(cut, of_block))
-                arrays = [t.numpy().astype(dest.dtype) for t in encoded if t is not None]
+                row = {prompt: n for n, prompt in enumerate(dict.fromkeys(of_block))}  # each is encoded once
+                encoded, rows = encode(list(row)), [row[prompt] for prompt in of_block]
+                lost += cut(of_block)
+                arrays = [t.numpy().astype(dest.dtype)[rows] for t in encoded if t is not None]
                 if not all(np.isfinite(array).all() for array in arrays):
                     message = f"captions of images {block[0]} … {block[-1]}: the features are not all finite in {dest.dtype}"
                     raise UserError(message, local=True)

@@ -24,22 +24,29 @@ def parse_resolution(text: str | None) -> tuple[int, int] | None:
 
 
 def make_transform(name: str, size: tuple[int, int] | None) -> Transform:
-    """The transform `name` to `size` = (width, height); `UserError` for a size that it cannot make square, of a power of two."""
+    """The transform `name` to `size` = (width, height).
+
+    `UserError` for a size that it cannot make: all but resize-crop give squares whose side is a power of two.
+    """
     if size is None:
         if name != "none":
             raise UserError(f"--transform {name}: needs --resolution, e.g. 256x256")
         return unchanged
     width, height = size
+    if name == "resize-crop":
+        return partial(resize_crop, width=width, height=height)
     if width & (width - 1):
-        raise UserError(f"--resolution {width}x{height}: the width must be a power of two")
+        raise UserError(f"--resolution {width}x{height}: the width must be a power of two (resize-crop makes any size)")
     if name == "center-crop-wide":
         if height > width:
             raise UserError(f"--resolution {width}x{height}: center-crop-wide needs a height of at most the width")
         return partial(center_crop_wide, width=width, height=height)
     if width != height:
-        raise UserError(f"--resolution {width}x{height}: must be square (only center-crop-wide pads to a square)")
+        raise UserError(
+            f"--resolution {width}x{height}: must be square (center-crop-wide pads to a square; resize-crop makes any size)"
+        )
     if name == "center-crop-dhariwal":
-        return partial(center_crop_dhariwal, side=width)
+        return partial(resize_crop, width=width, height=width)
     if name == "center-crop":
         return partial(center_crop, width=width, height=height)
     return partial(resize, width=width, height=height)
@@ -77,12 +84,15 @@ def center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray |
     return canvas
 
 
-def center_crop_dhariwal(image: np.ndarray, side: int) -> np.ndarray:
-    """ADM's crop: halved by a box filter while at least twice too large, bicubic to a short side of `side`, central square."""
-    while min(image.shape[:2]) >= 2 * side:
+def resize_crop(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """ADM's crop to width × height: halved by a box filter while at least twice too large, bicubic until it just covers, centre.
+
+    Of a square it is the published center-crop-dhariwal, to the pixel.
+    """
+    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
         image = resize(image, image.shape[1] // 2, image.shape[0] // 2, Image.Resampling.BOX)
     h, w = image.shape[:2]
-    short = min(h, w)
-    image = resize(image, round(w * side / short), round(h * side / short), Image.Resampling.BICUBIC)
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    return image[top : top + side, left : left + side]
+    covering = (round(w * height / h), height) if w * height >= h * width else (width, round(h * width / w))
+    image = resize(image, *covering, Image.Resampling.BICUBIC)
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]

@@ -196,6 +196,8 @@ class Prompts:
         told: list[Any] = [self.texts]
         if self.data is not None:
             told.append("" if (folder := text_folder(self.data.data_dir)) is None else (folder / RECORD_FILE).read_text())
+            if self.words is None:  # nothing but the place tells these captions from others
+                told.append(str(Path(self.data.data_dir).resolve()))
         return {"prompts_sha256": _digest(told), "text_encoder_sha256": self.record.sha256}
 
     def open(self, device: torch.device) -> DataPrompts | EncodedPrompts:
@@ -236,7 +238,7 @@ class Prompts:
         encoder = self.encoder or load_encoder(self.encoder_name, self.record, device)
         rows = [*self.texts, ""]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json([cut for cut in map(encoder.cut, self.texts) if cut], path.with_suffix(".json"))
+        write_json(encoder.cut(self.texts), path.with_suffix(".json"))
         with written_aside(path) as aside, aside.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": self._shape})
             for start in range(0, len(rows), BLOCK):
@@ -316,7 +318,9 @@ def load_encoder(name: str, wanted: TextRecord | None, device: torch.device, len
     try:
         encoder = load_text_encoder(name, wanted.length if wanted else length or 77, device, whole=True)
     except UserError as error:
-        raise UserError(str(error).replace("--encoder", "--text-encoder", 1)) from None
+        message = str(error).replace("--encoder", "--text-encoder", 1)
+        recorded = wanted is not None and wanted.encoder == name
+        raise UserError(message + "; the checkpoint records this name, another place may be given" * recorded) from None
     if wanted is not None:
         encoder.record.check_same(wanted, f"--text-encoder {name}", "the checkpoint")
     return encoder

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 from typing_extensions import override
 
+from common.sizes import sides
 from config.options import GenerateConfig
 from sampling.image_folder import (
     images_folder,
@@ -80,7 +81,7 @@ class NpzAlone(Destination):
     @override
     def missing(self, own: Sequence[int], state: "PartialState") -> set[int]:
         (before,) = broadcast_object_list(
-            [whole_npz(self.npz.path, self._config.resolution) if state.is_main_process else None]
+            [whole_npz(self.npz.path, sides(self._config.resolution)) if state.is_main_process else None]
         )
         return set(missing_in_npz(self.npz, before, own))
 

@@ -5,6 +5,7 @@ from checkpoint import reading
 from checkpoint.architecture import resolve_architecture
 from checkpoint.weights import Weights
 from common.errors import UserError
+from common.sizes import latent_sides
 from config.options import Architecture, GenerateConfig, InferenceTool
 from flows import flow_of
 from models.elit import budget_to_k
@@ -83,5 +84,5 @@ def _check(config: GenerateConfig | InferenceTool, weights: Weights, own: Archit
 
 def _states(options: Architecture, weights: Weights) -> list[tuple[int, ...]]:
     """The shapes (C, h, w) that a sampler moves from noise to data."""
-    side = options.resolution // weights.record.downsample_factor
-    return [tuple(shape) for shape in flow_of(options).state_shapes((weights.record.latent_channels, side, side))]
+    size = latent_sides(options.resolution, weights.record.downsample_factor)
+    return [tuple(shape) for shape in flow_of(options).state_shapes((weights.record.latent_channels, *size))]

@@ -18,6 +18,7 @@ from checkpoint.weights import Weights
 from common.errors import UserError
 from common.files import check_name, join_inside, parse_json, write_json
 from common.image_files import save_png
+from common.sizes import Resolution, sides
 from config.options import GenerateConfig
 from config.rules import folder_labels, names
 from data.captions import CAPTIONS_FILE
@@ -48,8 +49,8 @@ def images_folder(config: GenerateConfig) -> Path:
     return parent / name
 
 
-def stage_folders(config: GenerateConfig) -> dict[int, tuple[Path, int]]:
-    """Stage → folder and side in pixels of its images: -1 for the finished ones; with `preview` also the coarser stages."""
+def stage_folders(config: GenerateConfig) -> dict[int, tuple[Path, Resolution]]:
+    """Stage → folder and size in pixels of its images: -1 for the finished ones; with `preview` also the coarser stages."""
     folder = images_folder(config)
     coarser = flow_of(config).preview_sides(config.resolution) if config.preview else {}
     return {-1: (folder, config.resolution)} | {
@@ -159,7 +160,7 @@ def write_captions(folder: Path, prompts: Sequence[str], count: int) -> None:
 
 
 def missing_images(
-    folder: Path, indices: Iterable[int], resolution: int, keep: Callable[[int, np.ndarray], None] | None = None
+    folder: Path, indices: Iterable[int], resolution: Resolution, keep: Callable[[int, np.ndarray], None] | None = None
 ) -> list[int]:
     """Those of `indices` whose file is not there or is not a whole PNG of the right size; `keep` gets the others' pixels."""
 
@@ -167,7 +168,7 @@ def missing_images(
         try:
             with Image.open(folder / image_name(index)) as image:
                 image.load()
-                if image.size != (resolution, resolution) or image.mode != "RGB":
+                if image.size[::-1] != sides(resolution) or image.mode != "RGB":
                     return False
                 pixels = np.asarray(image)
         except (OSError, SyntaxError, ValueError):
@@ -220,7 +221,7 @@ def _write_image(folder: Path | None, npz: NpzWriter | None, index: int, image: 
 def npz_writer(config: GenerateConfig) -> NpzWriter:
     """Of the npz beside the folder."""
     folder = images_folder(config)
-    return NpzWriter(folder.with_name(folder.name + ".npz"), config.num_fid_samples, config.resolution)
+    return NpzWriter(folder.with_name(folder.name + ".npz"), config.num_fid_samples, sides(config.resolution))
 
 
 def missing_in_npz(npz: NpzWriter, before: ImageSet | None, indices: Sequence[int]) -> list[int]:
@@ -238,11 +239,11 @@ def missing_in_npz(npz: NpzWriter, before: ImageSet | None, indices: Sequence[in
         return [i for i, ok in zip(indices, pool.map(good, indices), strict=True) if not ok]
 
 
-def whole_npz(path: Path, side: int) -> ImageSet | None:
-    """The npz of an earlier run with images of `side` pixels; None where there is none, or it is damaged. Reads all of it."""
+def whole_npz(path: Path, size: tuple[int, int]) -> ImageSet | None:
+    """The npz of an earlier run with images of `size` (height, width); None where there is none, or it is damaged. Reads all of it."""
     try:
         images = open_images(path)
         images.sha256()
-        return images if images.size == (side, side) else None
+        return images if images.size == size else None
     except UserError:
         return None

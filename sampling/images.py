@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common import precision
+from common.sizes import sides
 from config.options import GenerateConfig
 from flows import OnStage
 from sampling import session
@@ -105,5 +106,5 @@ def _start(loaded: Session, config: GenerateConfig, batch: Sequence[int], on_sta
 
 def _finish(batch: Sequence[int], decoding: Decoding | None, config: GenerateConfig) -> tuple[Sequence[int], Tensor]:
     if decoding is None:
-        return batch, torch.empty(0, 3, config.resolution, config.resolution, dtype=torch.uint8)
+        return batch, torch.empty(0, 3, *sides(config.resolution), dtype=torch.uint8)
     return batch, decoding.images()

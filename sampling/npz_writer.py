@@ -24,14 +24,14 @@ class NpzWriter:
     Args:
         path: the npz.
         count: of images.
-        side: in pixels.
+        size: (height, width) of them.
     """
 
-    def __init__(self, path: Path, count: int, side: int):
+    def __init__(self, path: Path, count: int, size: tuple[int, int]):
         self.path, self.unfinished = path, path.with_name(path.name + ".tmp")
-        self._count, self._size = count, side * side * 3
+        self._count, self._size = count, size[0] * size[1] * 3
         header = io.BytesIO()
-        shape = (count, side, side, 3)
+        shape = (count, *size, 3)
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
         self._header = header.getvalue()
         self._start = len(self._member(0).FileHeader(zip64=True)) + len(self._header)

@@ -17,6 +17,7 @@ from checkpoint.architecture import resolve_architecture
 from checkpoint.weights import Weights, build_model
 from common import precision
 from common.errors import UserError
+from common.sizes import latent_sides
 from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from flows import FlowMatching, OnStage, flow_of
@@ -241,8 +242,8 @@ def load(config: Options, weights: Weights, device: torch.device, vaes: dict | N
                 models.compile_model(network)
         networks.append(network)
     model, guide = networks
-    side = config.resolution // weights.record.downsample_factor
-    loaded = Session(config, model, vae, record.sha256, (weights.record.latent_channels, side, side), guide)
+    size = latent_sides(config.resolution, weights.record.downsample_factor)
+    loaded = Session(config, model, vae, record.sha256, (weights.record.latent_channels, *size), guide)
     if weights.prompts is None:
         return loaded
     prompts = weights.prompts.open(device)

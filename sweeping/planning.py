@@ -14,6 +14,7 @@ from checkpoint.weights import Weights, meta_model
 from common.errors import UserError
 from common.files import check_folder
 from common.logging import warn
+from common.sizes import sides
 from config.options import Architecture, GenerateConfig
 from config.parsing import flag
 from config.sweep_options import AXES
@@ -106,7 +107,7 @@ class Plan:
         for source in self.sources:
             if source.ref not in self.scorers:
                 fields["ref"] = source.ref
-                size = source.config.resolution, source.config.resolution
+                size = sides(source.config.resolution)
                 self.scorers[source.ref] = Scorer(MetricOptions(**fields), smallest, size, state, warn, source.prompts)
 
     def _source(self, ckpt: str, ref: str, points: Sequence[Values], by_hand: Values) -> Source:

@@ -1,6 +1,6 @@
 """What a training run holds in memory, counted on fake tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import models
 from common.precision import AMP_TYPES, autocast
+from common.sizes import latent_sides
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss
@@ -18,6 +19,7 @@ from models.backbone import Backbone
 from models.encoders import TargetEncoder
 from models.text_encoders import TextRecord
 from models.vae import VAERecord
+from training import sharding
 from training.setup import build_model
 
 GIB = 2**30
@@ -31,6 +33,12 @@ class StateBytes:
     gradients: int
     optimizer: int
     ema: int  # all copies
+    gathered: int = 0  # of a sharded model, what is whole for a time
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.gathered
 
 
 def state_bytes(model: nn.Module, ema_copies: int) -> StateBytes:
@@ -41,6 +49,27 @@ def state_bytes(model: nn.Module, ema_copies: int) -> StateBytes:
     return StateBytes(size + tables, size, 2 * size + steps, ema_copies * (size + tables))
 
 
+def process_bytes(model: Backbone, config: TrainConfig, processes: int) -> StateBytes:
+    """What the first of `processes` holds of that: with `--shard` its shards, else everything but its part of the averages."""
+    copies, size = len(config.ema_decay), sharding.group_size(config.shard, processes)
+    whole = state_bytes(model, copies)
+    if size == 1:
+        return replace(whole, ema=-(-whole.ema // processes))
+    own = sum(4 * sharding.shard_like(p, size).numel() for p in model.parameters())
+    tables, steps = whole.weights - whole.gradients, whole.optimizer - 2 * whole.gradients
+    gathered = _gathered_bytes(model, config)
+    return StateBytes(own + tables, own, 2 * own + steps, copies * own, gathered)
+
+
+def _gathered_bytes(model: Backbone, config: TrainConfig) -> int:
+    """Of a sharded model's backward pass: two parts' weights, one's gradients as computed and as sent, and what is no part."""
+    narrow, width = AMP_TYPES[config.mixed_precision], sharding.COMM_TYPES[config.comm_dtype].itemsize
+    numbers = {part: sum(p.numel() for p in part.parameters()) for part in sharding.sharded_parts(model)}
+    rest = sum(p.numel() for p in model.parameters()) - sum(numbers.values())
+    sizes = [((sharding.gathered_dtype(part, narrow) or torch.float32).itemsize, n) for part, n in numbers.items()]
+    return max(3 * each * n + width * n for each, n in sizes) + 2 * 4 * rest
+
+
 def activation_bytes(
     config: TrainConfig,
     record: VAERecord,
@@ -48,16 +77,19 @@ def activation_bytes(
     batch_size: int,
     budget: float | None,
     text: TextRecord | None = None,
+    is_sharded: bool = False,
 ) -> int:
     """What autograd keeps of one forward of `batch_size` images for the backward pass, parameters not counted.
 
     A step on fake tensors, which have sizes but no memory: what would be saved is counted, each storage once. Under
-    autocast that includes the parameters' copies in half precision. With gradient checkpointing it is what the forward keeps,
+    autocast that includes the parameters' copies in half precision, but those of the parts that `--shard` gathers so. With gradient checkpointing it is what the forward keeps,
     the blocks' inputs among it, and one block computed again.
     """
     saved: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode():
         model = build_model(config, record, [e.z_dim for e in encoders], text)
+        if is_sharded:
+            sharding.narrow_parts(model, AMP_TYPES[config.mixed_precision])
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,8 +127,8 @@ def _fake_losses(
     budget: float | None,
 ) -> torch.Tensor:
     """The losses (B,) of a step at this budget, under the condition that keeps most."""
-    flow, side = flow_of(config), config.resolution // record.downsample_factor
-    draws = flow.empty_draws(batch_size, (record.latent_channels, side, side))
+    flow, size = flow_of(config), latent_sides(config.resolution, record.downsample_factor)
+    draws = flow.empty_draws(batch_size, (record.latent_channels, *size))
     x, y = torch.empty_like(draws.noise), cast(Backbone, model).example_condition(batch_size)
     call = Projecting(model) if hasattr(model, "projectors") else model
     with autocast(config.mixed_precision, torch.device("cpu")):

@@ -6,7 +6,6 @@ Nothing here needs an accelerator or the memory of the model: costs are counted 
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,12 +22,17 @@ from models.costs import projector_flops
 from models.encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from models.vae import SD_VAE, load_vae
 from training.budgets import mean_training_flops, trained_budgets
-from training.memory import activation_bytes, format_gib, state_bytes
+from training.cards import CARDS, find_card
+from training.cluster import MIB, Cluster, Scheme, mean
+from training.memory import GIB, activation_bytes, format_gib, process_bytes, state_bytes
 from training.resume import with_recorded_split
 from training.run_data import RunData, open_data
 from training.run_dir import RunDir
 from training.setup import build_model, ema_warnings, token_grid
+from training.sharding import COMM_TYPES, group_size, launched_processes
 from training.stats import encoder_flops
+from training.step_time import Machine, estimate
+from training.step_trace import compiled, trace_step
 
 SAMPLES_READ = 64  # by --plan, evenly spread
 
@@ -38,7 +42,8 @@ class Plan:
 
     def __init__(self, config: TrainConfig):
         config = self.config = with_recorded_split(config, RunDir(config, is_main=True))
-        self.processes = config.plan_processes or int(os.environ.get("WORLD_SIZE", 1))
+        self.processes = config.plan_processes or launched_processes()
+        self.local_batch = max(1, config.batch_size // self.processes)
         self.lines: list[str] = []
         self.errors: list[str] = []
         self.data: RunData | None = None
@@ -71,6 +76,7 @@ class Plan:
         self.describe_model()
         self.describe_data()
         self.describe_memory()
+        self.describe_step()
         self.describe_outputs()
         self.describe_parts()
         print("\n".join(self.lines), flush=True)
@@ -138,34 +144,82 @@ class Plan:
 
     def describe_memory(self) -> None:
         """Lines on what a process holds in memory."""
-        config = self.config
-        state = state_bytes(self.model, len(config.ema_decay))
-        local = max(1, config.batch_size // self.processes)
+        config, state = self.config, process_bytes(self.model, self.config, self.processes)
         ends = sorted(set(self.budgets[:1] + self.budgets[-1:]), key=lambda b: -(b or 1))
-        activations = [activation_bytes(config, self.record, self.encoders, local, b, self.text) for b in ends]
+        is_sharded = group_size(config.shard, self.processes) > 1
+        place = (config, self.record, self.encoders, self.local_batch)
+        activations = [activation_bytes(*place, b, self.text, is_sharded) for b in ends]
         encoders = sum(p.numel() * p.element_size() for e in self.encoders for p in e.parameters())
-        ema = -(-state.ema // self.processes)  # each keeps its part
-        total = state.weights + state.gradients + state.optimizer + ema + activations[0] + encoders
+        self.memory = state.total + activations[0] + encoders
         self.say(
             "memory",
-            f"{format_gib(total)} per process and {local} images, {config.mixed_precision}; kernels' workspace not counted",
+            f"{format_gib(self.memory)} per process and {self.local_batch} images, {config.mixed_precision}; kernels' workspace not counted",
         )
-        names = {"weights": state.weights, "gradients": state.gradients, "AdamW": state.optimizer, "EMA": ema}
-        if encoders:
-            names["encoders"] = encoders
+        names = {"weights": state.weights, "gradients": state.gradients, "AdamW": state.optimizer, "EMA": state.ema}
+        names |= {name: size for name, size in (("gathered", state.gathered), ("encoders", encoders)) if size}
         for name, size in names.items():
             self.say("", f"{name:<12}{format_gib(size)}")
         at = [
             f"{format_gib(size)}{'' if b is None else f' at budget {b:g}'}" for b, size in zip(ends, activations, strict=True)
         ]
         self.say("", f"{'activations':<12}{', '.join(at)}")
-        if torch.cuda.is_available():
-            available = torch.cuda.get_device_properties(0).total_memory
-            if total > available:
-                self.errors.append(
-                    f"--batch-size {config.batch_size}: {format_gib(total)} per process, but {torch.cuda.get_device_name(0)} has {format_gib(available)}"
-                )
-        self.checkpoint_bytes = state.weights + state.optimizer + state.ema
+        if config.plan_card is None and torch.cuda.is_available():
+            self.check_memory(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+        whole = state_bytes(self.model, len(config.ema_decay))
+        self.checkpoint_bytes = whole.weights + whole.optimizer + whole.ema
+
+    def check_memory(self, card: str, available: float) -> None:
+        """A mistake where a process needs more than the card has."""
+        if self.memory > available:
+            self.errors.append(
+                f"--batch-size {self.config.batch_size}: {format_gib(self.memory)} per process, but {card} has {format_gib(available)}"
+            )
+
+    def describe_step(self) -> None:
+        """Lines on the estimated time of a step by the data sheet of a card, and on what is sent."""
+        config, name = self.config, self.config.plan_card
+        if name is None and torch.cuda.is_available():
+            name = torch.cuda.get_device_name(0)
+        card = find_card(name) if name is not None else None
+        if config.plan_card is not None and card is None:
+            self.errors.append(f"--plan-card {config.plan_card}: not known; choose from {', '.join(CARDS)}")
+        if name is None or card is None:
+            return
+        if config.plan_card is not None:
+            self.check_memory(config.plan_card, card.memory * GIB)
+        peak = card.peak(config.mixed_precision, config.allow_tf32)
+        if peak is None:
+            self.say("estimate", f"none: the peak of {name} in float32 without --allow-tf32 is not known")
+        elif config.elit_budget_schedule is not None:
+            self.say("estimate", "none: --elit-budget-schedule makes several forwards of a step")
+        else:
+            self.estimate_step(name, Machine.of(card, peak))
+
+    def estimate_step(self, name: str, machine: Machine) -> None:
+        """Lines on a step of these cards: the mean over the largest, the middle and the smallest budget."""
+        config, local = self.config, self.local_batch
+        cluster = Cluster(self.processes, min(config.plan_per_node, self.processes))
+        size, micro_steps = group_size(config.shard, self.processes), config.gradient_accumulation_steps
+        scheme = Scheme(size, COMM_TYPES[config.comm_dtype].itemsize, config.bucket_cap_mb * MIB, micro_steps)
+        repa = local * (3 * projector_flops(self.model) + sum(map(encoder_flops, self.encoders)))
+        budgets = list(dict.fromkeys(self.budgets[i] for i in (0, len(self.budgets) // 2, -1)))
+        estimates = []
+        for budget in budgets:
+            trace = trace_step(config, local, budget, processes=self.processes, record=self.record, text=self.text)
+            trace = trace if config.compile is False else compiled(trace)
+            estimates.append(estimate(trace, machine, cluster, scheme, repa))
+        timing = mean([e.timing for e in estimates])
+        device, host = (
+            1e3 * sum(values) / len(values) for values in zip(*((e.device, e.host) for e in estimates), strict=True)
+        )
+        several = "at budget" if len(budgets) == 1 else "the mean of budgets"
+        at = "" if budgets == [None] else f", {several} {', '.join(f'{b:g}' for b in budgets)}"
+        rate = local * micro_steps * self.processes / timing.seconds
+        self.say("estimate", f"{timing.seconds:.3g} s per step on {self.processes:,} × {name}{at}: {rate:,.0f} images/s")
+        how = "eager" if config.compile is False else "compiled"
+        wait = f"{1e3 * timing.waiting:.3g} ms waiting for others; {timing.sent / 1e9:.3g} GB sent by each"
+        self.say("", f"{device:.3g} ms of the GPU, {host:.3g} ms of the host to launch it ({how}), {wait}")
+        self.say("", f"assumes {machine.describe()}; {cluster.describe()}")
 
     def describe_outputs(self) -> None:
         """A line on the run folder, and whether its checkpoints fit on the disk."""

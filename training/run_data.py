@@ -8,6 +8,7 @@ import numpy as np
 
 import models
 from common.errors import UserError
+from common.sizes import check_divisible
 from config.options import TrainConfig
 from data.dataset import LatentDataset, normalised_record
 from models.encoders import encoder_names
@@ -63,6 +64,9 @@ def open_data(config: TrainConfig, num_processes: int) -> RunData:
     num_classes = None if text else config.num_classes
     images = bool(encoder_names(config.enc_type, config.proj_coeff))
     dataset = LatentDataset(config.data_dir, images=images, text=text, flip=config.flip, cache_dir=config.cache_dir)
+    factor, patch = dataset.record.downsample_factor, models.model_spec(config.model).sizes.get("patch_size", 1)
+    why = f"{config.model} on latents of factor {factor} needs multiples of {factor * patch}"
+    check_divisible(config.resolution, factor * patch, why)
     dataset.check(num_classes=num_classes, resolution=config.resolution)
     val_data = None
     if config.val_data_dir:

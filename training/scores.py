@@ -20,6 +20,7 @@ from checkpoint import training_state
 from common.errors import UserError
 from common.files import DataError, write_json
 from common.logging import warn
+from common.sizes import format_sides, sides
 from config.options import Architecture, GenerateConfig, TrainConfig
 from config.score_options import ScoreOptions
 from config.tool_options import MetricOptions
@@ -98,10 +99,10 @@ def check(config: TrainConfig) -> None:
         ref = open_images(config.eval_ref)
     except UserError as error:
         raise UserError(f"--eval-ref {error}") from None
-    if ref.count and ref.size != (config.resolution, config.resolution):
-        size = f"{ref.size[1]}x{ref.size[0]}"
+    if ref.count and ref.size != sides(config.resolution):
         raise UserError(
-            f"--eval-ref {config.eval_ref}: has images of {size} pixels; those of the run have --resolution {config.resolution}"
+            f"--eval-ref {config.eval_ref}: has images of {format_sides(ref.size)} pixels; those of the run have "
+            f"--resolution {config.resolution}"
         )
 
 
@@ -149,7 +150,7 @@ class Scores:
         self.config, self.accelerator, self.run_dir, self.shape = config, accelerator, run_dir, data.shape
         self.conditions = data.conditions
         self.vae = vae or load_vae(config.vae or data.record.vae, accelerator.device, expected=data.record)[0]
-        size = (config.resolution, config.resolution)
+        size = sides(config.resolution)
         with _own_options():
             prompts = self.conditions.words if config.clip_score else None
             self.scorer = Scorer(metric_options(config), config.eval_samples, size, PartialState(), warn, prompts)

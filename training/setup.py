@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ import models
 from checkpoint import reading
 from checkpoint.init_from import init_from
 from checkpoint.weights import model_options
-from common.distributed import LONG_WAIT, check_world_size
+from common.distributed import check_world_size, wait_time
 from common.errors import UserError, did_you_mean
 from common.files import check_name
 from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
+from common.sizes import latent_size
 from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
@@ -58,7 +60,7 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int], text:
     sizes = (text.length, text.width, text.pooled) if text else ()
     model = models.create_model(
         config.model,
-        input_size=config.resolution // record.downsample_factor,
+        input_size=latent_size(config.resolution, record.downsample_factor),
         in_channels=record.latent_channels,
         num_classes=config.num_classes,
         fused_attn=config.fused_attn,
@@ -207,6 +209,11 @@ def ddp_options(config: TrainConfig) -> DDPOptions:
     return options
 
 
+def process_wait(config: TrainConfig) -> timedelta:
+    """How long processes wait for each other; one of them works out the scores."""
+    return wait_time(config.timeout_minutes, alone=bool(config.eval_steps))
+
+
 def create_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of this process. Raises UserError where accelerate's own configuration contradicts the options."""
     on_cpu = not torch.accelerator.is_available()  # several processes on a CPU must be told, or each trains alone
@@ -216,8 +223,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.output_dir) / config.exp_name / config.logging_dir),
-        # One process works out the scores.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONG_WAIT)] if config.eval_steps else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=process_wait(config))],
     )
     # Accelerate takes no subclass as an argument.
     accelerator.ddp_handler = ddp_options(config)  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,6 +11,7 @@ import operator
 import os
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,8 +66,11 @@ def launched_processes() -> int:
     return int(world) if world.isdecimal() and int(world) else 1
 
 
-def create_mesh(shard: str, processes: int, device: torch.device) -> "DeviceMesh | None":
-    """The processes as (shards), or as (groups that have the same shards, shards); None where nothing is sharded."""
+def create_mesh(shard: str, processes: int, device: torch.device, wait: timedelta) -> "DeviceMesh | None":
+    """The processes as (shards), or as (groups that have the same shards, shards); None where nothing is sharded.
+
+    `wait`: how long they wait for each other.
+    """
     size = group_size(shard, processes)
     if size == 1:
         return None
@@ -74,7 +78,10 @@ def create_mesh(shard: str, processes: int, device: torch.device) -> "DeviceMesh
 
     if size == processes:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (processes // size, size), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, (processes // size, size), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():  # which have PyTorch's default
+        dist.distributed_c10d._set_pg_timeout(wait, group)
+    return mesh
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -95,6 +102,19 @@ def gathered_dtype(part: nn.Module, narrow: torch.dtype | None) -> torch.dtype |
     layers = [m for m in part.modules() if any(True for _ in m.parameters(recurse=False))]
     is_wide = isinstance(part, FinalLayer) or not all(isinstance(m, nn.Linear) for m in layers)
     return None if is_wide else narrow
+
+
+def narrow_parts(model: Backbone, narrow: torch.dtype | None) -> None:
+    """Give a model without memory the types that its parts are gathered in, as its forward meets them."""
+    for part in sharded_parts(model):
+        if (dtype := gathered_dtype(part, narrow)) is not None:
+            for name, parameter in list(part.named_parameters()):
+                _assign(part, name, nn.Parameter(parameter.detach().to(dtype)))
+
+
+def shard_like(parameter: Tensor, size: int) -> Tensor:
+    """An empty tensor like the largest shard of a parameter that `size` processes split: the first one's rows."""
+    return parameter.new_empty((-(-parameter.shape[0] // size), *parameter.shape[1:]) if size > 1 else parameter.shape)
 
 
 class ShardedModel:

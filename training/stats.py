@@ -1,7 +1,6 @@
 """What training measures: losses and gradients, summed on the device until a line is logged, and speed."""
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -14,51 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.backbone import Backbone
 from models.costs import forward_flops, projector_flops
 from models.encoders import TargetEncoder
+from training.cards import find_card
 
 TENTHS = 10  # intervals of t whose losses are told apart
 
 
-# TFLOP/s that dense matrix products can reach: 16 bits with float32 sums, float32 as TF32. By whole words of the device's name: the
-# first entry whose words stand together in it counts.
-PEAKS: dict[str, tuple[int, int | None]] = {
-    "B300": (2250, 1125),
-    "B200": (2250, 1100),
-    "GH200": (989, 494),
-    "H200 NVL": (835, 417),
-    "H200": (989, 494),
-    "H100 PCIe": (756, 378),
-    "H100 NVL": (835, 417),
-    "H100": (989, 494),
-    "H800 PCIe": (756, 378),
-    "H800": (989, 494),
-    "H20": (148, 74),
-    "A100": (312, 156),
-    "A800": (312, 156),
-    "A40": (150, 75),
-    "A30": (165, 82),
-    "A10G": (70, 35),
-    "A10": (125, 62),
-    "L40S": (362, 183),
-    "L40": (181, 90),
-    "L4": (121, 60),
-    "V100": (125, None),
-    "RTX 6000 Ada": (364, 182),
-    "RTX A6000": (155, 77),
-    "RTX 5090": (209, 105),
-    "RTX 4090": (165, 83),
-    "RTX 3090": (71, 36),
-}
-OTHERS = {"Laptop", "Max", "D", "Ti"}  # words of slower or faster cards that share a name with one of these
-
-
 def peak_tflops(device: torch.device, mixed_precision: str, allow_tf32: bool) -> float | None:
     """TFLOP/s that one such device could reach in this precision; `None` where it is not known."""
-    if device.type != "cuda" or (mixed_precision == "no" and not allow_tf32):
-        return None
-    words = re.findall(r"\w+", torch.cuda.get_device_name(device))
-    name = f" {' '.join(words)} "
-    peaks = next((peaks for known, peaks in PEAKS.items() if f" {known} " in name and OTHERS.isdisjoint(words)), None)
-    return peaks and peaks[0 if mixed_precision != "no" else 1]
+    card = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if card is None else card.peak(mixed_precision, allow_tf32)
 
 
 def encoder_flops(encoder: TargetEncoder) -> int:

@@ -46,7 +46,9 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
         self.accelerator = accelerator = setup.create_accelerator(config)
-        self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device)
+        self.mesh = sharding.create_mesh(
+            config.shard, accelerator.num_processes, accelerator.device, setup.process_wait(config)
+        )
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
         config = resume.with_recorded_split(config, self.run_dir)

@@ -17,6 +17,7 @@ from common.image_files import save_png
 from common.logging import warn
 from common.plotting import image_grid
 from common.precision import AMP_TYPES
+from common.sizes import sides
 from config.options import GenerateConfig, TrainConfig
 from data.dataset import LatentDataset
 from flows import LossCondition, flow_of
@@ -151,12 +152,12 @@ class Validation:
         """
         if self.vae is None:
             return []
-        accelerator, side = self.accelerator, self.config.resolution
+        accelerator, size = self.accelerator, sides(self.config.resolution)
         indices = range(accelerator.process_index, SAMPLE_IMAGES, accelerator.num_processes)
         grids: list[np.ndarray] = []
         ends = sorted({self.budgets[0], self.budgets[-1]}, key=lambda b: -(b or 1))
         for budget in [self.schedule] if self.schedule else ends:
-            images = torch.zeros((self.flow.num_views, SAMPLE_IMAGES, 3, side, side), dtype=torch.uint8)
+            images = torch.zeros((self.flow.num_views, SAMPLE_IMAGES, 3, *size), dtype=torch.uint8)
             with together(accelerator, self._networks(model), should_stop):
                 if len(indices):
                     images[:, list(indices)] = self._sample(model, shape, indices, budget).cpu()

@@ -7,6 +7,7 @@ import numpy as np
 
 from common.image_files import png_bytes, psnr
 from common.plotting import attention_overlay
+from common.sizes import sides
 from config.demo_options import WebDemoConfig
 from flows import flow_of
 from sampling.attention import shown_latents
@@ -23,8 +24,8 @@ CSS = """
 #status { min-height: 2.9rem; }
 .web-cards { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 16px; }
 .web-card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px; margin: 0; }
-.web-card img, .web-blank { width: 100%; aspect-ratio: 1; border-radius: 6px; display: block; }
-.web-blank { background: var(--background-fill-secondary); display: flex; align-items: center; justify-content: center; }
+.web-card img { width: 100%; border-radius: 6px; display: block; }
+.web-blank { aspect-ratio: 1; border-radius: 6px; background: var(--background-fill-secondary); display: flex; align-items: center; justify-content: center; }
 .web-card h3 { margin: 0; font-size: 1rem; } .web-card small { opacity: .7; }
 .web-card header { margin-bottom: 8px; }
 .web-pixels img { image-rendering: pixelated; }
@@ -55,21 +56,29 @@ def message(text: str, *, is_error: bool = False) -> str:
 def comparison(shown: Comparison, count: int) -> str:
     """The request's picture, the full budget's, and how they differ; `count`: J, 0 for a model without budgets."""
     config, picture, full = shown
-    side = config.resolution
     if not count:
-        title, below = config.model, f"{side} × {side} pixels"
-        return _cards(side, _card("picture", title, below, picture, picture))
+        return _cards(config, _card("picture", config.model, pixels_of(config), picture, picture))
     k = round((config.inference_budget or 1.0) * count)
-    cards = [
+    return _cards(
+        config,
         _card("picture", f"Budget {k / count:g}", f"{k} of {count} latents in each group", picture, full or picture),
         _card("full", "Full budget", f"all {count} latents, the same noise", full, full),
         _difference(picture, full),
-    ]
-    return _cards(side, *cards)
+    )
 
 
-def _cards(side: int, *cards: str) -> str:
-    return f'<div class="web-cards{" web-pixels" if side <= SMALL else ""}">{"".join(cards)}</div>'
+def pixels_of(config: WebDemoConfig) -> str:
+    """The size of its images."""
+    height, width = sides(config.resolution)
+    return f"{width} × {height} pixels"
+
+
+def _pixelated(config: WebDemoConfig) -> str:
+    return " web-pixels" if max(sides(config.resolution)) <= SMALL else ""
+
+
+def _cards(config: WebDemoConfig, *cards: str) -> str:
+    return f'<div class="web-cards{_pixelated(config)}">{"".join(cards)}</div>'
 
 
 def _card(name: str, title: str, below: str, picture: Picture | None, whole: Picture | None) -> str:
@@ -137,8 +146,7 @@ def attention(config: WebDemoConfig, picture: Picture, maps: np.ndarray) -> str:
 
 def _strip(config: WebDemoConfig, figures: str) -> str:
     columns = min(8, figures.count("<figure"))
-    pixels = " web-pixels" if config.resolution <= SMALL else ""
-    return f'<div class="web-strip{pixels}" style="--columns: {columns}">{figures}</div>'
+    return f'<div class="web-strip{_pixelated(config)}" style="--columns: {columns}">{figures}</div>'
 
 
 def describe(config: WebDemoConfig) -> str:

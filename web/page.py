@@ -245,7 +245,7 @@ def _title(drawer: Drawer) -> str:
     config = drawer.config
     budgets = f"one checkpoint, {len(drawer.budgets)} budgets; " if drawer.budgets else ""
     name = Path(config.ckpt).name
-    text = f"{budgets}{config.resolution} × {config.resolution} pixels; {name}, {device_name(drawer.loaded.device)}"
+    text = f"{budgets}{html.pixels_of(config)}; {name}, {device_name(drawer.loaded.device)}"
     return f"<h1>{escape(config.model)}</h1><p>{escape(text)}</p>"
 
 

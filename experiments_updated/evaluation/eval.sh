@@ -5,7 +5,8 @@
 #
 # Without BUDGETS: those of the variable BUDGETS, else the generation config's. NPROC: processes (default: the number of GPUs);
 # RESULTS: another folder than results; GENERATE, EVALUATE: more options of sampling and evaluation, which sweep.py takes with
-# several values, too (GENERATE="--cfg-scale 1 1.5 4"). --clean keeps no images. Labels are random, as in generate.py.
+# several values, too (GENERATE="--cfg-scale 1 1.5 4"). --clean keeps no images. Labels are random, as in generate.py;
+# text models draw from the prompts of GENERATION_CONFIG or GENERATE.
 #
 # Run again, it resumes: what has been made from the same checkpoint, reference and options is not made again.
 set -euo pipefail
@@ -24,6 +25,8 @@ for file in "$TRAIN" "$GENERATION"; do [ -f "$file" ] || fail "$file: no such co
 NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)}
 read -ra GENERATE <<<"${GENERATE:-}"
 read -ra EVALUATE <<<"${EVALUATE:-}"
+LABELS=(--class-labels random)
+if grep -Eq '^prompts?:' "$GENERATION" || [[ " ${GENERATE[*]:-}" == *" --prompt"* ]]; then LABELS=(); fi
 exec torchrun --standalone --nproc_per_node=$((NPROC > 0 ? NPROC : 1)) "$ROOT/sweep.py" --train-config "$TRAIN" --config "$GENERATION" \
-    --ckpt "$CKPT" --ref "$REF" --dest "${RESULTS:-results}" --keep-images "$KEEP" --class-labels random \
+    --ckpt "$CKPT" --ref "$REF" --dest "${RESULTS:-results}" --keep-images "$KEEP" ${LABELS[@]+"${LABELS[@]}"} \
     ${1:+--inference-budget "$@"} ${GENERATE[@]+"${GENERATE[@]}"} ${EVALUATE[@]+"${EVALUATE[@]}"}

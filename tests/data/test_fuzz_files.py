@@ -122,7 +122,7 @@ def read_png(path: Path) -> None:
 
 def read_channels(folder: Path) -> None:
     class Latents:
-        record = VAERecord("some/vae", None, 2, 3, 0.5, 0.1)
+        record, shape = VAERecord("some/vae", None, 2, 3, 0.5, 0.1), SHAPE
 
         def __len__(self) -> int:
             return COUNT

@@ -11,7 +11,7 @@ TOKENS = 4  # of RAE, along each side
 
 
 def tiny_dc(folder: Path) -> Path:
-    """DC-AE of factor 4 with 6 channels."""
+    """DC-AE of factor 4 with 4 channels."""
     import_torchvision()
     from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
@@ -20,7 +20,7 @@ def tiny_dc(folder: Path) -> Path:
     sizes |= {f"{part}_layers_per_block": (1, 1, 1) for part in ("encoder", "decoder")}
     sizes |= {f"{part}_block_types": "ResBlock" for part in ("encoder", "decoder")}
     sizes |= {f"{part}_qkv_multiscales": ((), (), ()) for part in ("encoder", "decoder")}
-    AutoencoderDC(latent_channels=6, attention_head_dim=8, scaling_factor=0.4, **sizes).save_pretrained(folder)
+    AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.4, **sizes).save_pretrained(folder)
     return folder
 
 

@@ -7,8 +7,8 @@ import pytest
 import runs
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+from tiny_encoders import whole_clip
+from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
 import evaluate
 
@@ -17,19 +17,7 @@ PROMPTS = ["a red cat", "green fish", "blue"]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    vocabulary = {w: i for i, w in enumerate(["<s>", "<unk>", "a", "red", "cat", "green", "fish", "blue", "</s>"])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 8)])
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": 9, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 8, "pad_token_id": 8}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=sizes | text, vision_config=sizes | {"image_size": 24, "patch_size": 8}, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(folder)
-    return folder
+    return whole_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_clip_score(clip, tmp_path, capsys):

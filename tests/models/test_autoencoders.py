@@ -66,13 +66,13 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_dc_stores_latents_without_a_posterior(folders):
     record, moments, x, images = restored(folders["AutoencoderDC"])
-    assert (record.downsample_factor, record.latent_channels, record.scaling_factor) == (4, 6, 0.4)
-    assert not record.posterior and record.vae_class == "AutoencoderDC" and moments.shape == (2, 6, 8, 8)
+    assert (record.downsample_factor, record.latent_channels, record.scaling_factor) == (4, 4, 0.4)
+    assert not record.posterior and record.vae_class == "AutoencoderDC" and moments.shape == (2, 4, 8, 8)
     vae, _ = load_vae(str(folders["AutoencoderDC"]))
     z = vae.encode(pixels().float() / 127.5 - 1).latent
     torch.testing.assert_close(x, 0.4 * z, atol=1e-5, rtol=1e-4)
     assert close(images, to_uint8(vae.decode(z).sample))
-    noise = torch.randn(2, 6, 8, 8)
+    noise = torch.randn(2, 4, 8, 8)
     assert torch.equal(sample_latents(moments, noise, record), x)  # nothing is drawn
 
 
@@ -168,14 +168,14 @@ def test_statistics_by_position(folders, images, tmp_path, capsys):
     ]
     train.main([*options, "--exp-name=p", "--latent-norm=position"])
     state = torch.load(tmp_path / "p/checkpoints/0000001.pt", weights_only=True)
-    assert np.shape(state["vae"]["channel_std"]) == (6, 8, 8)
+    assert np.shape(state["vae"]["channel_std"]) == (4, 8, 8)
     refused(
         train.main, capsys, [*options, "--exp-name=q", "--latent-norm=channel"], "latent_stats.json", "--latent-norm channel"
     )
     values["mean"] = [[row[:4] for row in rows] for rows in values["mean"]]
     (tmp_path / "latent_stats.json").write_text(json.dumps(values))
     refused(
-        train.main, capsys, [*options, "--exp-name=q", "--latent-norm=position"], "latent_stats.json", "6 × 8 × 4", "6 × 8 × 8"
+        train.main, capsys, [*options, "--exp-name=q", "--latent-norm=position"], "latent_stats.json", "4 × 8 × 4", "4 × 8 × 8"
     )
 
 

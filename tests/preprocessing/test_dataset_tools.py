@@ -18,7 +18,7 @@ from models.vae import encode_moments, load_vae
 from preprocessing import demo
 from preprocessing import encode as encode_room
 from preprocessing import output as dest_room
-from preprocessing.transforms import center_crop_dhariwal
+from preprocessing.transforms import resize_crop
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_dhariwal_halves_by_averages_of_four():
     """Against NumPy: an image of twice the target and even size is the mean of 2×2 pixels (Pillow rounds twice)."""
     image = picture(32, 32)
     means = image.reshape(16, 2, 16, 2, 3).astype(float).mean(axis=(1, 3))
-    assert np.abs(center_crop_dhariwal(image, 16) - means).max() <= 1
+    assert np.abs(resize_crop(image, 16, 16) - means).max() <= 1
 
 
 def test_no_transform_keeps_pixels_and_grey_and_palette_become_rgb(tmp_path):

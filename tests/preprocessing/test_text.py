@@ -8,17 +8,8 @@ import pytest
 import torch
 from runs import make_latents
 from sets import content, picture, refused, save
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
+from tiny_encoders import SMALL, clip_text, save_tokenizer, sd3_pipeline
+from transformers import BertConfig, BertModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from common.errors import UserError
 from common.file_tree import FileTree
@@ -218,31 +209,10 @@ def test_the_coco_features_of_u_vit_are_read_as_they_are(tmp_path, capsys):
 
 # The encoders, by tiny random models of transformers.
 
-WORDS = ["a", "red", "green", "blue", "fisch", "cat", "on", "mat"]
-
-
-def save_tokenizer(folder, start=None, end="</s>", pad="</s>"):
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<unk>", end, pad, *([start] if start else []), *WORDS]))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = [(token, vocabulary[token]) for token in dict.fromkeys((end, *([start] if start else [])))]
-    template = f"{start} $A {end}" if start else f"$A {end}"
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=pad, unk_token="<unk>").save_pretrained(folder)
-    return vocabulary
-
-
-SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-
-
-def clip(folder, cls, **options):
-    torch.manual_seed(len(options))
-    cls(CLIPTextConfig(**SMALL, max_position_embeddings=9, projection_dim=6, eos_token_id=1, **options)).save_pretrained(folder)
-
 
 def test_clip_sees_the_padding_and_others_do_not(tmp_path):
     vocabulary = save_tokenizer(tmp_path / "clip", start="<s>")
-    clip(tmp_path / "clip", CLIPTextModel)
+    clip_text(tmp_path / "clip", CLIPTextModel)
     prompts = ["red cat on a mat", "cat", ""] * 25  # more than go through at once
     encoder = load_text_encoder(str(tmp_path / "clip"), 8)
     found = encoder.encode(prompts)
@@ -251,7 +221,7 @@ def test_clip_sees_the_padding_and_others_do_not(tmp_path):
         expected = CLIPTextModel.from_pretrained(tmp_path / "clip")(torch.tensor([ids])).last_hidden_state
     torch.testing.assert_close(found.features[1:2], expected, rtol=1e-5, atol=1e-5)
     assert encoder.record.padding == "end token" and found.pooled is None and found.features.shape == (75, 8, 16)
-    assert encoder.cut("red cat on a mat") == "" and encoder.cut("red cat on a mat a blue mat") == "blue mat"
+    assert encoder.cut(["red cat on a mat", "red cat on a mat a blue mat"]) == ["blue mat"]
 
     save_tokenizer(tmp_path / "bert", pad="<pad>")
     torch.manual_seed(0)
@@ -269,15 +239,10 @@ def test_clip_sees_the_padding_and_others_do_not(tmp_path):
 
 
 def test_sd3_joins_three_encoders(tmp_path):
-    for number, pad in (("", "</s>"), ("_2", "!"), ("_3", "<pad>")):
-        save_tokenizer(tmp_path / f"tokenizer{number}", start=None if number == "_3" else "<s>", pad=pad)
-    for number in ("", "_2"):
-        clip(tmp_path / f"text_encoder{number}", CLIPTextModelWithProjection, **({"hidden_act": "gelu"} if number else {}))
+    (sd3_pipeline(tmp_path) / "text_encoder_3").rename(tmp_path / "other")
     with pytest.raises(UserError, match="text_encoder_3/"):
         load_text_encoder(str(tmp_path), 5)
-    T5EncoderModel(T5Config(vocab_size=20, d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).save_pretrained(
-        tmp_path / "text_encoder_3"
-    )
+    (tmp_path / "other").rename(tmp_path / "text_encoder_3")
     encoder = load_text_encoder(str(tmp_path), 5)
     text = encoder.encode(["red cat", "a mat"])
     assert text.features.shape == (2, 9 + 5, 40) and text.pooled.shape == (2, 12)

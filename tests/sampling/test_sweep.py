@@ -278,6 +278,10 @@ def test_the_evaluation_script_does_another_scale_anew(folder, tmp_path):
         "RESULTS": str(tmp_path / "results"),
         "NPROC": "3",
     }
+    text = ROOT / "experiments_updated/generation/coco_256.yaml"
+    argv = ["bash", script, train, text, folder / "0000007.pt", folder / "ref.npz"]
+    told = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "--class-labels" not in told and "--features" in told  # it has prompts
     for scale, clean in ((2, ""), (6, "--clean")):
         told = subprocess.run(
             ["bash", script, *([clean] if clean else []), train, generation, folder / "0000007.pt", folder / "ref.npz", "0.5"],

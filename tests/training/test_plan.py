@@ -22,6 +22,7 @@ from models.encoders import load_encoders
 from models.vae import SD_VAE, VAERecord
 from training import optim, plan
 from training.budgets import trained_budgets
+from training.cards import CARDS
 from training.memory import activation_bytes, state_bytes
 from training.plan import Plan
 from training.setup import build_model
@@ -193,6 +194,43 @@ def test_time_memory_and_batch_of_several_processes(data, tmp_path, capsys):
     assert rates[1] == pytest.approx(2 * rates[0], rel=0.01)
     averages = [float(re.search(r"EMA +([\d.]+) MiB", text)[1]) for text in (one, two)]
     assert averages[1] == pytest.approx(averages[0] / 2, rel=0.01)  # each process keeps its part
+
+
+def test_shards_are_in_the_memory_of_a_process(data, tmp_path, capsys):
+    options = ("--plan", "--plan-processes", 4, "--mixed-precision", "bf16")
+    whole, split = (account_of(capsys, *arguments(data, tmp_path, *options, *more)) for more in ((), ("--shard", "full")))
+    for name, share in (("weights", 4), ("gradients", 4), ("AdamW", 4), ("EMA", 1)):  # whose parts are split anyway
+        found = [float(re.search(rf"{name} +([\d.]+) MiB", text)[1]) for text in (whole, split)]
+        assert found[1] == pytest.approx(found[0] / share, rel=0.02), name
+    assert "gathered" in split and "gathered" not in whole
+    kept = [float(re.search(r"activations +([\d.]+) MiB", text)[1]) for text in (whole, split)]
+    with torch.device("meta"):
+        model = models.create_model("ELIT-SiT-Ti/2", input_size=8, num_classes=CLASSES, elit_group_size=2)
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    assert (kept[0] - kept[1]) * 2**20 == pytest.approx(2 * blocks, rel=0.01)  # no copies in bf16 of what is gathered so
+
+
+def test_a_card_by_name_tells_a_step_and_what_is_sent(data, tmp_path, capsys, monkeypatch):
+    options = ("--plan", "--plan-processes", 4, "--plan-per-node", 2, "--mixed-precision", "bf16")
+    out = account_of(capsys, *arguments(data, tmp_path, *options, "--plan-card", "NVIDIA H100 PCIe"))
+    found = re.search(
+        r"estimate    ([\d.e-]+) s per step on 4 × NVIDIA H100 PCIe, the mean of budgets 1, 0.5, 0.25: ([\d,]+) images/s", out
+    )
+    assert 8 / float(found[1]) == pytest.approx(float(found[2].replace(",", "")), rel=0.01)
+    parameters = int(re.search(r"([\d,]+) parameters", out)[1].replace(",", ""))
+    sent = float(re.search(r"([\d.e-]+) GB sent by each", out)[1])
+    assert sent == pytest.approx(2 * 3 / 4 * 4 * parameters / 1e9, rel=0.01)
+    assert "(compiled)" in out and "assumes 453.6 TFLOP/s, 1.56 TB/s" in out and "between nodes" in out
+    eager = account_of(capsys, *arguments(data, tmp_path, *options, "--plan-card", "H100", "--no-compile", "--shard", 2))
+    assert "(eager)" in eager and float(re.search(r"([\d.e-]+) GB sent by each", eager)[1]) < sent
+    wide = ("--plan", "--plan-card", "H100", "--mixed-precision", "no")
+    assert "estimate    none: the peak of H100" in account_of(capsys, *arguments(data, tmp_path, *wide))
+    line = runs.refused(train.main, capsys, arguments(data, tmp_path, *options, "--plan-card", "Z9"))
+    assert "--plan-card Z9" in line and "H100" in line
+    monkeypatch.setattr(plan, "find_card", lambda name: CARDS["L4"]._replace(memory=0))
+    line = runs.refused(train.main, capsys, arguments(data, tmp_path, *options, "--plan-card", "L4"))
+    assert "--batch-size 8" in line and "but L4 has 0 MiB" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_launcher_s_processes_print_one_plan(data, tmp_path, capsys, monkeypatch):

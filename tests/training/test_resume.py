@@ -203,7 +203,7 @@ def test_batches_arrive_with_the_draws_of_their_forward(workers):
     """Made in the data workers, where there are any; a run that begins in between counts its forwards on."""
 
     class Samples:
-        text = None
+        text, flip = None, False
 
         def __getitems__(self, indices):
             return [{"moments": torch.full((4, 3, 3), float(i)), "label": i} for i in indices]

@@ -30,8 +30,22 @@ AGAIN = """
 from pathlib import Path
 import torch
 from checkpoint import sharded, training_state
+from training.memory import process_bytes
 from training.trainer import Trainer
 out, source, start = Path({out!r}), Path({source!r}), Trainer._start_logging
+
+def size(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+def check_memory(self):
+    if self.run_dir.is_main:
+        told = process_bytes(self.sharded._frame, self.config, 4)
+        own = size(p.data for p in self.sharded.parameters())
+        state = self.optimizer.optimizer.state.values()
+        assert (told.gradients, told.ema) == (own, size(self.ema._shards["0.5"])) and own < size(self.sharded._frame.parameters())
+        assert (told.weights, told.optimizer) == (own + size(self.model.buffers()), size(t for s in state for t in s.values()))
+    waits = [g._get_backend(torch.device("cpu")).options._timeout for g in self.mesh.get_all_groups()]
+    assert [w.total_seconds() for w in waits] == [60 * 45] * 2
 
 def again(self):
     start(self)
@@ -41,6 +55,7 @@ def again(self):
         torch.save(whole, out / "gathered.pt")
         training_state.save(out / "one.pt", training_state.load(source))
     self.accelerator.wait_for_everyone()
+    check_memory(self)
     weights = [p.data for p in self.sharded.parameters()] + self.ema._shards["0.5"]
     before = [w.clone() for w in weights]
     for w in weights:
@@ -80,7 +95,7 @@ def ran(tmp_path_factory):
     told = runs.train_on(
         job(1, "one", 3),
         job(2, "split", 1, "--shard", "full"),
-        job(4, "split", 2, "--shard", 2, *resume, before=again),
+        job(4, "split", 2, "--shard", 2, "--timeout-minutes", 45, *resume, before=again),
         job(1, "split", 3, *resume),
         imports=IMPORTS,
     )

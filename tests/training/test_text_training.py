@@ -1,21 +1,26 @@
 """Text to image end to end: training on captions, resuming, several processes, and drawing from prompts."""
 
 import json
+import shlex
+import shutil
 from functools import partial
 
+import encoder_runs
 import numpy as np
 import pytest
 import runs
 import torch
 from PIL import Image
-from runs import RESOLUTION, SIDE, make_checkpoint, make_latents, make_vae, train_on
+from runs import RESOLUTION, ROOT, SIDE, make_checkpoint, make_latents, make_vae, tiny_vae, train_on
 from sets import picture, save
+from tiny_encoders import sd3_pipeline, whole_clip
 from training_runs import arguments, assert_same_tensors, final_state, metrics
 
 import convert_checkpoint
 import dataset_tools
 import elit_ccfg_inference
 import elit_multibudget_inference
+import evaluate
 import generate
 import models
 import randomness
@@ -30,6 +35,7 @@ from data.captions import caption_of
 from loss import drop_conditions
 from models.conditioning import Text, condition_of
 from models.elit import ELITMMDiT
+from models.encoders import load_encoders
 from models.text_encoders import load_text_encoder
 from models.uvit import UViT
 from models.vae import decode
@@ -101,14 +107,17 @@ def whole(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ckpt(whole):
     """Its last checkpoint, with weights that are far from zero."""
-    path = whole[0] / "run/checkpoints/0000004.pt"
+    return moved(whole[0] / "run/checkpoints/0000004.pt")
+
+
+def moved(path):
     state = tensor_files.load(path)
     torch.manual_seed(0)
     for name, value in state["ema"]["0.9999"].items():
         if not name.startswith("null"):
             value += 0.1 * torch.randn_like(value)
-    torch.save(state, moved := path.with_name("moved.pt"))
-    return moved
+    torch.save(state, path.with_name("moved.pt"))
+    return path.with_name("moved.pt")
 
 
 def features(*prompts):
@@ -138,7 +147,78 @@ def test_the_caption_of_a_forward_belongs_to_seed_step_and_place(data, whole):
     assert torch.equal(dropped, expected) and 0 < (dropped == 0).all(2).all(1).sum() < 40
 
 
-def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return whole_clip(tmp_path_factory.mktemp("clip"))
+
+
+def scored(data, clip, out):
+    """Two steps so large, and an average so short, that the images have to do with their captions."""
+    if not (ref := clip / "ref.npz").is_file():
+        np.savez(ref, arr_0=np.random.default_rng(0).integers(0, 256, (7, RESOLUTION, RESOLUTION, 3), dtype=np.uint8))
+    steps = ("--max-train-steps", 2, "--learning-rate", 0.03, "--ema-decay", 0, "--eval-steps", 2, "--eval-ref", ref)
+    figures = ("--eval-metrics", "clip_score,fid", "--clip-score", clip, "--eval-features", "runs:colour_features")
+    sampled = ("--eval-samples", 14, "--eval-budgets", "0.25,1", "--eval-num-steps", 2, "--eval-cfg-scale", 2)
+    return command(data, out, *steps, *figures, *sampled)
+
+
+SCORES = ("clip_score_budget_0.25", "clip_score_budget_1", "fid_budget_0.25", "fid_budget_1")
+
+
+@pytest.fixture
+def no_flops(monkeypatch):
+    """Counting them takes longer than all else."""
+    monkeypatch.setattr("models.count_flops", lambda *_: 1)
+
+
+@pytest.fixture(scope="module")
+def with_scores(data, clip, tmp_path_factory):
+    """The run of one process."""
+    train.main(scored(data, clip, out := tmp_path_factory.mktemp("scored")))
+    runs.reset_accelerate()
+    return out
+
+
+@pytest.mark.usefixtures("no_flops")
+def test_scores_are_of_the_first_captions_images_and_their_clip_score(data, clip, with_scores, tmp_path, capsys, monkeypatch):
+    best = json.loads((with_scores / "run/best.json").read_text())
+    assert best["metric"] == SCORES[0] and f"--prompts {data}" in best["generate"]
+    words = [*shlex.split(best["generate"])[2:], "--sample-dir", str(tmp_path)]
+    generate.main(words)
+    runs.reset_accelerate()
+    (samples,) = (tmp_path / "run").glob("*.npz")
+    captions = json.loads((samples.with_suffix("") / "captions.json").read_text())["captions"]
+    assert [texts for _, texts in captions] == [[CAPTIONS[i % COUNT][0]] for i in range(14)]
+    argv = [str(a) for a in (clip / "ref.npz", samples, "--features", "runs:colour_features", "--clip-score", clip)]
+    evaluate.main([*argv, "--metrics", "fid", "--output", str(tmp_path / "m.json")])
+    runs.reset_accelerate()
+    offline, ref = json.loads((tmp_path / "m.json").read_text()), ("--ref", clip / "ref.npz")
+    for metric in ("fid", "clip_score"):
+        assert metrics(with_scores, f"{metric}_budget_0.25")[2] == pytest.approx(offline[metric], rel=1e-5), metric
+
+    # The same by a sweep; the larger score is the better one.
+    more = ("--features", "runs:colour_features", "--metrics", "clip_score", "--inference-budget", 0.25, 1, "--cfg-scale", 2)
+    argv = [*words[:2], *ref, "--prompts", data, "--num-steps", 2, "--num-fid-samples", 14, "--dest", tmp_path / "s", *more]
+    monkeypatch.setattr(sweep.plots, "write_plots", lambda *_: [])
+    sweep.main([str(a) for a in (*argv, "--clip-score", clip)])
+    runs.reset_accelerate()
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "s/cells").glob("*.json")]
+    found = {cell["options"]["inference_budget"]: cell["figures"]["clip_score"] for cell in cells}
+    assert len(cells) == 2 and str(clip) not in str([cell["options"] for cell in cells])  # which know the weights' hash
+    assert found["0.25"] == pytest.approx(offline["clip_score"], rel=1e-5)
+    assert f"best: clip_score {max(found.values()):.4g}" in capsys.readouterr().out
+    assert "CLIP score" in (tmp_path / "s/sweep.md").read_text()
+
+    runs.refused(sweep.main, capsys, argv, "--metrics clip_score: needs --clip-score")
+    runs.refused(sweep.main, capsys, [*argv, "--clip-score", "gone"], "--clip-score gone: no such folder")
+    refused = partial(runs.refused, train.main, capsys)
+    refused(command(data, tmp_path / "no", "--eval-steps", 2, "--eval-ref", clip / "ref.npz", "--eval-metrics", "clip_score"),
+            "--eval-metrics clip_score: needs --clip-score")  # fmt: skip
+    labels = arguments(data, tmp_path / "no", "--eval-steps", 2, "--eval-ref", clip / "ref.npz", "--clip-score", clip)
+    refused(labels, "--clip-score: needs prompts in words")
+
+
+def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, clip, with_scores, tmp_path, capsys):
     more = ("--max-train-steps", 3, "--checkpointing-steps", 3)
     train.main(command(data, tmp_path, *more))
     runs.reset_accelerate()
@@ -148,14 +228,32 @@ def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, tmp
     runs.reset_accelerate()
 
     encode(data, "--packed")
+    np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(1).integers(0, 256, (7, 32, 40, 3), dtype=np.uint8))
+    (tmp_path / "prompts.txt").write_text("red cat\nblue fish\ntwo")
+    evaluated = [str(a) for a in (tmp_path / "s.npz", tmp_path / "s.npz", "--clip-score", clip, "--metrics", "fid", "--prompts",
+                 tmp_path / "prompts.txt", "--batch-size", 2, "--features", "runs:pool_features", "--output")]  # fmt: skip
+    evaluate.main([*evaluated, str(tmp_path / "one.json")])
+    runs.reset_accelerate()
+    helpers = f"\nimport sys; sys.path.append({str(ROOT / 'tests/helpers')!r})\n"
+    two = f"{helpers}import evaluate; evaluate.main({[*evaluated, str(tmp_path / 'two.json')]!r}); raise SystemExit(0)"
     try:
-        assert train_on((2, command(data, tmp_path / "two"), REGISTER))[-1].split() == ["0", "0"]
+        exits = train_on(
+            (2, command(data, tmp_path / "two"), REGISTER),
+            (2, scored(data, clip, tmp_path / "two_scored"), REGISTER + helpers),
+            (2, [], two),
+        )
+        assert [line for line in exits if line.replace(" ", "").isdigit()] == ["0 0"] * 3
     finally:
         for name in ("text.json", "text.bin", "text.idx", "null.npy"):
             (data / "packed" / name).unlink()
         (data / "packed").rmdir()
     for name, value in final_state(tmp_path / "two")["model"].items():
         torch.testing.assert_close(value, state["model"][name], rtol=1e-4, atol=1e-5)
+
+    for name in SCORES:  # pixels that are rounded otherwise
+        assert metrics(tmp_path / "two_scored", name) == pytest.approx(metrics(with_scores, name), rel=2e-3), name
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["clip_score"] == two["clip_score"] > 0
 
     kept = (data / "text/text.json").read_text()
     sha256 = json.loads(kept)["sha256"]
@@ -267,6 +365,137 @@ def test_u_vit_with_text(data, tmp_path):
     state = final_state(tmp_path, 2)
     assert state["model"]["context_embed.weight"].shape == (48, 64) and state["config"]["condition"] == "text"
     assert len(drawn(tmp_path, tmp_path / "run/checkpoints/0000002.pt", "--prompt", "one fish")) == 1
+
+
+@pytest.mark.usefixtures("no_flops")
+def test_three_encoders_with_pooled_text(data, tmp_path):
+    """SD3's three, whose pooled features training, the null prompt and prompts have, too."""
+    folder, pipeline = shutil.copytree(data, tmp_path / "set", ignore=lambda *_: ["text"]), sd3_pipeline(tmp_path / "sd3")
+    captions = [["red cat"], ["a mat", "blue cat on a mat"]] * 6
+    named = [[f"00000/img{i:08d}.png", texts] for i, texts in enumerate(captions)]
+    (folder / "images/captions.json").write_text(json.dumps({"captions": named}))
+    dataset_tools.main(["text", f"--source={folder}", f"--encoder={pipeline}", "--length=4", "--dtype=float32"])
+    runs.reset_accelerate()
+    seen, original = [], Trainer.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "forward", lambda self, batch: seen.append(condition_of(batch)) or original(self, batch))
+        train.main(command(folder, tmp_path, "--max-train-steps", 2, "--sampling-steps", 2))
+    runs.reset_accelerate()
+    encoder, close = load_text_encoder(str(pipeline), 4), partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    order = epoch_order(SEED, 0, COUNT)[4:8]
+    given = encoder.encode([captions[i][caption_of(SEED, 1, place, len(captions[i]))] for place, i in enumerate(order)])
+    close(seen[1], given)
+    state, null = final_state(tmp_path, 2), encoder.encode([""])
+    assert torch.equal(state["model"]["null_text"], null.features[0])
+    assert torch.equal(state["model"]["null_pooled"], null.pooled[0])
+
+    ckpt = moved(tmp_path / "run/checkpoints/0000002.pt")
+    model, _ = reading.load_model(ckpt)
+    text, x = encoder.encode(["red cat", "a mat"]), torch.randn(2, 4, 8, 8)
+    dropped = drop_conditions(model, text, training_draws(SEED, 0, range(2), (4, 8, 8)), 1.1)
+    assert torch.equal(dropped.pooled, null.pooled.expand(2, -1)) and torch.equal(dropped.features[1], null.features[0])
+    with torch.no_grad():
+        high, low, other = (model(x, torch.full((2,), 0.4), y) for y in (text, dropped, Text(text.features, dropped.pooled)))
+        found = guided_velocity(model, x.double(), 0.4, text, Guidance(cfg_scale=2.5))
+    torch.testing.assert_close(found.float(), low + 2.5 * (high - low), rtol=1e-4, atol=1e-4)
+    assert (high - other).abs().max() > 1e-3  # the pooled part matters
+    by_words = drawn(tmp_path / "a", ckpt, "--prompt", *(texts[0] for texts in captions))
+    assert np.abs(by_words - drawn(tmp_path / "b", ckpt, "--prompts", folder)).max() <= 1 and (by_words[0] != by_words[1]).any()
+
+
+@pytest.mark.usefixtures("no_flops")
+def test_repa_with_text_on_its_coco_features(tiny_weights, tmp_path):
+    """REPA's train/ and val/, moments of mean and log-variance: the first loss by hand, a stopped run, images."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            np.save(tmp_path / f"{split}/{i}.npy", rng.standard_normal((8, 8, 8)).astype(np.float32))
+            np.save(tmp_path / f"{split}/{i}_0.npy", rng.standard_normal((5, 6)).astype(np.float32))
+            save(tmp_path / f"{split}/{i}.png", picture(64, 64, seed=i))
+    np.save(tmp_path / "empty_context.npy", np.ones((5, 6), np.float32))
+    vae = tiny_vae(tmp_path / "vae", 4, latent_channels=4, scaling_factor=0.18215, mid_block_add_attention=False)
+    repa = (*encoder_runs.repa(tiny_weights), "--encoder-depth", 1, "--cfg-prob", 1, "--vae", vae, "--sampling-steps", 2)
+    places = ("--resolution", 64, "--val-data-dir", tmp_path / "val")
+    train.main(command(tmp_path, tmp_path / "whole", *places, *repa, "--max-train-steps", 2))
+    runs.reset_accelerate()
+    train.main(command(tmp_path, tmp_path / "part", *places, *repa, "--max-train-steps", 1))
+    runs.reset_accelerate()
+    train.main(command(tmp_path, tmp_path / "part", *places, *repa, "--max-train-steps", 2, "--resume-step", -1))
+    runs.reset_accelerate()
+    whole, losses = final_state(tmp_path / "whole", 2), metrics(tmp_path / "whole", "alignment_loss")
+    assert_same_tensors(final_state(tmp_path / "part", 2)["model"], whole["model"])
+    assert metrics(tmp_path / "part", "alignment_loss") == losses and losses.keys() == {1, 2}
+    assert metrics(tmp_path / "part", "val_loss_budget_0.25") == metrics(tmp_path / "whole", "val_loss_budget_0.25") != {}
+
+    order, draws = epoch_order(SEED, 0, 6)[:4], training_draws(SEED, 0, range(4), (4, 8, 8))
+    moments = torch.stack([torch.from_numpy(np.load(tmp_path / f"train/{i}.npy")) for i in order])
+    latents = (moments[:, :4] + (0.5 * moments[:, 4:]).exp() * draws.posterior) * 0.18215
+    assert metrics(tmp_path / "whole")[1] == pytest.approx((draws.noise - latents).square().mean().item(), rel=1e-5)
+    t = draws.time_uniform.float()
+    x = latents + t[:, None, None, None] * (draws.noise - latents)
+    torch.manual_seed(SEED)
+    sizes = {"text_width": 6, "text_length": 5, "elit_group_size": 2, "z_dims": (192,), "encoder_depth": 1}
+    untrained = models.create_model(MODEL, input_size=8, **sizes)
+    _, (projection,) = untrained(x, t, Text(torch.ones(4, 5, 6)), return_features=True)
+    encoder = load_encoders([encoder_runs.TINY], 64, (4, 4), [str(tiny_weights)])[0]
+    target = encoder(torch.from_numpy(np.stack([picture(64, 64, seed=i) for i in order])).permute(0, 3, 1, 2))
+    alignment = -torch.nn.functional.cosine_similarity(projection, target, dim=-1).mean().item()
+    assert losses[1] == pytest.approx(alignment, rel=1e-4)
+
+    ckpt = moved(tmp_path / "whole/run/checkpoints/0000002.pt")
+    assert len(drawn(tmp_path / "a", ckpt, "--prompts", tmp_path / "val", "--vae", vae)) == 3
+    assert not list((tmp_path / "a").glob("**/captions.json"))  # nobody knows the words
+
+
+@pytest.mark.usefixtures("no_flops")
+def test_the_chain_of_the_coco_recipe(clip, tmp_path):
+    """COCO's images and annotations → latents and features by CLIP → the YAML's training → its images → FID and CLIP score."""
+    names = [f"COCO_val2014_{90 - 7 * i:012d}.jpg" for i in range(6)]
+    captions = [
+        ["a red cat", "one cat"],
+        ["two fish on a mat"],
+        ["a blue mat"],
+        ["three fish"],
+        ["one red mat"],
+        ["a green cat"],
+    ]
+    for i, name in enumerate(names):
+        save(tmp_path / "val2014" / name, picture(40, 52, seed=i))
+    make_vae(tmp_path / "vae")
+    data = tmp_path / "set"
+    tool = partial(map, str)
+    dataset_tools.main([*tool(("convert", "--source", tmp_path / "val2014", "--dest", data / "images", "--resolution", "32x32",
+                               "--transform", "center-crop-dhariwal", "--workers", 1))])  # fmt: skip
+    notes = [{"id": 9 - k, "image_id": i, "caption": t} for i, texts in enumerate(captions) for k, t in enumerate(texts[::-1])]
+    of_coco = {"images": [{"id": i, "file_name": name} for i, name in enumerate(names)], "annotations": notes}
+    (data / "images/captions_val2014.json").write_text(json.dumps(of_coco))
+    dataset_tools.main([*tool(("encode", "--source", data / "images", "--dest", data / "vae-sd", "--vae", tmp_path / "vae"))])
+    runs.reset_accelerate()
+    dataset_tools.main([*tool(("text", "--source", data, "--encoder", clip, "--length", 8))])
+    runs.reset_accelerate()
+    recipe = (
+        "--config",
+        ROOT / "experiments_updated/train/elit_mmdit_b_coco_256.yaml",
+        "--enc-type",
+        "none",
+        "--val-data-dir",
+        data,
+    )
+    train.main(arguments(data, tmp_path, *recipe, "--batch-size", 4, "--max-train-steps", 2, model=MODEL))
+    runs.reset_accelerate()
+    state = final_state(tmp_path, 2)
+    assert state["text"]["padding"] == "end token" and state["model"]["null_text"].shape == (8, 16)
+    generate.main([*tool(("--config", ROOT / "experiments_updated/generation/coco_256.yaml", "--resolution", 32, "--num-steps", 2,
+                          "--ckpt", tmp_path / "run/checkpoints/0000002.pt", "--prompts", data, "--sample-dir", tmp_path / "out"))])  # fmt: skip
+    runs.reset_accelerate()
+    (samples,) = (tmp_path / "out/run").glob("*.npz")
+    told = json.loads((samples.with_suffix("") / "captions.json").read_text())["captions"]
+    assert [texts[0] for _, texts in told] == [captions[i][0] for i in range(5, -1, -1)]  # of the sorted files
+    evaluate.main([*tool((data / "images", samples, "--features", "runs:colour_features", "--metrics", "fid", "--clip-score", clip,
+                          "--output", tmp_path / "m.json"))])  # fmt: skip
+    figures = json.loads((tmp_path / "m.json").read_text())
+    assert figures["num_samples"] == 6 and figures["fid"] > 0 and figures["clip_score"] >= 0
 
 
 @pytest.mark.parametrize(

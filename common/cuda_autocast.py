@@ -42,6 +42,8 @@ class CudaAutocast(TorchFunctionMode):
         self.enabled = before
 
     def cast(self, dtype: torch.dtype, tree: Any) -> Any:
+        """The tensors of `tree` in this type, as autocast converts them."""
+
         def convert(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (dtype, torch.float64):
                 return x
