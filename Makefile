@@ -15,10 +15,10 @@ $(VENV)/.run: requirements.txt constraints.txt
 	touch $@
 
 $(VENV)/.demo: requirements-demo.txt $(VENV)/.run
-	$(BIN)/pip install --quiet -r requirements-demo.txt $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --no-deps -r requirements-demo.txt $(CONSTRAINTS)
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements-demo.txt $(VENV)/.run
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run $(VENV)/.demo
 	$(BIN)/pip install --quiet -r requirements-dev.txt $(CONSTRAINTS)
 	touch $@
 

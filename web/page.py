@@ -237,7 +237,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise UserError("gradio is not installed: pip install -r requirements-demo.txt -c constraints.txt") from None
+        raise UserError("gradio is not installed: pip install --no-deps -r requirements-demo.txt -c constraints.txt") from None
     return gradio
 
 
