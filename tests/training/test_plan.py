@@ -304,3 +304,22 @@ def test_checkpoints_kept_at_one_time(tmp_path):
     assert kept(keep_last=2) == 3  # 90 and 95, and 80 until 95 is written
     assert kept(keep_last=2, keep_every=40) == 5  # 40 and 80 too
     assert kept(keep_last=20) == 10
+
+
+def test_averages_and_snapshots_are_in_the_plan(data, tmp_path, capsys):
+    options = ("--posthoc-ema", 0.05, 0.1, "--posthoc-ema-steps", 3, "--snapshot-steps", 2)
+    plain, more = (
+        Plan(config_of("--model", "SiT-Ti/4", "--data-dir", data, "--resolution", RESOLUTION, "--num-classes", CLASSES,
+                       "--max-train-steps", 4, "--batch-size", 8, "--output-dir", tmp_path, *o))
+        for o in ((), options)
+    )  # fmt: skip
+    for account in (plain, more):
+        account.describe_memory()
+        account.describe_outputs()
+    model = plain.model
+    one = sum(p.numel() * 4 for p in model.parameters()) + sum(b.numel() * 4 for b in model.buffers())
+    assert more.checkpoint_bytes - plain.checkpoint_bytes == 2 * one
+    # Steps 2 and 4; of each average steps 3 and 4.
+    half = one - sum(p.numel() * 2 for p in model.parameters())
+    assert more.snapshots_written(4) == (2 + 4, 2 * one + 4 * half) and plain.snapshots_written(4) == (0, 0)
+    assert ", 6 snapshots = " in more.lines[-1] and " snapshots = " not in plain.lines[-1]
