@@ -252,7 +252,7 @@ def trace_step(
         if size > 1:
             sharding.narrow_parts(model, narrow)
         draws = flow.empty_draws(batch_size, (record.latent_channels, *sides))
-        moments, y = torch.empty(batch_size, 2 * record.latent_channels, *sides), model.example_condition(batch_size)
+        moments, y = torch.empty(batch_size, record.stored_channels, *sides), model.example_condition(batch_size)
         name_parts(model, recorder)
         stats = TrainingStats(["loss"], torch.device("meta"))
         if config.gradient_checkpointing:
