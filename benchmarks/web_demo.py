@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ckpt", nargs="?", default=QUICKSTART)
     parser.add_argument("--rounds", type=int, default=7, help="the first does not count")
+    parser.add_argument("--moves", type=int, default=5, help="of a round, from the lowest budget on")
     parser.add_argument("--port", type=int, default=7869)
     parser.add_argument("--screenshot", type=Path)
     args = parser.parse_args(argv)
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         driver = chromium(profile)
         try:
             if args.rounds:
-                report(measure(page.drawer, driver, url, args.rounds))
+                report(measure(page.drawer, driver, url, args.rounds, args.moves))
             if args.screenshot:
                 screenshot(driver, url, len(page.drawer.budgets), args.screenshot)
         finally:
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             stop()
 
 
-def measure(drawer, driver, url, rounds) -> dict[float, list[tuple[float, float]]]:
+def measure(drawer, driver, url, rounds, moves) -> dict[float, list[tuple[float, float]]]:
     """Budget → (page, without it) in milliseconds, of each round but the first."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -75,7 +76,7 @@ def measure(drawer, driver, url, rounds) -> dict[float, list[tuple[float, float]
         seed.send_keys(Keys.CONTROL, "a")
         seed.send_keys(str(1000 + turn), Keys.ENTER)
         wait_for(driver, lambda d, old=old: card(d, "full") and card(d, "full")["src"] != old)
-        for budget in drawer.budgets[1:-1]:
+        for budget in drawer.budgets[1:-1][:moves]:
             shown = move(driver, slider, Keys.ARROW_RIGHT)
             request = drawer.options({"seed": 5000 + turn, "inference_budget": budget})
             begin = time.perf_counter()
