@@ -112,16 +112,20 @@ class DataPrompts(_Named):
     def __init__(self, features: TextFeatures | CocoText, data_dir: str):
         self.features, self.data_dir = features, data_dir
 
-    @cached_property
-    def words(self) -> list[str] | None:
+    @property
+    def words(self) -> Sequence[str] | None:
         """See `Conditions`."""
+        return self._words
+
+    @cached_property
+    def _words(self) -> list[str] | None:
         captions = captions_of(self.data_dir, self.features.latents)
         return None if captions is None else [texts[0] for texts in captions]
 
     @property
     def texts(self) -> list[str]:
         """In words, where the data folder has them; else which they are."""
-        return self.words or [f"caption of sample {i}" for i in range(len(self.features))]
+        return self._words or [f"caption of sample {i}" for i in range(len(self.features))]
 
     def of(self, config: Any, indices: Sequence[int]) -> Text:
         """See `Conditions`."""
