@@ -12,6 +12,7 @@ from common.errors import first_line
 from common.file_tree import FileTree
 from common.files import DataError, write_atomically
 
+ARRAYS = ".npy"
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, above which it warns of a decompression bomb
 
 # Above its limit Pillow warns, and only at twice that refuses; `check_pixels` refuses at once.
@@ -24,13 +25,28 @@ def save_png(image: Image.Image, path: str | Path, compress_level: int = 6) -> N
 
 
 def read_image(files: FileTree, name: str) -> np.ndarray:
-    """An image file as RGB, uint8 (H, W, 3), stored orientation, alpha dropped. `DataError` that names it if it is broken."""
+    """An image file as RGB, uint8 (H, W, 3), stored orientation, alpha dropped. `DataError` that names it if it is broken.
+
+    An npy file is one, too, as REPA's code has it: uint8 (3, H, W), or with leading axes of 1.
+    """
     content = files.read(name)
     try:
+        if name.endswith(ARRAYS):
+            return _array(content)
         with Image.open(io.BytesIO(content)) as image:
             return _rgb(image)
     except Exception as error:  # Pillow's plugins raise whatever they like on broken files
         raise DataError(f"{files.where(name)}: not a readable image: {image_problem(error)}") from None
+
+
+def _array(content: bytes) -> np.ndarray:
+    from common.tensor_files import npy_array  # which imports PyTorch
+
+    pixels = npy_array(content)
+    if pixels.dtype != np.uint8 or pixels.ndim < 3 or pixels.shape[-3] != 3 or pixels.size != np.prod(pixels.shape[-3:]):
+        shape = " × ".join(map(str, pixels.shape))
+        raise ValueError(f"holds {pixels.dtype} {shape}; must be uint8 3 × height × width")
+    return pixels.reshape(pixels.shape[-3:]).transpose(1, 2, 0)
 
 
 def image_problem(error: Exception) -> str:
@@ -60,6 +76,12 @@ def image_names(names: Iterable[str]) -> list[str]:
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     # A Mac's zip holds a `._name` of its own beside every file.
     return [n for n in names if PurePosixPath(n).suffix.lower() in readable and not PurePosixPath(n).name.startswith("._")]
+
+
+def stored_image_names(names: Iterable[str]) -> list[str]:
+    """`image_names`, or where there are none, npy files."""
+    names = list(names)
+    return image_names(names) or [name for name in names if name.endswith(ARRAYS)]
 
 
 def png_bytes(image: np.ndarray) -> bytes:

@@ -16,15 +16,14 @@ from checkpoint.records import TEXT
 from common.distributed import data_workers
 from common.errors import UserError
 from common.logging import log, warn
-from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
 from models.conditioning import NullText, condition_of, map_condition
-from models.encoders import describe_encoders, encoder_names, load_encoders
-from models.layers import narrow_linears
+from models.encoders import describe_encoders, encoder_names
 from models.vae import sample_latents
-from training import resume, scores, setup, sharding, trackers
+from training import resume, scores, setup, sharding, snapshots, trackers
+from training.alignment import Alignment, aligned_steps
 from training.budgets import budget_schedule, parts_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
@@ -46,9 +45,8 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
         self.accelerator = accelerator = setup.create_accelerator(config)
-        self.mesh = sharding.create_mesh(
-            config.shard, accelerator.num_processes, accelerator.device, setup.process_wait(config)
-        )
+        wait = setup.process_wait(config)
+        self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device, wait)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
         config = resume.with_recorded_split(config, self.run_dir)
@@ -57,8 +55,7 @@ class Trainer:
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
         self.flow, self.budgets, self.schedule_of_budgets = flow_of(config), trained_budgets(config), budget_schedule(config)
         grid = setup.token_grid(config, self.data.record)
-        self.encoder_names = encoder_names(config.enc_type, config.proj_coeff)
-        targets = describe_encoders(self.encoder_names, config.resolution, grid)
+        targets = describe_encoders(encoder_names(config.enc_type, config.proj_coeff), config.resolution, grid)
         torch.manual_seed(config.seed)
         self.model = setup.build_model(config, self.data.record, [t.z_dim for t in targets], self.data.text_record)
         if isinstance(self.model, NullText) and self.data.dataset.text is not None:
@@ -121,12 +118,11 @@ class Trainer:
     def _prepare(self) -> None:
         """Put everything on the device, as a new run starts."""
         config, device, data = self.config, self.accelerator.device, self.data
-        grid = setup.token_grid(config, data.record)
-        encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
-        self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
+        self.alignment = Alignment(config, setup.token_grid(config, data.record), device)
         if self.mesh is None:
             self.model.to(device)
-            self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
+            place = self.accelerator.process_index, self.accelerator.num_processes
+            self.ema = EMA(self.model, config.ema_decay, *place, config.posthoc_ema)
             setup.adapt_blocks(self.model, config, device)
             self.sharded, group = None, None
             self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
@@ -137,6 +133,7 @@ class Trainer:
             self.ema, group = self.sharded.ema, self.sharded.group
             self.optimizer = self.accelerator.prepare(create_optimizer(self.sharded, config))
         self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn, group)
+        self.snapshots = snapshots.SnapshotWriter(config, self.run_dir, data)
         self.validation_due = self.scores_due = False
         self._go_to(Progress(0, 0, len(data.dataset), config.batch_size))
 
@@ -150,7 +147,8 @@ class Trainer:
         start, stop = (self._data_position(step) for step in (self.step, max(self.step, self.total_steps)))
         batches = StepBatches(*place, start, stop, forward=self.step * config.gradient_accumulation_steps)
         draw = partial(self.flow.draws, config.seed, batch_slice=self.batch_slice, shape=data.shape)
-        self.loader = create_loader(data.dataset, draw, batches, config.num_workers, self.accelerator.device)
+        image_forwards = aligned_steps(config) * config.gradient_accumulation_steps
+        self.loader = create_loader(data.dataset, draw, batches, config.num_workers, self.accelerator.device, image_forwards)
 
     def _data_position(self, step: int) -> int:
         """The batches of the data order before optimizer step `step`."""
@@ -209,6 +207,7 @@ class Trainer:
             tqdm(**bar_options, desc="train", unit="step", mininterval=1) as bar,
             StepProfiler(profiled, self.run_dir.path, self.accelerator.device) as profiler,
         ):
+            self.snapshots.save(self.ema, self.step, self.total_steps)
             if self.validation_due:
                 self.validate(preemption)
                 self.saved_step = -1  # its checkpoint says that it is due
@@ -228,6 +227,8 @@ class Trainer:
                 if config.sampling_steps and (self.step % config.sampling_steps == 0 or self.step == 1):
                     with self.speed.untimed():
                         self.validate(preemption)
+                with self.speed.untimed():
+                    self.snapshots.save(self.ema, self.step, self.total_steps)
                 is_scored = scores.is_scored_at(self.step, config, self.total_steps)
                 if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or is_scored:
                     with self.speed.untimed():
@@ -256,7 +257,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.schedule.step()
-        self.ema.update()
+        self.ema.update(self.step)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Mean loss of this process's images with their draws: of one forward, or of one for each budget of a schedule."""
@@ -273,16 +274,17 @@ class Trainer:
         config, draws = self.config, batch["draws"]
         x = sample_latents(batch["moments"], draws.posterior, self.data.record)
         y = drop_conditions(self.model, batch["y"], draws, config.cfg_prob)
-        model = Projecting(self.model) if self.encoders else self.model
+        aligned = self.alignment.acts(self.step)
+        model = Projecting(self.model) if aligned else self.model
         losses, times, condition = self.flow.loss(model, x, draws, y, budget)
         self.stats.add(losses, times, "loss" + condition.metric_suffix)
-        self.speed.add(len(x) * self.accelerator.num_processes, budget)
+        self.speed.add(len(x) * self.accelerator.num_processes, budget, aligned)
         loss = losses.mean()
         if isinstance(self.model, DistributedDataParallel):
-            loss = self.idle.touch(loss, self.model.module.unused_parameters(condition.stage))
+            loss = self.idle.touch(loss, self.model.module.unused_parameters(condition.stage, aligned))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
             with self.accelerator.autocast():
-                features = [encoder(batch["image"]) for encoder in self.encoders]
+                features = self.alignment.features(batch["image"])
             alignment = alignment_loss(model.projections, features)
             self.stats.add_mean("alignment_loss", alignment)
             loss = loss + config.proj_coeff * alignment
@@ -390,6 +392,7 @@ class Trainer:
         if self.saved_step != self.step:
             self.save()
         self.writer.wait()
+        self.snapshots.wait()
         if self.writer.error is not None:
             problem = f"{self.writer.path(self.step)}: could not be written: {self.writer.error}"
             raise UserError(f"{problem}; the last good checkpoint is {self.run_dir.newest_checkpoint()}")

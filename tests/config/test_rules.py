@@ -48,7 +48,8 @@ def test_every_option_of_generation_says_whether_it_changes_the_images():
 
 
 def test_what_a_resumed_run_must_share():
-    assert set(SAME) == CHECKPOINT | {"latent_norm", "enc_type", "prediction", "encoder_depth", "condition"}
+    repa = {"enc_type", "encoder_depth", "projector", "target_norm", "target_norm_gamma"}
+    assert set(SAME) == CHECKPOINT | repa | {"latent_norm", "prediction", "condition"}
     assert SAME[0] == "model"  # the first difference is reported
     assert set(CHANGEABLE) == {
         *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),
@@ -58,6 +59,8 @@ def test_what_a_resumed_run_must_share():
             "elit_budget_schedule",
             "stage_weights",
             "proj_coeff",
+            "proj_until",
+            "flip",
             "ema_decay",
             "max_grad_norm",
         ),
@@ -65,7 +68,7 @@ def test_what_a_resumed_run_must_share():
         *("lr_scheduler_type", "warmup_steps", "lr_cooldown", "comm_dtype", "elit_budget_schedule"),
     }
     # Compared in some runs only: with target encoders, or where the rate depends on the number of steps.
-    assert names(TrainConfig, when="repa", resume="same") == ("encoder_depth",)
+    assert set(names(TrainConfig, when="repa", resume="same")) == repa - {"enc_type"}
     assert set(names(TrainConfig, when="schedule", resume="changeable")) == {"epochs", "max_train_steps"}
     free = {"fused_attn", "num_workers", "compile", "output_dir", "data_dir", "checkpointing_steps", "num_steps_per_scale"}
     assert free <= set(names(TrainConfig, resume="free"))
@@ -82,7 +85,19 @@ def test_what_a_checkpoint_decides():
 
 def test_what_changes_the_images_of_a_checkpoint():
     assert {
-        *("weights", "vae", "mode", "num_steps", "heun", "path_type", "time_shift", "cfg_scale", "autoguidance"),
+        *(
+            "weights",
+            "ema_sigma",
+            "ema_step",
+            "vae",
+            "mode",
+            "num_steps",
+            "heun",
+            "path_type",
+            "time_shift",
+            "cfg_scale",
+            "autoguidance",
+        ),
         *("guidance_low", "guidance_high", "inference_budget", "unconditional_inference_budget"),
         *("global_seed", "class_labels", "mixed_precision", "tf32"),
         *("cfg_channels", "guide_weights", "guide_label", "guide_budget", "core_cache", "cache_rule", "cache_after"),
@@ -99,7 +114,7 @@ def test_what_changes_the_images_of_a_checkpoint():
 
 def test_folder_labels_stand_in_one_order():
     labels = ["weights", "budget", "uncond", "autoguidance", "low", "high", "heun", "labels", "", "scales", "thresholds"]
-    labels += ["channels", "guide", "", "label", "at", "cache", "by", "after", "", "prompts"]
+    labels += ["channels", "guide", "", "label", "at", "cache", "by", "after", "", "prompts", "sigma", "step"]
     assert list(folder_labels(GenerateConfig).values()) == labels
 
 
