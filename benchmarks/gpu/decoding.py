@@ -20,10 +20,11 @@ def decoder(run: Run) -> Any:
     """Stable Diffusion's VAE with random weights."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    coder: Any = AutoencoderKL  # whose annotations take one block alone
     widths, layers, groups = run.size(((128, 256, 512, 512), 2, 32), ((8, 8, 8, 8), 1, 4))
     torch.manual_seed(0)
     with run.device:
-        vae = AutoencoderKL(
+        vae = coder(
             down_block_types=("DownEncoderBlock2D",) * len(widths),
             up_block_types=("UpDecoderBlock2D",) * len(widths),
             block_out_channels=widths,

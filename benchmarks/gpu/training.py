@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import models
@@ -203,7 +203,7 @@ def plain_stack(run: Run, size: str, images: int, side: int, timings: dict[tuple
     jobs = [partial(run_whole, step) for step in steps]
     for is_compiled in (False, True) if run.cuda else (False,):
         if is_compiled:
-            for block in model.blocks:
+            for block in model.blocks.children():
                 block.compile(dynamic=True, fullgraph=True)
         timing = measure(run, jobs[:1], jobs[1], run.size(10, 1), flops)
         timings["plain stack", is_compiled] = timing
