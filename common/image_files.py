@@ -1,6 +1,7 @@
-"""Image files: reading any format as RGB, PNG bytes, writing atomically."""
+"""Image files: reading any format as RGB, PNG bytes, writing atomically; and how far images are apart."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -84,10 +85,10 @@ def stored_image_names(names: Iterable[str]) -> list[str]:
     return image_names(names) or [name for name in names if name.endswith(ARRAYS)]
 
 
-def png_bytes(image: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) or grey (H, W) as an uncompressed PNG: training reads it often, and disks are cheaper than time."""
+def png_bytes(image: np.ndarray, compress_level: int = 0) -> bytes:
+    """uint8 (H, W, 3) or grey (H, W) as a PNG, not compressed: training reads it often, and disks are cheaper than time."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, format="png", compress_level=0)
+    Image.fromarray(image).save(file, format="png", compress_level=compress_level)
     return file.getvalue()
 
 
@@ -99,3 +100,9 @@ def png_pixels(content: bytes) -> np.ndarray:
             return np.asarray(image)
     except Exception as error:  # OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError …
         raise ValueError(image_problem(error)) from None
+
+
+def psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
+    """Peak signal-to-noise ratio in dB of uint8 images against others, over all pixels; `None` where they are equal."""
+    error = np.mean((images.astype(np.float64) - reference) ** 2)
+    return None if error == 0 else 10 * math.log10(255**2 / error)

@@ -6,6 +6,7 @@ import pytest
 
 from checkpoint.architecture import ARCHITECTURE, SCHEDULE
 from checkpoint.weights import MODEL_OPTIONS
+from config.demo_options import WebDemoConfig
 from config.options import Architecture, CCFGConfig, ConvertCheckpointConfig, GenerateConfig, MultibudgetConfig, TrainConfig
 from config.rules import GROUPS, Rules, folder_labels, names
 from config.tool_options import (
@@ -22,7 +23,7 @@ from sampling.image_folder import SETTINGS
 from training.resume import CHANGEABLE, SAME
 
 TOOLS = [CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, EvaluateConfig, PackConfig, ReferenceConfig, StatsConfig]
-ALL = [TrainConfig, GenerateConfig, MultibudgetConfig, CCFGConfig, ConvertCheckpointConfig, *TOOLS]
+ALL = [TrainConfig, GenerateConfig, MultibudgetConfig, CCFGConfig, WebDemoConfig, ConvertCheckpointConfig, *TOOLS]
 
 INTERFACE = {"elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail", "elit_write", "elit_mlp_ratio"}
 ELIT = {"head_depth", "tail_depth", *INTERFACE}
