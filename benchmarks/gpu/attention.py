@@ -34,14 +34,14 @@ def shapes(images: int, groups: int, J: int, k: int) -> dict[str, tuple[int, int
 def calls(portable: bool, risky: bool) -> dict[str, Call]:
     """The model's own attention and each kernel alone; `risky`: cuDNN's, and PyTorch's choice, which may be that."""
 
-    def only(backend: SDPBackend, *qkv: Tensor) -> Tensor:
+    def only(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*qkv)
+            return F.scaled_dot_product_attention(q, k, v)
 
-    def default(*qkv: Tensor) -> Tensor:
+    def default(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         set_attention(True)
         try:
-            return F.scaled_dot_product_attention(*qkv)
+            return F.scaled_dot_product_attention(q, k, v)
         finally:
             set_attention(False)
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.cuda import nccl
 
 from benchmarks.gpu.record import ROOT, Entry, Run
 from benchmarks.train_step import durations
@@ -42,7 +43,7 @@ def versions() -> Entry:
     return found | {
         "CUDA": torch.version.cuda,
         "cuDNN": torch.backends.cudnn.version(),
-        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "missing",
+        "NCCL": ".".join(map(str, nccl.version())) if torch.distributed.is_nccl_available() else "missing",
         "driver": driver(),
         "card": card.name,
         "card GiB": round(card.total_memory / 2**30, 1),

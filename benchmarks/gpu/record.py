@@ -133,7 +133,7 @@ def isolated(job: Job, log: Path, seconds: float, on_entry: Callable[[Entry], No
         if status is None:
             os.waitpid(pid, 0)
         os.close(read)
-    if problem or status == 0:
+    if problem or not status:
         return problem
     return f"ended by {signal.Signals(-status).name}" if status < 0 else f"failed; see {log.name}"
 

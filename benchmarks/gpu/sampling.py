@@ -22,16 +22,12 @@ from sampling import session
 from sampling.cuda_graphs import GraphedModel
 from sampling.session import Session
 
-PASSES = {"CFG at 1": (1.0, False), f"CFG at {LOW_BUDGET:g}": (LOW_BUDGET, False), "cheap CFG": (1.0, True)}
-
 
 def passes(run: Run) -> dict[str, Guidance]:
     """Name → guidance; the smallest budget of tiny models is a quarter."""
-    made = {name: guidance(*arguments) for name, arguments in PASSES.items()}
-    if not run.tiny:
-        return made
-    low = {"inference_budget": LOW_BUDGET, "unconditional_inference_budget": LOW_BUDGET}
-    return {n: g._replace(**{k: 0.25 for k, v in low.items() if getattr(g, k) == v}) for n, g in made.items()}
+    low = run.size(LOW_BUDGET, 0.25)
+    made = {"CFG at 1": guidance(1.0, False), f"CFG at {low:g}": guidance(low, False), "cheap CFG": guidance(1.0, True)}
+    return made | {"cheap CFG": made["cheap CFG"]._replace(unconditional_inference_budget=low)}
 
 
 def sampling(run: Run) -> None:

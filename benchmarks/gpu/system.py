@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from metrics.precision_recall import precision_recall
 
 PAUSE = 1.5  # of what the copy alone takes
 SAME, SECONDS = 1e-3, 10.0
+KINDS: tuple[Literal["float16"], Literal["float32"]] = ("float16", "float32")
 
 
 def saving(run: Run) -> None:
@@ -53,11 +55,11 @@ def clusters(count: int, width: int, seed: int, device: torch.device) -> Tensor:
 def neighbours(run: Run) -> None:
     """Precision and recall on the device against the CPU, and the time at a real evaluation's size."""
     count, width = run.size((2000, 2048), (200, 16))
-    for dtype in ("float16", "float32"):
+    for dtype in KINDS:
         with run.attempt(f"{dtype}: against the CPU"), precision.tf32(False):
-            sets = [clusters(count, width, seed, run.device) for seed in (1, 2)]
-            own = precision_recall(*sets, dtype=dtype, device=run.device)
-            by_cpu = precision_recall(*(x.cpu() for x in sets), dtype=dtype)
+            ref, samples = (clusters(count, width, seed, run.device) for seed in (1, 2))
+            own = precision_recall(ref, samples, dtype=dtype, device=run.device)
+            by_cpu = precision_recall(ref.cpu(), samples.cpu(), dtype=dtype)
             worst = max(abs(a - b) for a, b in zip(own, by_cpu, strict=True))
             run.note(f"{dtype}: precision, recall", {"precision": own[0], "recall": own[1]})
             run.check(f"{dtype}: largest difference from the CPU", worst, SAME)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import models
@@ -184,8 +184,8 @@ def top_kernels(run: Run, step: Callable[[], object]) -> None:
             e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation
         ]  # kernels, not what launched them
     rows = [{"kernel": e.key[:100], "calls": e.count, "ms": getattr(e, key) / 1000} for e in events[:KERNELS]]
-    launches = sum(e.count for e in events) if run.cuda else 0
-    run.note(f"ELIT-SiT at 1, {mode(run.cuda)}: one step", {"launches": launches, "top kernels": rows})
+    launches = {"launches": sum(e.count for e in events)} if run.cuda else {}
+    run.note(f"ELIT-SiT at 1, {mode(run.cuda)}: one step", {**launches, "top kernels": rows})
 
 
 def plain_stack(run: Run, size: str, images: int, side: int, timings: dict[tuple[str, bool], Timing]) -> None:
@@ -203,7 +203,7 @@ def plain_stack(run: Run, size: str, images: int, side: int, timings: dict[tuple
     jobs = [partial(run_whole, step) for step in steps]
     for is_compiled in (False, True) if run.cuda else (False,):
         if is_compiled:
-            for block in model.blocks:
+            for block in model.blocks.children():
                 block.compile(dynamic=True, fullgraph=True)
         timing = measure(run, jobs[:1], jobs[1], run.size(10, 1), flops)
         timings["plain stack", is_compiled] = timing

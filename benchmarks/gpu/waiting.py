@@ -55,7 +55,9 @@ def host_reads(job: Callable[[], object]) -> list[str]:
     """
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         job()
-    return sorted({event.name for event in trace.events() if event.name in WAITS and not _inside(event, "aten::_fused_adamw_")})
+    return sorted(
+        {event.name for event in trace.events() or () if event.name in WAITS and not _inside(event, "aten::_fused_adamw_")}
+    )
 
 
 def _inside(event: Any, name: str) -> bool:

@@ -69,9 +69,7 @@ def test_sampling_with_guidance(family, guided, names):
     assert host_reads(lambda: flow.sample(model, (4, 8, 8), 0, [0, 7], torch.tensor([1, 4]), guidance)) == []
 
 
-@pytest.mark.parametrize(
-    "wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: 1 if x.sum() > 0 else 0, lambda x: x.tolist()]
-)
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: 1 if x.sum() > 0 else 0])
 def test_waits_are_noticed(wait):
     found = host_reads(lambda: wait(torch.ones(3)))
     assert found and set(found) <= WAITS
