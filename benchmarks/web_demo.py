@@ -29,7 +29,7 @@ def move(driver, slider, key) -> float:
     before = card(driver, "picture")["src"]
     begin = time.perf_counter()
     slider.send_keys(key)
-    wait_for(driver, lambda d: card(d, "picture")["src"] != before, poll=0.002)
+    wait_for(driver, lambda d: (shown := card(d, "picture")) and shown["src"] != before, poll=0.002)
     return 1000 * (time.perf_counter() - begin)
 
 
@@ -75,7 +75,7 @@ def measure(drawer, driver, url, rounds, moves) -> dict[float, list[tuple[float,
         old = card(driver, "full")["src"]
         seed.send_keys(Keys.CONTROL, "a")
         seed.send_keys(str(1000 + turn), Keys.ENTER)
-        wait_for(driver, lambda d, old=old: card(d, "full") and card(d, "full")["src"] != old)
+        wait_for(driver, lambda d, old=old: (full := card(d, "full")) and full["src"] != old)
         for budget in drawer.budgets[1:-1][:moves]:
             shown = move(driver, slider, Keys.ARROW_RIGHT)
             request = drawer.options({"seed": 5000 + turn, "inference_budget": budget})
