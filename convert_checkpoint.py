@@ -3,6 +3,7 @@
     python convert_checkpoint.py IN OUT.pt                          ours, with every set of weights that IN holds
     python convert_checkpoint.py IN.dcp OUT.pt                      a sharded run's folder as one file, and the reverse: all of its state
     python convert_checkpoint.py IN OUT.safetensors --safetensors   one set of weights, the configuration in the metadata
+    python convert_checkpoint.py RUN OUT.safetensors --safetensors --ema-sigma 0.075    an average of that length, of a run's snapshots
     python convert_checkpoint.py IN --show
     python convert_checkpoint.py --list                             released weights by name, each of which can be IN
 
@@ -10,16 +11,14 @@ IN: a file of ours, a published one, safetensors, a folder of `save_pretrained`,
 given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The optimizer's state is left behind: the result is for sampling.
 """
 
-import json
 from pathlib import Path
 
 from torch import Tensor
 
-from checkpoint import reading, sharded, training_state, weights, zoo
+from checkpoint import posthoc, power_average, reading, sharded, snapshots, training_state, weights, zoo
 from checkpoint.architecture import resolve_architecture
 from checkpoint.inspect import look, show
 from checkpoint.records import TEXT, check_format, check_state_dict, recorded_config, recorded_step
-from common import tensor_files
 from common.errors import UserError, cli_main
 from common.files import WriteError, check_folder
 from config.options import ConvertCheckpointConfig
@@ -39,7 +38,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
     if config.dest is None and not config.show:
         raise UserError("give the file to write: convert_checkpoint.py IN OUT, or IN --show to see what is in it")
+    if config.show and config.ema_sigma is not None:
+        raise UserError("--show: prints what is in a file; leave out --ema-sigma")
     check_dest(config)
+    posthoc.check_options(config)
+    if config.ema_sigma is not None:
+        average = posthoc.find(config.source, config.ema_sigma, config.ema_step)
+        print(posthoc.describe(average))
+        if config.dest is not None:
+            write(config, {power_average.name(average.sigma): posthoc.make(average)})
+        return
     source = reading.local_file(config.source)
     if config.show:
         show(config, given, source)
@@ -83,13 +91,16 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
         weights.build_model(found, config.source)
         found.state_dict = {k: _compact(v) for k, v in found.state_dict.items()}
         sets[name] = found
-    found = next(iter(sets.values()))
+    write(config, sets)
+
+
+def write(config: ConvertCheckpointConfig, sets: dict[str, weights.Weights]) -> None:
+    """Write sets of weights, by name, of one model to OUT."""
+    assert config.dest is not None
+    dest, found = Path(config.dest), next(iter(sets.values()))
     try:
         if config.safetensors:
-            metadata = {"config": json.dumps(found.config), "vae": json.dumps(found.record.to_dict()), "step": str(found.step)}
-            metadata |= {} if found.text is None else {TEXT: json.dumps(found.text.to_dict())}
-            dest.parent.mkdir(parents=True, exist_ok=True)
-            tensor_files.save_safetensors(dest, found.state_dict, metadata)
+            snapshots.save(dest, found.state_dict, snapshots.metadata(found.config, found.record, found.step, found.text))
         else:
             ema = {_decay(name): w.state_dict for name, w in sets.items() if name != "model"}
             model = sets["model"].state_dict if "model" in sets else found.state_dict
@@ -124,8 +135,8 @@ def change_form(source: Path, dest: Path) -> None:
 
 
 def _decay(name: str) -> str:
-    """The EMA decay of a set of weights, as text."""
-    return name.partition(":")[2] or PUBLISHED_DECAY
+    """What an average is called in our format: its decay, as text, or the name of a power-function one."""
+    return name if name.startswith("sigma-") else name.partition(":")[2] or PUBLISHED_DECAY
 
 
 def _compact(tensor: Tensor) -> Tensor:

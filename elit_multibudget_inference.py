@@ -12,7 +12,8 @@
   - `psnr`: dB against the full budget's images, over all their pixels; null for equal images.
 
 An --inference-budget that is a schedule is one more column; its entries are means over the steps, and its `budget` is the text.
-With --attention also `attention_maps.png`, `attention_entropy.png` and `attention.json`: what each latent reads.
+With --attention also `attention_maps.png`, `attention_entropy.png` and `attention.json`: what each latent reads; and `attention_loss.png`:
+of each image what all latents read beside the flow-matching loss of each patch, and their rank correlation.
 """
 
 import math
@@ -30,13 +31,16 @@ from checkpoint.weights import Weights
 from common import files
 from common.errors import cli_main
 from common.files import check_folder
-from common.plotting import attention_maps, labelled_grid, line_plot
+from common.plotting import attention_maps, heat_map, labelled_grid, line_plot
 from common.sizes import sides
 from config.options import MultibudgetConfig
 from samplers import BudgetSchedule, Guidance
 from sampling import checks, cost, session
 from sampling.core_cache import Drawn
+from sampling.patches import Patches, mean_and_error, mean_patches, patches_of, rank_correlations
 from sampling.session import Session
+
+LOSS_DRAWS = 8  # of noise, for the loss of each patch
 
 
 @cli_main
@@ -212,7 +216,7 @@ def show_attention(
         noise = loaded.starting_noise(config.seed, range(first, first + len(x)))
         y = loaded.condition(range(first, first + len(x)), x.device)
         t = torch.full((len(x),), config.attention_time, device=x.device)
-        weights = model.read_attention(*loaded.flow.noised(model, x, noise, t), y)
+        weights = model.read_attention(*loaded.flow.noised(model, x, noise, t)[:2], y)
         means.append(weights.mean(dim=2))  # (B, G, J latents, J tokens)
         entropies.append(torch.special.entr(weights).sum(dim=-1).mean(dim=(1, 2)))  # (B, J)
     mean, entropy = torch.cat(means), torch.cat(entropies).mean(dim=0).tolist()
@@ -237,10 +241,53 @@ def show_attention(
         labels=("latent index", "mean attention entropy [nats]", f"{config.model}, Read at t = {config.attention_time:g}"),
         level=("uniform attention", math.log(J)),
     )
-    files.write_json(
-        {"attention_entropy": entropy, "uniform_entropy": math.log(J), "time": config.attention_time, **loaded.conditions.told(config)},
-        folder / "attention.json",
-    )  # fmt: skip
+    told = {"attention_entropy": entropy, "uniform_entropy": math.log(J), "time": config.attention_time}
+    told["loss_correlation"] = show_losses(config, loaded, latents, images, labels, folder)
+    files.write_json(told | loaded.conditions.told(config), folder / "attention.json")
+
+
+def show_losses(
+    config: MultibudgetConfig, loaded: Session, latents: Tensor, images: np.ndarray, labels: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """What all latents read together, beside the loss of each patch: a row of pictures for each image, and Spearman's correlation.
+
+    At time --attention-time and the full budget; both are means over `LOSS_DRAWS` draws of noise. Each map is drawn from its
+    lowest to its highest value.
+    """
+    model: Any = loaded.model
+    parts = []
+    for first in range(0, len(latents), config.per_proc_batch_size):
+        x = latents[first : first + config.per_proc_batch_size]
+        indices = range(first, first + len(x))
+        t, y = torch.full((len(x),), config.attention_time, device=x.device), loaded.condition(indices, x.device)
+
+        def of_draw(n: int, x: Tensor = x, indices: range = indices, t: Tensor = t, y: Any = y) -> Patches:
+            noise = loaded.starting_noise(config.seed + 1 + n, indices)  # not the one that the image was drawn from
+            with loaded.autocast():
+                return patches_of(model, loaded.flow, x, noise, t, y)
+
+        parts.append(mean_patches(LOSS_DRAWS, of_draw))
+    losses, attention = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    maps = [  # (B, rows, columns)
+        model.interface.ungroup(values[..., None]).flatten(1).unflatten(1, model.interface.grid_size).float().cpu().numpy()
+        for values in (attention.mean(dim=2), losses)
+    ]
+    correlations = rank_correlations(*(values.reshape(len(values), -1) for values in maps))
+    mean, error = mean_and_error(correlations)
+    side = images.shape[1:3]
+    columns = np.stack([images, *(np.stack([heat_map(v, side) for v in values]) for values in maps)], axis=1)
+    rows = [f"{label}\nρ {_decimals(value)}" for label, value in zip(labels, correlations, strict=True)]
+    heads = ["image", "attention of\nall latents", "flow-matching\nloss"]
+    labelled_grid(columns, rows, heads, folder / "attention_loss.png", inches=1.25)
+    print(
+        f"Spearman's correlation of attention with loss at t = {config.attention_time:g} over {maps[0][0].size} patches: "
+        f"{_decimals(mean)} ± {_decimals(error)} (standard error over {len(correlations)} images)"
+    )
+    return {"mean": mean, "standard_error": error, "images": correlations, "draws": LOSS_DRAWS}
+
+
+def _decimals(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _name(entry: dict) -> str:

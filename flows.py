@@ -249,9 +249,10 @@ class FlowMatching:
         """One velocity evaluation, to be timed, guidance included; times: an entry of `evaluations`."""
         samplers.guided_velocity(model, noise.double(), times[0], y, guidance)
 
-    def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
-        """Latents x (B, C, h, w) on the way to `noise`, every part at times t (B,): the state in the model's dtype, and its times."""
-        return interpolate(x, noise, t, self.path_type)[0].to(next(model.parameters()).dtype), t
+    def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor, State]:
+        """Latents x on the way to `noise`, every part at times t (B,): the state in the model's dtype, its times, its velocity."""
+        state, velocity = interpolate(x, noise, t, self.path_type)
+        return state.to(next(model.parameters()).dtype), t, velocity
 
 
 @dataclass(frozen=True)
@@ -370,12 +371,10 @@ class DFM(FlowMatching):
         samplers.guided_velocities(model, [x.double() for x in noise], times + waiting, len(times) - 1, y, guidance)
 
     @override
-    def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor]:
-        dtype = next(model.parameters()).dtype
-        state = [
-            interpolate(*pair, t, self.path_type)[0].to(dtype) for pair in zip(decompose(x, len(noise)), noise, strict=True)
-        ]
-        return state, t[:, None].expand(-1, len(noise))
+    def noised(self, model: nn.Module, x: Tensor, noise: State, t: Tensor) -> tuple[State, Tensor, State]:
+        stages = zip(decompose(x, len(noise)), noise, strict=True)
+        parts = [super(DFM, self).noised(model, x_s, n_s, t) for x_s, n_s in stages]
+        return [state for state, *_ in parts], t[:, None].expand(-1, len(noise)), [velocity for *_, velocity in parts]
 
 
 FLOWS: dict[str, type[FlowMatching]] = {"flow matching": FlowMatching, "DFM": DFM}  # by the attribute `flow` of a model's class

@@ -108,6 +108,21 @@ def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
     return (velocity.float() - target).square().flatten(1).mean(dim=1)
 
 
+def patch_losses(velocity: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor], grid: Sequence[int]) -> Tensor:
+    """Mean squared error on each patch of a grid, (B, rows, columns), float32: its mean is the sample's loss.
+
+    Args:
+        velocity: (B, C, H, W), or DFM's stages, whose errors are summed.
+        target: the same.
+        grid: rows and columns of patches, which divide the sides.
+    """
+    if isinstance(velocity, Tensor) and isinstance(target, Tensor):
+        error = (velocity.float() - target).square().mean(dim=1, keepdim=True)
+        rows, columns = grid
+        return F.adaptive_avg_pool2d(error, (rows, columns))[:, 0]
+    return torch.stack([patch_losses(v, u, grid) for v, u in zip(velocity, target, strict=True)]).sum(dim=0)
+
+
 def active_stage(draw: float, stage_weights: Sequence[float]) -> int:
     """The stage that a uniform draw in [0, 1) picks by the weights."""
     return min(bisect.bisect_right(list(accumulate(stage_weights)), draw), len(stage_weights) - 1)

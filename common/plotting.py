@@ -219,6 +219,16 @@ def attention_maps(
     save_figure(figure, path)
 
 
+def heat_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, 3) of values (h, w), from the lowest (black) to the highest (bright); `size`: H and W, multiples of h and w."""
+    from matplotlib import colormaps
+
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / (high - low or 1.0)
+    colours = (255 * colormaps["inferno"](scaled)[..., :3]).round().astype(np.uint8)
+    return np.kron(colours, np.ones((size[0] // values.shape[0], size[1] // values.shape[1], 1), np.uint8))
+
+
 BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9772b", "#3f9a5f", "#777777"
 
 

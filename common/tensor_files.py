@@ -5,6 +5,7 @@ runs.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import os
@@ -12,7 +13,7 @@ import pickle
 import re
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,25 +188,37 @@ def recorded_sha256(path: Path) -> str | None:
 
 def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises UserError where it is none."""
+    with _open_safetensors(path) as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone. Raises as `load_safetensors`."""
+    with _open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (OSError, MemoryError) as error:
         raise Unreadable(path, error) from None
     except Exception as error:  # SafetensorError, and whatever odd types of numbers make of it
         raise UserError(f"{path}: truncated, or not a safetensors file: {first_line(error)}") from None
 
 
-def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically. Raises WriteError."""
+def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, fsync: bool = False) -> None:
+    """Write a safetensors file atomically; `fsync`: it survives a power cut. Raises WriteError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with written_aside(path) as aside:
+    with written_aside(path, fsync=fsync) as aside:
         try:
             save_file(tensors, aside, metadata | {"format": "pt"})
         except SafetensorError as error:  # which it makes of an OSError, too

@@ -5,10 +5,12 @@ from typing import Literal
 
 from common.sizes import Resolution
 from config.data_options import LatentOptions
+from config.ema_options import AverageOptions, SnapshotOptions
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
 from config.system_options import ProcessOptions, SystemOptions
+from config.tracker_options import TrackerOptions
 
 
 @dataclasses.dataclass
@@ -103,7 +105,7 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(ScoreOptions, SystemOptions, LatentOptions, Architecture):
+class TrainConfig(SnapshotOptions, TrackerOptions, ScoreOptions, SystemOptions, LatentOptions, Architecture):
     """Options of train.py."""
 
     config: list[str] | None = option(
@@ -243,7 +245,7 @@ class TrainConfig(ScoreOptions, SystemOptions, LatentOptions, Architecture):
 
 
 @dataclasses.dataclass
-class Sampling(PromptOptions, GuideOptions, CoreCacheOptions):
+class Sampling(PromptOptions, GuideOptions, CoreCacheOptions, AverageOptions):
     """How images are drawn from a checkpoint; shared by generation and the inference tools."""
 
     ckpt: str = option(
@@ -367,7 +369,7 @@ class CCFGConfig(InferenceTool):
 
 
 @dataclasses.dataclass
-class ConvertCheckpointConfig(Architecture):
+class ConvertCheckpointConfig(AverageOptions, Architecture):
     """Options of convert_checkpoint.py: any checkpoint that is read → ours or safetensors, and what is in a file."""
 
     source: str = option("files", ..., "any checkpoint that the other scripts take as --ckpt", positional="IN")

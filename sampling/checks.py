@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 import models
+from checkpoint import posthoc
 from common.errors import UserError
 from common.logging import warn
 from config.options import GenerateConfig
@@ -29,6 +30,7 @@ def check_options(config: Options, cfg_scales: Sequence[float] | None = None) ->
         raise UserError("--cuda-graphs: requires CUDA, which this machine does not have; leave it out")
     if config.cuda_graphs and config.core_cache:
         raise UserError("--cuda-graphs: with --core-cache no two steps run the same; leave one of them out")
+    posthoc.check_options(config)
     guides.check_options(config)
     conditions.check_options(config)
     for changes in [{}] if cfg_scales is None else [{"cfg_scale": scale, "guide_label": None} for scale in cfg_scales]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from checkpoint import reading
+from checkpoint import posthoc, reading
 from checkpoint.architecture import resolve_architecture
 from checkpoint.weights import Weights, build_model
 from common import precision
@@ -56,7 +56,10 @@ def from_command_line(
 
 def read_checkpoint(config: Options, given: dict[str, Any]) -> Weights:
     """The weights that the options name; the architecture that they record is filled in (`given`: the options by hand)."""
-    weights = reading.read_weights(config.ckpt, config.weights, given)
+    if config.ema_sigma is None:
+        weights = reading.read_weights(config.ckpt, config.weights, given)
+    else:
+        weights = posthoc.read_weights(config.ckpt, config.ema_sigma, config.ema_step)
     resolve_architecture(config, given, weights, config.ckpt)
     weights.check_velocity(f"--ckpt {config.ckpt}")
     weights.prompts = conditions.read(config, weights, given)

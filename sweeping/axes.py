@@ -49,9 +49,11 @@ def combinations(axes: list[list[Values]]) -> Iterator[Values]:
     several = {name for axis in axes if len(axis) > 1 for name in axis[0]}
     for points in itertools.product(*axes):
         values = {name: value for point in points for name, value in point.items()}
-        # Options of a guide belong to the points that have one, and autoguidance to those with a budget for it.
+        # Options of a guide belong to the points that have one, a step to those of an average, and autoguidance to those with a budget for it.
         if "guide_ckpt" in several and values["guide_ckpt"] is None:
             values = {name: value for name, value in values.items() if name not in OF_GUIDE}
+        if "ema_sigma" in several and values["ema_sigma"] is None:
+            values.pop("ema_step", None)
         if "autoguidance" in several and values.get("unconditional_inference_budget") is None:
             values["autoguidance"] = False
         yield values

@@ -29,7 +29,7 @@ from sweeping.axes import OF_GUIDE, Values, axes_of, base_config, canonical, com
 from sweeping.results import parse_bound
 
 # Options that decide which weights are loaded: cells that share them are done one after the other.
-LOADED = ("weights", "mixed_precision", *OF_GUIDE)
+LOADED = ("weights", "ema_sigma", "ema_step", "mixed_precision", *OF_GUIDE)
 BEST = 3  # cells that --coarse scores in full
 
 

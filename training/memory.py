@@ -49,9 +49,14 @@ def state_bytes(model: nn.Module, ema_copies: int) -> StateBytes:
     return StateBytes(size + tables, size, 2 * size + steps, ema_copies * (size + tables))
 
 
+def ema_copies(config: TrainConfig) -> int:
+    """How many averages of the weights a run keeps."""
+    return len(config.ema_decay) + len(config.posthoc_ema)
+
+
 def process_bytes(model: Backbone, config: TrainConfig, processes: int) -> StateBytes:
     """What the first of `processes` holds of that: with `--shard` its shards, else everything but its part of the averages."""
-    copies, size = len(config.ema_decay), sharding.group_size(config.shard, processes)
+    copies, size = ema_copies(config), sharding.group_size(config.shard, processes)
     whole = state_bytes(model, copies)
     if size == 1:
         return replace(whole, ema=-(-whole.ema // processes))

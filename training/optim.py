@@ -3,7 +3,7 @@
 import copy
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from checkpoint import power_average
 from common.errors import UserError, first_line
 from config.options import TrainConfig
 
@@ -129,62 +130,95 @@ def depends_on_length(config: TrainConfig) -> bool:
 
 
 class EMA:
-    """Averages of the weights, one for each decay; each starts as a copy and follows every optimizer step.
+    """Averages of the weights by name, each of which follows every optimizer step.
 
-    Of several processes each keeps and updates its part of every average: whole tensors, so that the bits are those of one process.
+    Those of a decay are named by it ("0.9999") and start as a copy of the weights, of which power-function ones ("sigma-0.05") keep
+    nothing at the first step. Of several processes each keeps and updates its part of every average: whole tensors, so that the
+    bits are those of one process.
 
     Args:
         model: whose weights are averaged, before it is wrapped.
         decays: of the averages.
         process: which process this is.
         processes: how many share the averages.
+        sigmas: relative lengths σ_rel of the power-function averages.
     """
 
-    def __init__(self, model: nn.Module, decays: list[float], process: int = 0, processes: int = 1):
-        self.decays = [f"{decay:g}" for decay in decays]
+    def __init__(
+        self, model: nn.Module, decays: list[float], process: int = 0, processes: int = 1, sigmas: Sequence[float] = ()
+    ):
+        rules = averaging_rules(decays, sigmas)
+        self.names = list(rules)
         self.sources = dict(model.named_parameters())  # not their storage: DDP gives them another one
         self.owners = _owners(self.sources, processes)
         self._is_shared = processes > 1
         self._own = [name for name, owner in self.owners.items() if owner == process]
-        self.parts = {d: {name: self.sources[name].detach().clone() for name in self._own} for d in self.decays}
-        self._updates = [(get_ema_multi_avg_fn(decay), self.parts[d]) for decay, d in zip(decays, self.decays, strict=True)]
+        self.parts = {n: {name: self.sources[name].detach().clone() for name in self._own} for n in self.names}
+        self._updates = [(rule, self.parts[n]) for n, rule in rules.items()]
         memo: dict[int, Any] = {id(b): b for b in model.buffers()}  # fixed tables
         memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in self.sources.values()}
         self._structure = copy.deepcopy(model, memo).eval()
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Let each average follow the weights by one step."""
+    def update(self, step: int = 1) -> None:
+        """Let each average follow the weights by one step, optimizer step `step` (from 1; power-function ones depend on it)."""
         if self._own:
             weights: list[Tensor] = [self.sources[name] for name in self._own]
             for average, part in self._updates:
-                average(list(part.values()), weights, None)
+                average(list(part.values()), weights, step)
 
     @torch.no_grad()
-    def assign(self, decay: str, model: nn.Module) -> None:
-        """Set the average of this decay to the weights of `model`, which has the parameters of the averaged one."""
+    def assign(self, average: str, model: nn.Module) -> None:
+        """Set the average of this name to the weights of `model`, which has the parameters of the averaged one."""
         weights = dict(model.named_parameters())
-        for name, average in self.parts[decay].items():
-            average.copy_(weights[name])
+        for name, own in self.parts[average].items():
+            own.copy_(weights[name])
 
     @torch.no_grad()
-    def model(self, decay: str | None = None) -> nn.Module:
-        """The model with the average of this decay (default: the first, for pictures and validation), in eval mode.
+    def model(self, average: str | None = None) -> nn.Module:
+        """The model with the average of this name (default: the first, for pictures and validation), in eval mode.
 
         Every process takes part, and gets all of it; with one process it shares the average's memory.
         """
-        part = self.parts[decay or self.decays[0]]
         memo: dict[int, Any] = {id(b): b for b in self._structure.buffers()}
         for name, empty in self._structure.named_parameters():
-            weight = part[name] if name in part else torch.empty_like(self.sources[name], requires_grad=False)
-            if self._is_shared:
-                torch.distributed.broadcast(weight, self.owners[name])
-            memo[id(empty)] = nn.Parameter(weight, requires_grad=False)
+            memo[id(empty)] = nn.Parameter(self._whole(average or self.names[0], name), requires_grad=False)
         return copy.deepcopy(self._structure, memo)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Decay → state of the model with that average; every process takes part."""
-        return {decay: self.model(decay).state_dict() for decay in self.decays}
+        """Name → state of the model with that average; every process takes part."""
+        return {name: self.model(name).state_dict() for name in self.names}
+
+    @torch.no_grad()
+    def tensors(self, average: str) -> Iterator[tuple[str, Tensor, bool]]:
+        """The entries of that state by name, one after the other, and whether each is averaged; every process takes part."""
+        for name, table in self._structure.state_dict().items():
+            is_averaged = name in self.sources
+            yield name, self._whole(average, name) if is_averaged else table, is_averaged
+
+    def _whole(self, average: str, name: str) -> Tensor:
+        """A tensor of an average, in every process."""
+        part = self.parts[average]
+        weight = part[name] if name in part else torch.empty_like(self.sources[name], requires_grad=False)
+        if self._is_shared:
+            torch.distributed.broadcast(weight, self.owners[name])
+        return weight
+
+
+def averaging_rules(decays: list[float], sigmas: Sequence[float]) -> dict[str, Callable[[Any, Any, Any], None]]:
+    """Name of an average → what updates its tensors by (averages, weights, number of the step from 1)."""
+    rules: dict[str, Callable[[Any, Any, Any], None]] = {f"{decay:g}": get_ema_multi_avg_fn(decay) for decay in decays}
+    return rules | {power_average.name(sigma): _follow_by_power(sigma) for sigma in sigmas}
+
+
+def _follow_by_power(sigma: float) -> Callable[[Any, Any, Any], None]:
+    exponent = power_average.exponent(sigma)
+
+    def follow(averages: list[Tensor], weights: list[Tensor], step: int) -> None:
+        share = power_average.weight_of_step(step, exponent)
+        torch._foreach_lerp_(averages, weights, share)  # pyright: ignore[reportPrivateImportUsage], as torch's own averages do
+
+    return follow
 
 
 def _owners(tensors: dict[str, nn.Parameter], processes: int) -> dict[str, int]:

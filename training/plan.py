@@ -24,7 +24,7 @@ from models.vae import SD_VAE, load_vae
 from training.budgets import mean_training_flops, trained_budgets
 from training.cards import CARDS, find_card
 from training.cluster import MIB, Cluster, Scheme, mean
-from training.memory import GIB, activation_bytes, format_gib, process_bytes, state_bytes
+from training.memory import GIB, activation_bytes, ema_copies, format_gib, process_bytes, state_bytes
 from training.resume import with_recorded_split
 from training.run_data import RunData, open_data
 from training.run_dir import RunDir
@@ -165,7 +165,7 @@ class Plan:
         self.say("", f"{'activations':<12}{', '.join(at)}")
         if config.plan_card is None and torch.cuda.is_available():
             self.check_memory(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
-        whole = state_bytes(self.model, len(config.ema_decay))
+        whole = state_bytes(self.model, ema_copies(config))
         self.checkpoint_bytes = whole.weights + whole.optimizer + whole.ema
 
     def check_memory(self, card: str, available: float) -> None:
@@ -242,14 +242,24 @@ class Plan:
         if self.data is not None:
             count = self.checkpoints_kept(self.data.total_steps)
             need = count * self.checkpoint_bytes
-            text += (
-                f": {count} checkpoints of {format_gib(self.checkpoint_bytes)} = {format_gib(need)}; {format_gib(free)} free"
-            )
-            if need > free:
+            text += f": {count} checkpoints of {format_gib(self.checkpoint_bytes)} = {format_gib(need)}"
+            files, size = self.snapshots_written(self.data.total_steps)
+            text += f", {files} snapshots = {format_gib(size)}" if files else ""
+            text += f"; {format_gib(free)} free"
+            if need + size > free:
+                more = f" and {files} snapshots of {format_gib(size)}" if files else ""
                 self.errors.append(
-                    f"--output-dir {config.output_dir}: {count} checkpoints of {format_gib(self.checkpoint_bytes)} need {format_gib(need)}, but {format_gib(free)} are free (--checkpointing-steps, --keep-last)"
+                    f"--output-dir {config.output_dir}: {count} checkpoints of {format_gib(self.checkpoint_bytes)}{more} need {format_gib(need + size)}, but {format_gib(free)} are free (--checkpointing-steps, --keep-last)"
                 )
         self.say("outputs", text)
+
+    def snapshots_written(self, total_steps: int) -> tuple[int, int]:
+        """How many files of --snapshot-steps and --posthoc-ema are written until the end, and their bytes."""
+        config, size = self.config, sum(p.numel() for p in self.model.parameters())
+        tables = sum(b.numel() * b.element_size() for b in self.model.buffers())
+        own = -(-total_steps // config.snapshot_steps) if config.snapshot_steps else 0
+        averages = len(config.posthoc_ema) * -(-total_steps // config.posthoc_ema_steps)
+        return own + averages, own * (4 * size + tables) + averages * (2 * size + tables)
 
     def checkpoints_kept(self, total_steps: int) -> int:
         """The most that lie in the folder at one time: by --keep-last, --keep-every and --keep-best, and the one being written."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import models
-from checkpoint import records, training_state
+from checkpoint import power_average, records, training_state
 from checkpoint.architecture import DEPTHS, with_former_defaults
 from checkpoint.weights import load_state_dict
 from common.errors import UserError
@@ -112,9 +112,9 @@ def shared(part: Any, accelerator: Accelerator) -> Any:
 def load_weights(model: nn.Module, ema: EMA, accelerator: Accelerator, state: dict[str, Any], where: Path) -> dict[str, Any]:
     """Take weights and averages of what `load_state` gave; returns it with the optimizer's state of rank 0 in every process."""
     model = accelerator.unwrap_model(model)
-    for decay in ema.decays:  # one that is new starts from the weights, as in a new run
-        load_state_dict(model, shared(state["ema"].get(decay, state["model"]), accelerator), where)
-        ema.assign(decay, model)
+    for name in ema.names:  # one that is new starts from the weights, as in a new run
+        load_state_dict(model, shared(state["ema"].get(name, state["model"]), accelerator), where)
+        ema.assign(name, model)
     load_state_dict(model, shared(state["model"], accelerator), where)
     return state | {"optimizer": shared(state["optimizer"], accelerator)}
 
@@ -160,6 +160,12 @@ def check_same_run(config: TrainConfig, state: dict[str, Any], data: RunData, ru
         raise UserError(f"--data-dir {config.data_dir}: its latents were made by another VAE than those of the run")
     if (text := data.text_record) is not None and state[records.TEXT] is not None:
         text.check_same(state[records.TEXT], f"--data-dir {config.data_dir}", f"the run in {run_dir.path}")
+    for sigma in config.posthoc_ema:
+        if power_average.name(sigma) not in state["ema"]:
+            raise UserError(
+                f"--posthoc-ema {sigma:g}: step {state['step']} of the run in {run_dir.path} holds no such average, which "
+                "must follow every step from the first; leave it out, or start a new run"
+            )
     _check_data(config, state, data, run_dir)
     _check_length(config, state, len(data.dataset), run_dir)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, metrics.jsonl, status.json, best.json, log.txt, samples/, checkpoints/, and the lock of whoever writes there."""
+"""The folder of a run: config.yaml, metrics.jsonl, status.json, best.json, log.txt, samples/, checkpoints/, snapshots/, and the lock of whoever writes there."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from accelerate.utils import broadcast_object_list
 
-from checkpoint import training_state
+from checkpoint import snapshots, training_state
 from common.errors import UserError
 from common.files import Busy, FolderLock, remove_leftovers, write_atomically
 from common.logging import log, warn
@@ -39,6 +39,7 @@ class RunDir:
         self.config, self.is_main = config, is_main
         self.path = Path(config.output_dir) / config.exp_name
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self.snapshots = self.path / snapshots.FOLDER
 
     # ------------------------------------------------------------------------------------------------ before a run
 
@@ -111,7 +112,9 @@ class RunDir:
             if message:
                 log.info(message)
             write_atomically(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
-            if aside := training_state.set_aside(self.checkpoints, step):
+            aside = training_state.set_aside(self.checkpoints, step)
+            snapshots.begin(self.snapshots, step, aside)
+            if aside:
                 warn(f"resuming from step {step}; the checkpoints after it are now in {aside}")
             self._trim_metrics(step)
             self.write_status("running", step)

@@ -39,7 +39,7 @@ from models.elit import Elastic
 from models.encoders import encoder_names
 from models.text_encoders import TextRecord
 from models.vae import VAERecord
-from training import scores, sharding
+from training import scores, sharding, trackers
 from training.budgets import check_budgets, trained_budgets
 from training.profiler import parse_steps
 from training.resume import ALLOWED
@@ -130,9 +130,11 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
         if name not in ALLOWED:
             known = ", ".join(ALLOWED)
             raise UserError(f"--allow-change {name}: cannot be changed{did_you_mean(name, ALLOWED)}; choose from {known}")
-    warnings = []
+    warnings = trackers.check(config, given)
     if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
         warnings.append(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
+    if "posthoc_ema_steps" in given and not config.posthoc_ema:
+        warnings.append(f"--posthoc-ema-steps {config.posthoc_ema_steps} without --posthoc-ema: no such average is kept")
     spec = models.model_spec(config.model)
     if "head_depth" in spec.sizes and "encoder_depth" in given and config.head_depth is None:
         warnings.append(

@@ -10,7 +10,7 @@ import functools
 import operator
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,10 +19,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import override
 
-from checkpoint.sharded import fill, with_local
+from checkpoint.sharded import fill, is_dtensor, with_local
 from checkpoint.weights import check_fits
 from common.distributed import LONG_WAIT
 from common.errors import UserError
@@ -30,7 +29,7 @@ from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from models.backbone import Backbone
 from models.layers import FinalLayer, narrow_linears
-from training.optim import EMA
+from training.optim import EMA, averaging_rules
 
 if TYPE_CHECKING:  # they take a while to import, for what few runs need
     from torch.distributed.device_mesh import DeviceMesh
@@ -147,7 +146,7 @@ class ShardedModel:
         self._own = [nn.Parameter(p.to_local().detach()) for p in self._whole.values()]  # the same memory
         self._shard_group = mesh.get_group("shard")
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONG_WAIT))
-        self.ema = ShardedEMA(self, config.ema_decay)
+        self.ema = ShardedEMA(self, config.ema_decay, config.posthoc_ema)
 
     def parameters(self) -> list[nn.Parameter]:
         """This process's shard of each parameter of the model, in its order, as plain tensors; some may be empty."""
@@ -214,9 +213,9 @@ class ShardedModel:
         Raises UserError where these are not of this model.
         """
         moments = self._moments(state, where)
-        for decay in self.ema.decays:  # one that is new starts from the weights, as in a new run
-            self._fill(["ema", decay] if decay in state["ema"] else ["model"], state, where)
-            self.ema.assign(decay, self._model)
+        for name in self.ema.names:  # one that is new starts from the weights, as in a new run
+            self._fill(["ema", name] if name in state["ema"] else ["model"], state, where)
+            self.ema.assign(name, self._model)
         self._fill(["model"], state, where)
         parts = {i: {k: self._part(self._names[i], entry[k]) for k in MOMENTS} for i, entry in moments.items()}
         fill({"optimizer": {"state": parts}}, state, where)
@@ -257,31 +256,39 @@ class ShardedModel:
 class ShardedEMA(EMA):
     """Averages of a sharded model's weights: each process averages its own shards."""
 
-    def __init__(self, sharded: ShardedModel, decays: list[float]):
-        self.decays = [f"{decay:g}" for decay in decays]
+    def __init__(self, sharded: ShardedModel, decays: list[float], sigmas: Sequence[float]):
+        rules = averaging_rules(decays, sigmas)
+        self.names = list(rules)
         self._sharded = sharded
-        self._shards = {d: [p.detach().clone() for p in sharded.parameters()] for d in self.decays}
-        self._averages = [get_ema_multi_avg_fn(decay) for decay in decays]
+        self._shards = {name: [p.detach().clone() for p in sharded.parameters()] for name in rules}
+        self._averages = list(rules.values())
 
     @override
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int = 1) -> None:
         for average, own in zip(self._averages, self._shards.values(), strict=True):
-            average(own, cast(list[Tensor], self._sharded.parameters()), None)
+            average(own, cast(list[Tensor], self._sharded.parameters()), step)
 
     @override
     @torch.no_grad()
-    def assign(self, decay: str, model: nn.Module) -> None:
-        for own, parameter in zip(self._shards[decay], model.parameters(), strict=True):
+    def assign(self, average: str, model: nn.Module) -> None:
+        for own, parameter in zip(self._shards[average], model.parameters(), strict=True):
             own.copy_(cast("DTensor", parameter).to_local())
 
     @override
-    def model(self, decay: str | None = None) -> nn.Module:
-        return self._sharded.gathered(self._shards[decay or self.decays[0]])
+    def model(self, average: str | None = None) -> nn.Module:
+        return self._sharded.gathered(self._shards[average or self.names[0]])
 
     @override
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {decay: self._sharded.state_dict(own) for decay, own in self._shards.items()}
+        return {name: self._sharded.state_dict(own) for name, own in self._shards.items()}
+
+    @override
+    @torch.no_grad()
+    def tensors(self, average: str) -> Iterator[tuple[str, Tensor, bool]]:
+        for name, tensor in self._sharded.state_dict(self._shards[average]).items():
+            whole = cast("DTensor", tensor).full_tensor() if is_dtensor(tensor) else tensor
+            yield name, whole, is_dtensor(tensor)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -243,18 +243,18 @@ def trace_step(
 ) -> Trace:
     """One training step of `batch_size` images on the meta device: forward, backward, clipping, AdamW and one EMA copy.
 
-    Of `processes`, each one's own work is counted. With `--shard` parts have the type that they are gathered in; it updates its shard.
+    Of what `processes` do together, what each does with its own is counted, not what travels; with `--shard`, of gathered parts.
     """
-    rows_columns, size = latent_sides(config.resolution, record.downsample_factor), sharding.group_size(config.shard, processes)
+    sides, size = latent_sides(config.resolution, record.downsample_factor), sharding.group_size(config.shard, processes)
     flow, recorder, narrow = flow_of(config), Recorder(), AMP_TYPES[config.mixed_precision]
     with torch.device("meta"):
         model = build_model(config, record, [], text)
         if size > 1:
             sharding.narrow_parts(model, narrow)
-        draws = flow.empty_draws(batch_size, (record.latent_channels, *rows_columns))
-        moments, y = torch.empty(batch_size, record.stored_channels, *rows_columns), model.example_condition(batch_size)
-        stats = TrainingStats(["loss"], torch.device("meta"))
+        draws = flow.empty_draws(batch_size, (record.latent_channels, *sides))
+        moments, y = torch.empty(batch_size, record.stored_channels, *sides), model.example_condition(batch_size)
         name_parts(model, recorder)
+        stats = TrainingStats(["loss"], torch.device("meta"))
         if config.gradient_checkpointing:
             models.checkpoint_blocks(model)
         mode = CudaAutocast(narrow)
@@ -266,8 +266,8 @@ def trace_step(
     saved: dict[str, int] = defaultdict(int)
     for key, (part, storage) in recorder.saved.items():
         saved[part] += 0 if key in own else storage.nbytes()
-    number = sum(p.numel() for p in model.parameters())
     ops = recorder.ops + (trace_update(config, processes, record, text) if update else [])
+    number = sum(p.numel() for p in model.parameters())
     return Trace(ops, saved, set(recorder.saved) - own, number, _sizes(model, recorder, size > 1))
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 
+from common.errors import UserError
 from common.files import write_atomically
 from common.logging import warn
 from config.options import TrainConfig
@@ -24,6 +25,21 @@ def log_tracker_errors(action: Callable[[], None]) -> None:
         warn(f"tracker: {error}")
 
 
+def check(config: TrainConfig, given: Container[str]) -> list[str]:
+    """Refuse names that W&B does; returns warnings. given: the options that the user gave."""
+    if config.report_to != "wandb":
+        names = [name for name in ("wandb_project", "wandb_entity", "wandb_tags") if name in given]
+        return [f"--{name.replace('_', '-')}: has no effect with --report-to {config.report_to}" for name in names]
+    if len(config.wandb_project) > 128 or set("/\\#?%:") & set(config.wandb_project):
+        raise UserError(f"--wandb-project {config.wandb_project}: must be at most 128 characters, none of them / \\ # ? % :")
+    if "/" in (config.wandb_entity or ""):
+        raise UserError(f"--wandb-entity {config.wandb_entity}: must be the name of a user or team, without /")
+    for tag in config.wandb_tags:
+        if len(tag) > 64:
+            raise UserError(f"--wandb-tags {tag}: must be at most 64 characters")
+    return []
+
+
 def start_trackers(accelerator: Accelerator, config: TrainConfig, run_dir: RunDir, step: int) -> None:
     """Start the tracker of --report-to, which continues the run's own after `step`."""
     if config.report_to == "none":
@@ -35,10 +51,12 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, run_dir: RunDi
     arguments: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}  # what was logged after the checkpoint
     if config.report_to == "wandb" and run_dir.is_main:
         options: dict[str, Any] = {"name": config.exp_name, "dir": str(folder), "mode": wandb_mode()}
+        options |= {"entity": config.wandb_entity, "tags": config.wandb_tags or None}
         if options["mode"] == "online":
             options |= {"id": read_or_create(folder / "wandb_id", secrets.token_hex(4)), "resume": "allow"}
         arguments = {"wandb": options}
-    log_tracker_errors(lambda: accelerator.init_trackers("elit", config=run, init_kwargs=arguments))
+    project = config.wandb_project if config.report_to == "wandb" else "elit"
+    log_tracker_errors(lambda: accelerator.init_trackers(project, config=run, init_kwargs=arguments))
 
 
 def log_values(accelerator: Accelerator, values: dict[str, float], step: int) -> None:

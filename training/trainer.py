@@ -24,7 +24,7 @@ from models.conditioning import NullText, condition_of, map_condition
 from models.encoders import describe_encoders, encoder_names, load_encoders
 from models.layers import narrow_linears
 from models.vae import sample_latents
-from training import resume, scores, setup, sharding, trackers
+from training import resume, scores, setup, sharding, snapshots, trackers
 from training.budgets import budget_schedule, parts_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
@@ -46,9 +46,8 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         """Raises UserError where options, data and run folder do not fit each other."""
         self.accelerator = accelerator = setup.create_accelerator(config)
-        self.mesh = sharding.create_mesh(
-            config.shard, accelerator.num_processes, accelerator.device, setup.process_wait(config)
-        )
+        wait = setup.process_wait(config)
+        self.mesh = sharding.create_mesh(config.shard, accelerator.num_processes, accelerator.device, wait)
         self.run_dir = RunDir(config, accelerator.is_main_process)
         self.run_dir.check()
         config = resume.with_recorded_split(config, self.run_dir)
@@ -126,7 +125,8 @@ class Trainer:
         self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
         if self.mesh is None:
             self.model.to(device)
-            self.ema = EMA(self.model, config.ema_decay, self.accelerator.process_index, self.accelerator.num_processes)
+            place = self.accelerator.process_index, self.accelerator.num_processes
+            self.ema = EMA(self.model, config.ema_decay, *place, config.posthoc_ema)
             setup.adapt_blocks(self.model, config, device)
             self.sharded, group = None, None
             self.model, self.optimizer = self.accelerator.prepare(self.model, create_optimizer(self.model, config))
@@ -137,6 +137,7 @@ class Trainer:
             self.ema, group = self.sharded.ema, self.sharded.group
             self.optimizer = self.accelerator.prepare(create_optimizer(self.sharded, config))
         self.writer = async_writer.Writer(self.run_dir.checkpoints, config.keep_last, config.keep_every, warn, group)
+        self.snapshots = snapshots.SnapshotWriter(config, self.run_dir, data)
         self.validation_due = self.scores_due = False
         self._go_to(Progress(0, 0, len(data.dataset), config.batch_size))
 
@@ -209,6 +210,7 @@ class Trainer:
             tqdm(**bar_options, desc="train", unit="step", mininterval=1) as bar,
             StepProfiler(profiled, self.run_dir.path, self.accelerator.device) as profiler,
         ):
+            self.snapshots.save(self.ema, self.step, self.total_steps)
             if self.validation_due:
                 self.validate(preemption)
                 self.saved_step = -1  # its checkpoint says that it is due
@@ -228,6 +230,8 @@ class Trainer:
                 if config.sampling_steps and (self.step % config.sampling_steps == 0 or self.step == 1):
                     with self.speed.untimed():
                         self.validate(preemption)
+                with self.speed.untimed():
+                    self.snapshots.save(self.ema, self.step, self.total_steps)
                 is_scored = scores.is_scored_at(self.step, config, self.total_steps)
                 if self.step % config.checkpointing_steps == 0 or self.step == self.total_steps or is_scored:
                     with self.speed.untimed():
@@ -256,7 +260,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.schedule.step()
-        self.ema.update()
+        self.ema.update(self.step)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Mean loss of this process's images with their draws: of one forward, or of one for each budget of a schedule."""
@@ -390,6 +394,7 @@ class Trainer:
         if self.saved_step != self.step:
             self.save()
         self.writer.wait()
+        self.snapshots.wait()
         if self.writer.error is not None:
             problem = f"{self.writer.path(self.step)}: could not be written: {self.writer.error}"
             raise UserError(f"{problem}; the last good checkpoint is {self.run_dir.newest_checkpoint()}")

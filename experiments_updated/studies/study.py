@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
@@ -25,6 +24,7 @@ from data.dataset import LatentDataset
 from experiments_updated import digit_classifier
 from experiments_updated.quickstart_report import ReportConfig, losses_of_draws
 from experiments_updated.studies.spread import gather_patches
+from flows import flow_of
 from metrics import frechet_distance
 from models.elit import Elastic
 from models.vae import sample_latents
@@ -32,6 +32,7 @@ from randomness import generator, normal
 from sampling import cost, session
 from sampling.conditions import labels_of
 from sampling.images import latents_of
+from sampling.patches import patches_of
 from sampling.session import Session
 from training.budgets import mean_training_flops
 
@@ -175,23 +176,19 @@ class Run:
         it from each latent (canvases, G, J latents, J tokens), the mean over heads.
         """
 
-        @torch.no_grad()
         def compute() -> dict[str, Any]:
             _, weights, loaded = self.opened()
             model, dataset = loaded.model, LatentDataset(self.val_data_dir)
             assert isinstance(model, Elastic)
-            losses, attention = [], []
+            flow, found = flow_of(self.training), []
             for start in range(0, min(canvases, len(dataset)), 50):
                 indices = list(range(start, min(start + 50, canvases, len(dataset))))
                 batch = torch.utils.data.default_collate(dataset.__getitems__(indices))
                 mean = batch["moments"].chunk(2, dim=1)[0]
                 x = sample_latents(batch["moments"], torch.zeros_like(mean), weights.record)
                 noise = torch.stack([normal(generator("difficulty", 0, i), x.shape[1:]) for i in indices])
-                state, times, y = (1 - t) * x + t * noise, torch.full((len(x),), t), batch["label"]
-                error = (model(state, times, y) - (noise - x)) ** 2
-                patches = F.avg_pool2d(error.mean(dim=1, keepdim=True), model.patch_size)  # (B, 1, rows, columns)
-                losses.append(model.interface.group(patches.flatten(2).transpose(1, 2))[..., 0])
-                attention.append(model.read_attention(state, times, y).mean(dim=2))
+                found.append(patches_of(model, flow, x, noise, torch.full((len(x),), t), batch["label"]))
+            losses, attention = zip(*found, strict=True)
             return {"losses": torch.cat(losses).numpy(), "attention": torch.cat(attention).numpy()}
 
         return self.kept("patches", [self.steps[-1], t, canvases], compute)

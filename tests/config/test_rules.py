@@ -91,7 +91,19 @@ def test_what_a_checkpoint_decides():
 
 def test_what_changes_the_images_of_a_checkpoint():
     assert {
-        *("weights", "vae", "mode", "num_steps", "heun", "path_type", "time_shift", "cfg_scale", "autoguidance"),
+        *(
+            "weights",
+            "ema_sigma",
+            "ema_step",
+            "vae",
+            "mode",
+            "num_steps",
+            "heun",
+            "path_type",
+            "time_shift",
+            "cfg_scale",
+            "autoguidance",
+        ),
         *("guidance_low", "guidance_high", "inference_budget", "unconditional_inference_budget"),
         *("global_seed", "class_labels", "mixed_precision", "tf32"),
         *("cfg_channels", "guide_weights", "guide_label", "guide_budget", "core_cache", "cache_rule", "cache_after"),
@@ -108,7 +120,7 @@ def test_what_changes_the_images_of_a_checkpoint():
 
 def test_folder_labels_stand_in_one_order():
     labels = ["weights", "budget", "uncond", "autoguidance", "low", "high", "heun", "labels", "", "scales", "thresholds"]
-    labels += ["channels", "guide", "", "label", "at", "cache", "by", "after", "", "prompts"]
+    labels += ["channels", "guide", "", "label", "at", "cache", "by", "after", "", "prompts", "sigma", "step"]
     assert list(folder_labels(GenerateConfig).values()) == labels
 
 

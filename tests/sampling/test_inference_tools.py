@@ -11,6 +11,7 @@ import torch
 from numerics import randomize
 from PIL import Image
 from runs import CLASSES, RESOLUTION, SIDE, make_checkpoint, make_vae
+from scipy.stats import spearmanr
 
 import elit_ccfg_inference
 import elit_multibudget_inference
@@ -116,12 +117,20 @@ def test_chosen_budgets_cheap_guidance_and_a_plain_budget_more(ckpt, flops, tmp_
     assert results[0]["gflops_per_step"] == pytest.approx((7 * flops[0.5] + 4 * flops[0.25]) / 4 / 1e9)
 
 
-def test_attention_files(ckpt, tmp_path, monkeypatch):
-    drawn = []
+def test_attention_files(ckpt, tmp_path, monkeypatch, capsys):
+    drawn, shown = [], []
+    grid = elit_multibudget_inference.labelled_grid
+
+    def keeping(images, rows, columns, path, **options):
+        if path.name == "attention_loss.png":
+            shown.append((images, rows, columns))
+        grid(images, rows, columns, path, **options)
+
+    monkeypatch.setattr(elit_multibudget_inference, "labelled_grid", keeping)
     real = elit_multibudget_inference.attention_maps
     monkeypatch.setattr(elit_multibudget_inference, "attention_maps", lambda *a: (drawn.append(a), real(*a)))
     run(elit_multibudget_inference, ckpt, tmp_path, "--budgets", 1, "--attention", "--attention-time", 0.25, "--cfg-scale", 1)
-    assert {"attention_maps.png", "attention_entropy.png", "attention.json"} <= set(names(tmp_path))
+    assert {"attention_maps.png", "attention_entropy.png", "attention_loss.png", "attention.json"} <= set(names(tmp_path))
     said = json.loads((tmp_path / "attention.json").read_text())
     assert said["time"] == 0.25 and len(said["attention_entropy"]) == 4
     assert all(0 < e <= math.log(4) + 1e-6 for e in said["attention_entropy"])
@@ -142,6 +151,28 @@ def test_attention_files(ckpt, tmp_path, monkeypatch):
         assert maps[i, latent, row, column] == pytest.approx(4 * mean[i, group, latent, token], rel=1e-4)
     np.testing.assert_allclose(maps[:, 4], maps[:, :4].mean(1), rtol=1e-5)
     np.testing.assert_allclose(windows[1].reshape(-1), 4 * mean[:, :, 1].mean((0, 1)), rtol=1e-4)
+
+    # What all latents read beside each patch's loss, over eight other draws of noise.
+    attention, losses = np.zeros((2, 4, 4)), np.zeros((2, 4, 4))
+    for n in range(8):
+        noise = randomness.image_noise(43 + n, [0, 1], (4, SIDE, SIDE))
+        state, t = (0.75 * x + 0.25 * noise).float(), torch.full((2,), 0.25)
+        with torch.no_grad():
+            error = ((model(state, t, y) - (noise - x)) ** 2).mean(1).double().numpy()
+            read = model.read_attention(state, t, y).double().numpy().mean((2, 3))  # (B, G, J tokens)
+        losses += error.reshape(2, 4, 2, 4, 2).mean((2, 4)) / 8
+        attention += read.reshape(2, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(2, 4, 4) / 8
+    expected = [spearmanr(attention[i], losses[i], axis=None).statistic for i in range(2)]
+    assert said["loss_correlation"]["images"] == pytest.approx(expected, abs=1e-6) and said["loss_correlation"]["draws"] == 8
+    assert said["loss_correlation"]["mean"] == pytest.approx(np.mean(expected))
+    assert f"over 16 patches: {np.mean(expected):.2f} ±" in capsys.readouterr().out
+    ((columns, rows, heads),) = shown
+    assert columns.shape == (2, 3, RESOLUTION, RESOLUTION, 3) and len(rows) == 2 and len(heads) == 3
+    assert rows[0] == f"class 3\nρ {expected[0]:.2f}"
+    for column, values in ((1, attention), (2, losses)):
+        row, place = np.unravel_index(values[1].argmax(), (4, 4))
+        brightness = columns[1, column].astype(int).sum(-1)
+        assert brightness.max() == brightness[8 * row + 4, 8 * place + 4]  # patches of 8 pixels
 
 
 # -------------------------------------------------------------------------------------------------------------- ccfg

@@ -222,7 +222,10 @@ def test_a_card_by_name_tells_a_step_and_what_is_sent(data, tmp_path, capsys, mo
     assert sent == pytest.approx(2 * 3 / 4 * 4 * parameters / 1e9, rel=0.01)
     assert "(compiled)" in out and "assumes 453.6 TFLOP/s, 1.56 TB/s" in out and "between nodes" in out
     eager = account_of(capsys, *arguments(data, tmp_path, *options, "--plan-card", "H100", "--no-compile", "--shard", 2))
-    assert "(eager)" in eager and float(re.search(r"([\d.e-]+) GB sent by each", eager)[1]) < sent
+    split = float(re.search(r"([\d.e-]+) GB sent by each", eager)[1])
+    assert (
+        "(eager)" in eager and 4 * parameters < 1e9 * split < 8 * parameters
+    )  # gradients, and weights in bf16 or float32, twice
     wide = ("--plan", "--plan-card", "H100", "--mixed-precision", "no")
     assert "estimate    none: the peak of H100" in account_of(capsys, *arguments(data, tmp_path, *wide))
     line = runs.refused(train.main, capsys, arguments(data, tmp_path, *options, "--plan-card", "Z9"))
@@ -302,3 +305,22 @@ def test_checkpoints_kept_at_one_time(tmp_path):
     assert kept(keep_last=2) == 3  # 90 and 95, and 80 until 95 is written
     assert kept(keep_last=2, keep_every=40) == 5  # 40 and 80 too
     assert kept(keep_last=20) == 10
+
+
+def test_averages_and_snapshots_are_in_the_plan(data, tmp_path, capsys):
+    options = ("--posthoc-ema", 0.05, 0.1, "--posthoc-ema-steps", 3, "--snapshot-steps", 2)
+    plain, more = (
+        Plan(config_of("--model", "SiT-Ti/4", "--data-dir", data, "--resolution", RESOLUTION, "--num-classes", CLASSES,
+                       "--max-train-steps", 4, "--batch-size", 8, "--output-dir", tmp_path, *o))
+        for o in ((), options)
+    )  # fmt: skip
+    for account in (plain, more):
+        account.describe_memory()
+        account.describe_outputs()
+    model = plain.model
+    one = sum(p.numel() * 4 for p in model.parameters()) + sum(b.numel() * 4 for b in model.buffers())
+    assert more.checkpoint_bytes - plain.checkpoint_bytes == 2 * one
+    # Steps 2 and 4; of each average steps 3 and 4.
+    half = one - sum(p.numel() * 2 for p in model.parameters())
+    assert more.snapshots_written(4) == (2 + 4, 2 * one + 4 * half) and plain.snapshots_written(4) == (0, 0)
+    assert ", 6 snapshots = " in more.lines[-1] and " snapshots = " not in plain.lines[-1]

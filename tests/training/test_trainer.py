@@ -591,6 +591,40 @@ def test_wandb_without_a_login_goes_offline(data, tmp_path, monkeypatch, capsys)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
 
 
+def test_wandb_gets_project_entity_and_tags(data, tmp_path, monkeypatch, capsys):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = ("--wandb-project", "digits", "--wandb-entity", "team", "--wandb-tags", "a,long run")
+    train.main(arguments(data, tmp_path, "--report-to", "wandb", "--max-train-steps", 1, *options, model="SiT-Ti/4"))
+    (path,) = (tmp_path / "run" / "logs").rglob("*.wandb")
+    found = next(record.run for record in records_of(path, Record) if record.HasField("run"))
+    assert (found.project, found.entity, found.display_name) == ("digits", "team", "run")
+    assert sorted(found.tags) == ["a", "long", "run"]
+    for option, value in (("project", "a/b"), ("entity", "a/b"), ("tags", 65 * "x")):
+        argv = arguments(data, tmp_path / "no", "--report-to", "wandb", f"--wandb-{option}", value)
+        runs.refused(train.main, capsys, argv, f"--wandb-{option} {value}: must be")
+    runs.reset_accelerate()
+    train.main(arguments(data, tmp_path / "plain", "--wandb-tags", "a", "--max-train-steps", 1, model="SiT-Ti/4"))
+    assert "--wandb-tags: has no effect with --report-to none" in capsys.readouterr().err
+
+
+def records_of(path, kind):
+    """The records of an offline run: a header of 7 bytes, then blocks of 32 KiB of (checksum 4, length 2, type 1, data)."""
+    content, found = path.read_bytes(), []
+    place = 7
+    while place + 7 <= len(content):
+        left = 2**15 - place % 2**15
+        if left < 7:
+            place += left
+            continue
+        size = int.from_bytes(content[place + 4 : place + 6], "little")
+        if content[place + 6] == 1:  # whole, in one block
+            found.append(kind.FromString(content[place + 7 : place + 7 + size]))
+        place += 7 + size
+    return found
+
+
 def test_bf16_trains(data, tmp_path):
     train.main(arguments(data, tmp_path, "--mixed-precision", "bf16", "--max-train-steps", 2))
     state = final_state(tmp_path, 2)
