@@ -22,6 +22,7 @@ import finetune_diffusers
 import generate
 import sweep
 import train
+import web_demo
 from common.errors import UserError
 from config.parsing import parse_command_line
 from experiments_updated import quickstart_guidance
@@ -41,6 +42,7 @@ SCRIPTS = {
     "convert_checkpoint.py": convert_checkpoint.ConvertCheckpointConfig,
     "finetune_diffusers.py": finetune_diffusers.FinetuneDiffusersConfig,
     "quickstart_guidance.py": quickstart_guidance.GuidanceConfig,
+    "web_demo.py": web_demo.WebDemoConfig,
     "report.py": StudyConfig,
 }
 OTHERS = {"--clean", "--no-deps", "--target"}  # of eval.sh and pip

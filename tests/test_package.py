@@ -37,7 +37,8 @@ assert y.shape == x.shape and y.isfinite().all()
 def test_every_package_and_module_is_listed():
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= {*SETTINGS["packages"], "tests", "benchmarks"}
     assert {path.stem for path in ROOT.glob("*.py")} <= set(SETTINGS["py-modules"])
-    assert not list(ROOT.glob("[!.]*/*/__init__.py")), "packages in packages are not listed"
+    inner = [path for path in ROOT.glob("[!.]*/*/__init__.py") if path.parent.parent.name not in ("tests", "benchmarks")]
+    assert not inner, "packages in packages are not listed"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import runs
 import torch
 from PIL import Image
-from runs import RESOLUTION, ROOT, make_checkpoint, make_latents, make_vae, tiny_vae, train_on
+from runs import RESOLUTION, ROOT, SIDE, make_checkpoint, make_latents, make_vae, tiny_vae, train_on
 from sets import picture, save
 from tiny_encoders import sd3_pipeline, whole_clip
 from training_runs import arguments, assert_same_tensors, final_state, metrics
@@ -23,10 +23,14 @@ import elit_multibudget_inference
 import evaluate
 import generate
 import models
+import randomness
+import samplers
 import sweep
 import train
+import web_demo
 from checkpoint import reading
 from common import tensor_files
+from common.errors import UserError
 from data.captions import caption_of
 from loss import drop_conditions
 from models.conditioning import Text, condition_of
@@ -34,6 +38,7 @@ from models.elit import ELITMMDiT
 from models.encoders import load_encoders
 from models.text_encoders import load_text_encoder
 from models.uvit import UViT
+from models.vae import decode
 from randomness import epoch_order, training_draws
 from samplers import Guidance, guided_velocity
 from sampling import conditions, cost
@@ -164,6 +169,7 @@ SCORES = ("clip_score_budget_0.25", "clip_score_budget_1", "fid_budget_0.25", "f
 def no_flops(monkeypatch):
     """Counting them takes longer than all else."""
     monkeypatch.setattr("models.count_flops", lambda *_: 1)
+    monkeypatch.setattr("training.stats.encoder_flops", lambda _: 1)
 
 
 @pytest.fixture(scope="module")
@@ -410,18 +416,18 @@ def test_repa_with_text_on_its_coco_features(tiny_weights, tmp_path):
             save(tmp_path / f"{split}/{i}.png", picture(64, 64, seed=i))
     np.save(tmp_path / "empty_context.npy", np.ones((5, 6), np.float32))
     vae = tiny_vae(tmp_path / "vae", 4, latent_channels=4, scaling_factor=0.18215, mid_block_add_attention=False)
-    repa = (*encoder_runs.repa(tiny_weights), "--encoder-depth", 1, "--cfg-prob", 1, "--vae", vae, "--sampling-steps", 2)
+    repa = (*encoder_runs.repa(tiny_weights), "--encoder-depth", 1, "--cfg-prob", 1, "--checkpointing-steps", 1)
     places = ("--resolution", 64, "--val-data-dir", tmp_path / "val")
+    pictures = ("--vae", vae, "--sampling-steps", 2)
     train.main(command(tmp_path, tmp_path / "whole", *places, *repa, "--max-train-steps", 2))
     runs.reset_accelerate()
-    train.main(command(tmp_path, tmp_path / "part", *places, *repa, "--max-train-steps", 1))
+    kept, losses = tmp_path / "whole/run/checkpoints", metrics(tmp_path / "whole", "alignment_loss")
+    shutil.copytree(kept, tmp_path / "part/run/checkpoints", ignore=shutil.ignore_patterns("0000002*"))
+    train.main(command(tmp_path, tmp_path / "part", *places, *repa, *pictures, "--max-train-steps", 2, "--resume-step", -1))
     runs.reset_accelerate()
-    train.main(command(tmp_path, tmp_path / "part", *places, *repa, "--max-train-steps", 2, "--resume-step", -1))
-    runs.reset_accelerate()
-    whole, losses = final_state(tmp_path / "whole", 2), metrics(tmp_path / "whole", "alignment_loss")
-    assert_same_tensors(final_state(tmp_path / "part", 2)["model"], whole["model"])
-    assert metrics(tmp_path / "part", "alignment_loss") == losses and losses.keys() == {1, 2}
-    assert metrics(tmp_path / "part", "val_loss_budget_0.25") == metrics(tmp_path / "whole", "val_loss_budget_0.25") != {}
+    assert_same_tensors(final_state(tmp_path / "part", 2)["model"], final_state(tmp_path / "whole", 2)["model"])
+    assert metrics(tmp_path / "part", "alignment_loss") == {2: losses[2]}
+    assert (tmp_path / "part/run/samples/0000002.png").is_file() and metrics(tmp_path / "part", "val_loss_budget_0.25")
 
     order, draws = epoch_order(SEED, 0, 6)[:4], training_draws(SEED, 0, range(4), (4, 8, 8))
     moments = torch.stack([torch.from_numpy(np.load(tmp_path / f"train/{i}.npy")) for i in order])
@@ -557,3 +563,25 @@ def test_training_refuses(data, small_cases, tmp_path, capsys):
     train.main(command(data, tmp_path, "--plan", "--sampling-steps", 0))
     assert "captions of 4 tokens × 64 by words" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_draws_from_prompts(ckpt, capsys):
+    page, _ = web_demo.prepare(
+        ["--ckpt", str(ckpt), "--prompt", "one fish", "--num-steps", "2", "--port", str(runs.free_port())]
+    )
+    values = page.values(page.drawer.config)
+    assert page.names[0] == "prompt" and values[0] == "one fish"
+    drawn = [page.drawer.picture(page.options(prompt, *values[1:])).image for prompt in ("one fish", "two birds", "one fish")]
+    assert (drawn[0] == drawn[2]).all() and (drawn[0] != drawn[1]).any()
+    model, _ = reading.load_model(ckpt)
+    noise = randomness.image_noise(42, [0], (4, SIDE, SIDE))
+    y = load_text_encoder("words", LENGTH).encode(["two birds"])
+    latents = samplers.euler_sampler(model, noise, y, num_steps=2, cfg_scale=1.5, inference_budget=values[-1])
+    wanted = decode(page.drawer.loaded.vae, latents)[0].permute(1, 2, 0).numpy()
+    assert np.abs(drawn[1].astype(int) - wanted).max() <= 1
+    for prompt in ("", None):
+        with pytest.raises(UserError, match="--prompt: "):
+            page.options(prompt, *values[1:])
+    assert "text; give --prompt or --prompts" in runs.refused(
+        web_demo.main, capsys, ["--ckpt", ckpt, "--port", runs.free_port()]
+    )
