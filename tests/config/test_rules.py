@@ -53,7 +53,16 @@ def test_what_a_resumed_run_must_share():
     assert set(SAME) == CHECKPOINT | repa | {"latent_norm", "prediction", "condition"}
     assert SAME[0] == "model"  # the first difference is reported
     assert set(CHANGEABLE) == {
-        *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),
+        *(
+            "batch_size",
+            "gradient_accumulation_steps",
+            "seed",
+            "mixed_precision",
+            "allow_tf32",
+            "weighting",
+            "cfg_prob",
+            "flip",
+        ),
         *(
             "elit_min_mask_prob",
             "elit_max_mask_prob",

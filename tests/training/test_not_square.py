@@ -143,8 +143,8 @@ def test_resume_pictures_and_check(data, tmp_path, monkeypatch):
     monkeypatch.setattr("training.validation.SAMPLE_STEPS", 1)
     monkeypatch.setattr("training.validation.SAMPLE_IMAGES", 8)
     dataset_tools.main(["check", str(data)])
-    train.main(arguments(data, tmp_path, "ELIT-SiT-Ti/2", sampling_steps=2, val_data_dir=data))
-    train.main(arguments(data, tmp_path, "ELIT-SiT-Ti/2", resume_step=-1, max_train_steps=2))
+    train.main(arguments(data, tmp_path, "SiT-Ti/2", sampling_steps=2, val_data_dir=data))
+    train.main(arguments(data, tmp_path, "SiT-Ti/2", resume_step=-1, max_train_steps=2))
     with Image.open(tmp_path / "run/samples/0000001.png") as image:
         assert image.size[1] == HEIGHT
 
