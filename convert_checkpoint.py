@@ -4,6 +4,7 @@
     python convert_checkpoint.py IN.dcp OUT.pt                      a sharded run's folder as one file, and the reverse: all of its state
     python convert_checkpoint.py IN OUT.safetensors --safetensors   one set of weights, the configuration in the metadata
     python convert_checkpoint.py RUN OUT.safetensors --safetensors --ema-sigma 0.075    an average of that length, of a run's snapshots
+    python convert_checkpoint.py IN DIR --to diffusers              a pipeline of diffusers, with the VAE and a model card
     python convert_checkpoint.py IN --show
     python convert_checkpoint.py --list                             released weights by name, each of which can be IN
 
@@ -13,9 +14,7 @@ given by option (`--model`, `--resolution`, `--head-depth`, `--vae`, …). The o
 
 from pathlib import Path
 
-from torch import Tensor
-
-from checkpoint import posthoc, power_average, reading, sharded, snapshots, training_state, weights, zoo
+from checkpoint import posthoc, power_average, reading, sharded, training_state, weights, zoo
 from checkpoint.architecture import resolve_architecture
 from checkpoint.inspect import look, show
 from checkpoint.records import TEXT, check_format, check_state_dict, recorded_config, recorded_step
@@ -51,13 +50,19 @@ def main(argv: list[str] | None = None) -> None:
     source = reading.local_file(config.source)
     if config.show:
         show(config, given, source)
-    if config.dest is not None:
+    if config.to == "diffusers":
+        to_diffusers(config, given)
+    elif config.dest is not None:
         convert(config, given, source)
 
 
 def check_dest(config: ConvertCheckpointConfig) -> None:
     """Refuse a file to write that exists, cannot be written, or is named as another format."""
+    if config.figures and not config.to:
+        raise UserError(f"--figures {config.figures}: go into the model card of a pipeline; give --to diffusers too")
     if config.dest is None:
+        if config.to:
+            raise UserError(f"--to {config.to}: give the folder to write: convert_checkpoint.py IN DIR --to {config.to}")
         return
     dest = Path(config.dest)
     if dest.exists():
@@ -89,7 +94,7 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
         checksum = found.checksum
         resolve_architecture(config, given, found, config.source)
         weights.build_model(found, config.source)
-        found.state_dict = {k: _compact(v) for k, v in found.state_dict.items()}
+        found.state_dict = {k: weights.compact(v) for k, v in found.state_dict.items()}
         sets[name] = found
     write(config, sets)
 
@@ -100,7 +105,7 @@ def write(config: ConvertCheckpointConfig, sets: dict[str, weights.Weights]) -> 
     dest, found = Path(config.dest), next(iter(sets.values()))
     try:
         if config.safetensors:
-            snapshots.save(dest, found.state_dict, snapshots.metadata(found.config, found.record, found.step, found.text))
+            weights.save_weights(dest, found)
         else:
             ema = {_decay(name): w.state_dict for name, w in sets.items() if name != "model"}
             model = sets["model"].state_dict if "model" in sets else found.state_dict
@@ -113,6 +118,20 @@ def write(config: ConvertCheckpointConfig, sets: dict[str, weights.Weights]) -> 
     except OSError as error:
         raise UserError(f"{dest}: cannot be written: {error}") from None
     print(f"{dest}: {found.config['model']}, step {found.step}, weights {', '.join(sets)}")
+
+
+def to_diffusers(config: ConvertCheckpointConfig, given: dict) -> None:
+    """Write the folder of a pipeline."""
+    from elit_diffusers.model_card import check_figures
+    from elit_diffusers.pipeline import ELITPipeline
+
+    assert config.dest is not None
+    check_figures(config.figures)  # before weights are read
+    pipeline = ELITPipeline.from_checkpoint(
+        config.source, config.weights or "ema", **{k: v for k, v in given.items() if k not in ("source", "weights")}
+    )
+    pipeline.save_pretrained(config.dest, figures=config.figures)
+    print(f"{config.dest}: an ELITPipeline, step {pipeline.step}, weights {config.weights or 'ema'}")
 
 
 def change_form(source: Path, dest: Path) -> None:
@@ -137,12 +156,6 @@ def change_form(source: Path, dest: Path) -> None:
 def _decay(name: str) -> str:
     """What an average is called in our format: its decay, as text, or the name of a power-function one."""
     return name if name.startswith("sigma-") else name.partition(":")[2] or PUBLISHED_DECAY
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous, in a storage of its own size: a view would carry all of its storage into the file."""
-    fits = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if fits else tensor.clone().contiguous()
 
 
 if __name__ == "__main__":

@@ -36,9 +36,8 @@ from models.elit import budget_to_k
 from samplers import BudgetSchedule, Guidance, parse_budget
 from sampling import checks, cost, session
 from sampling.core_cache import Drawn
+from sampling.guidance_kinds import KINDS, guidance_of_kind, kinds_of
 from sampling.session import Session
-
-MODES = {"CFG": "CFG", "CCFG": "cheap CFG", "AutoG": "autoguidance", "Guide": "guide"}
 
 
 @cli_main
@@ -92,24 +91,13 @@ def round_budgets(config: CCFGConfig) -> None:
     config.unconditional_inference_budget = rounded("unconditional_inference_budget", config.unconditional_inference_budget)
 
 
-def guidance(config: CCFGConfig, mode: str, cfg_scale: float) -> Guidance:
-    """One of the kinds of guidance, at a scale."""
-    return session.guidance(
-        config,
-        cfg_scale=cfg_scale,
-        unconditional_inference_budget=config.unconditional_inference_budget if mode in ("CCFG", "AutoG") else None,
-        autoguidance=mode == "AutoG",
-        guide_label=config.guide_label if mode == "Guide" else None,
-    )
-
-
 def compare(config: CCFGConfig, weights: Weights) -> list[dict[str, Any]]:
     """Sample with every kind of guidance at every scale, measure, and write all files; returns the entries of results.json."""
     loaded, folder = session.setup_tool(config, weights, config.output_dir)
 
     scales = sorted(set(config.cfg_scales))
-    modes = {mode: name for mode, name in MODES.items() if mode != "Guide" or config.guide_ckpt is not None}
-    runs = {(mode, scale): guidance(config, mode, scale) for mode in modes for scale in scales}
+    modes = kinds_of(config)
+    runs = {(mode, scale): guidance_of_kind(config, mode, scale) for mode in modes for scale in scales}
     with torch.inference_mode():
         images: dict[tuple[str, float], np.ndarray] = {}
         drawn: dict[tuple[str, float], Drawn] = {}
@@ -129,7 +117,7 @@ def compare(config: CCFGConfig, weights: Weights) -> list[dict[str, Any]]:
     rows = [f"{example}\n{name}" for example in examples for name in modes.values()]
     labelled_grid(grid, rows, [f"scale {scale:g}" for scale in scales], folder / "cfg_vs_ccfg_grid.png",
                   inches=min(max(sides(config.resolution)[1] / 160, 1.0), 1.6))  # fmt: skip
-    bars = {MODES[e["mode"]]: e["gflops_per_guided_step"] for e in results if e["cfg_scale"] == scales[-1]}
+    bars = {KINDS[e["mode"]]: e["gflops_per_guided_step"] for e in results if e["cfg_scale"] == scales[-1]}
     budget = parse_budget(config.inference_budget)
     budget_name = f"schedule {budget}" if isinstance(budget, BudgetSchedule) else f"budget {budget:g}"
     bar_plot(

@@ -31,11 +31,13 @@ from checkpoint.weights import Weights
 from common import files
 from common.errors import cli_main
 from common.files import check_folder
+from common.image_files import psnr
 from common.plotting import attention_maps, heat_map, labelled_grid, line_plot
 from common.sizes import sides
 from config.options import MultibudgetConfig
 from samplers import BudgetSchedule, Guidance
 from sampling import checks, cost, session
+from sampling.attention import read_maps, shown_latents
 from sampling.core_cache import Drawn
 from sampling.patches import Patches, mean_and_error, mean_patches, patches_of, rank_correlations
 from sampling.session import Session
@@ -143,12 +145,6 @@ def measure(
     return results
 
 
-def psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
-    """Peak signal-to-noise ratio in dB of uint8 images against others, over all pixels; `None` where they are equal."""
-    error = np.mean((images.astype(np.float64) - reference) ** 2)
-    return None if error == 0 else 10 * math.log10(255**2 / error)
-
-
 def plot(
     config: MultibudgetConfig,
     requested: Guidance,
@@ -204,28 +200,14 @@ def plot(
 def show_attention(
     config: MultibudgetConfig, loaded: Session, latents: Tensor, images: np.ndarray, labels: Sequence[str], folder: Path
 ) -> None:
-    """What each latent reads from the model's own images, noised again to time t = --attention-time with their first noise.
+    """What each latent reads from the model's own images at time t = --attention-time; see `sampling.attention.read_maps`.
 
-    Read's last layer, at the full budget. The maps show the heads' mean; each latent's map is made of those of all groups,
-    and the total is the mean over all latents. The entropy is that of each head's attention, mean over heads, groups and images.
+    The total is the mean over all latents.
     """
-    model: Any = loaded.model
-    means, entropies = [], []
-    for first in range(0, len(latents), config.per_proc_batch_size):
-        x = latents[first : first + config.per_proc_batch_size]
-        noise = loaded.starting_noise(config.seed, range(first, first + len(x)))
-        y = loaded.condition(range(first, first + len(x)), x.device)
-        t = torch.full((len(x),), config.attention_time, device=x.device)
-        weights = model.read_attention(*loaded.flow.noised(model, x, noise, t)[:2], y)
-        means.append(weights.mean(dim=2))  # (B, G, J latents, J tokens)
-        entropies.append(torch.special.entr(weights).sum(dim=-1).mean(dim=(1, 2)))  # (B, J)
-    mean, entropy = torch.cat(means), torch.cat(entropies).mean(dim=0).tolist()
-
+    maps, windows, entropies = read_maps(loaded, latents, config.seed, config.attention_time, config.per_proc_batch_size)
+    entropy = entropies.tolist()
     J = len(entropy)
-    chosen = sorted({*range(min(3, J)), *range(max(J - 3, 0), J)})
-    over_tokens = model.interface.ungroup(mean.transpose(2, 3))  # (B, N tokens, J latents), row-major
-    maps = J * over_tokens.transpose(1, 2).unflatten(2, model.interface.grid_size)  # (B, J, h, w); 1: uniform attention
-    windows = J * mean.mean(dim=(0, 1)).unflatten(1, (model.interface.group_size,) * 2)  # (J, g, g)
+    chosen = shown_latents(J)
     attention_maps(
         images,
         torch.cat([maps[:, chosen], maps.mean(dim=1, keepdim=True)], dim=1).cpu().numpy(),

@@ -161,7 +161,7 @@ class FlowMatching:
             conditions: of `conditions`.
         """
         moments, y = batch["moments"], condition_of(batch)
-        draws = self.val_draws(indices, (record.latent_channels, *moments.shape[2:])).to(moments.device)
+        draws = self.val_draws(indices, (moments.shape[1] // (1 + record.posterior), *moments.shape[2:])).to(moments.device)
         x = sample_latents(moments, draws.posterior, record)
         return torch.stack([self.loss_under(condition, model, x, draws, y).losses for condition in conditions])
 

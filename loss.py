@@ -184,6 +184,17 @@ class Projecting:
         return velocity
 
 
+def normalise_over_patches(features: Tensor, gamma: float) -> Tensor:
+    """Features (B, N, z) in float32, each channel normalised over the N patches of an image: (f − γ·mean) / (std + 1e-6).
+
+    iREPA's spatial normalisation (arXiv 2512.10794): what all patches share, of which a share 1 − γ is left, tells little of where
+    things are. The deviation is the unbiased one.
+    """
+    features = features.float()
+    std, mean = torch.std_mean(features, dim=1, keepdim=True)
+    return (features - gamma * mean) / (std + 1e-6)
+
+
 def alignment_loss(projections: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
     """REPA: the mean over encoders, images and tokens of −cos(projection, feature), (B, N, z) each; computed in float32.
 

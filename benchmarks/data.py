@@ -1,4 +1,4 @@
-"""Making and reading data, side by side in one run: `python -m benchmarks.data [reading] [convert] [encode] [text] [index]`.
+"""Making and reading data, side by side in one run: `python -m benchmarks.data [reading] [remote] [convert] [encode] [text] [index]`.
 
 Each line is the median over rounds of the ratio of two rates of the same round, with the bound that it must meet.
 """
@@ -7,7 +7,9 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -99,6 +101,34 @@ def reading(folder: Path, rounds: int) -> bool:
         },
     )
     return compare(rates, "packed", "PNG + npy, one by one", 20) & compare(rates, "packed", "npy, one by one", 5)
+
+
+def remote(folder: Path, rounds: int) -> bool:
+    """Images and latents behind S3 (a server on loopback), file by file: epochs after the first, from the cache, against local files."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    count = 512
+    make_set(folder, count)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # of the server: a line for each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    secret = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= secret | {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "NO_PROXY": host}
+    files = s3fs.S3FileSystem()
+    files.mkdir("bucket")
+    for part in ("images", "vae-sd"):
+        files.put(f"{folder}/{part}", "bucket/set/", recursive=True)
+    local = LatentDataset(folder, images=True)
+    cached = LatentDataset("s3://bucket/set", images=True, cache_dir=str(folder / "cache"))
+    in_turn(1, {"remote files, first epoch": lambda: one_pass(cached, count)})
+    rates = in_turn(
+        rounds,
+        {"local files": lambda: one_pass(local, count), "remote files, from the cache": lambda: one_pass(cached, count)},
+    )
+    server.stop()
+    return compare(rates, "remote files, from the cache", "local files", 0.8)
 
 
 # -------------------------------------------------------------------------------------------------------------- making
@@ -263,7 +293,7 @@ def index(folder: Path, rounds: int) -> bool:
     return good
 
 
-PARTS = {"reading": reading, "convert": convert, "encode": encode, "text": text, "index": index}
+PARTS = {"reading": reading, "remote": remote, "convert": convert, "encode": encode, "text": text, "index": index}
 
 
 @cli_main

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from checkpoint import sharded
+from checkpoint import sharded, snapshots
 from common.errors import UserError, first_line
 from common.sizes import latent_sides, latent_size, sides
 from common.tensor_files import Checksum
@@ -98,6 +98,18 @@ def meta_model(found: Weights, where: str | Path, **overrides: Any) -> models.Ba
         raise
     except (RuntimeError, TypeError, ArithmeticError, ValueError, LookupError) as error:  # sizes beyond all bounds, or none
         raise UserError(f"{where}: no such model can be made: {first_line(error)}") from None
+
+
+def save_weights(path: Path, found: Weights) -> None:
+    """A safetensors file of the weights, with their configuration and the records of VAE and text in its metadata. Raises WriteError."""
+    tensors = {name: compact(tensor) for name, tensor in found.state_dict.items()}
+    snapshots.save(path, tensors, snapshots.metadata(found.config, found.record, found.step, found.text))
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, in a storage of its own size: a view would carry all of its storage into the file."""
+    fits = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if fits else tensor.clone().contiguous()
 
 
 def model_options(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,11 +30,12 @@ def open_regular(path: Path) -> BinaryIO:
 def read_regular(path: Path, limit: int = MAX_BYTES) -> bytes:
     """The content of a regular file of at most `limit` bytes. OSError if it cannot be read, or is larger."""
     with open_regular(path) as file:
-        _check_bytes(os.fstat(file.fileno()).st_size, limit)
+        check_bytes(os.fstat(file.fileno()).st_size, limit)
         return file.read()
 
 
-def _check_bytes(size: int, limit: int) -> None:
+def check_bytes(size: int, limit: int) -> None:
+    """Raise OSError for a file that is too large to be read at once."""
     if size > limit:
         raise OSError(errno.EFBIG, f"has {size:,} bytes; the limit is {limit:,}")
 
@@ -93,12 +95,15 @@ class FileTree:
             if self.path.is_dir():
                 return read_regular(self.path / name, limit)
             archive = self._archive()
-            _check_bytes(archive.getinfo(name).file_size, limit)
+            check_bytes(archive.getinfo(name).file_size, limit)
             return archive.read(name)
         except UserError:
             raise
         except Exception as error:  # zipfile and its decompressors raise whatever they like on damaged or encrypted members
             raise DataError(f"{self.where(name)}: cannot be read: {_reason(error)}") from None
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Say which files are read next: those of another machine are fetched together."""
 
     def open(self, name: str) -> BinaryIO:
         """One file, open for reading: of a folder without reading it yet. `DataError` if that is impossible."""

@@ -1,6 +1,7 @@
-"""Image files: reading any format as RGB, PNG bytes, writing atomically."""
+"""Image files: reading any format as RGB, PNG bytes, writing atomically; and how far images are apart."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from common.errors import first_line
 from common.file_tree import FileTree
 from common.files import DataError, write_atomically
 
+ARRAYS = ".npy"
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit, above which it warns of a decompression bomb
 
 # Above its limit Pillow warns, and only at twice that refuses; `check_pixels` refuses at once.
@@ -24,13 +26,28 @@ def save_png(image: Image.Image, path: str | Path, compress_level: int = 6) -> N
 
 
 def read_image(files: FileTree, name: str) -> np.ndarray:
-    """An image file as RGB, uint8 (H, W, 3), stored orientation, alpha dropped. `DataError` that names it if it is broken."""
+    """An image file as RGB, uint8 (H, W, 3), stored orientation, alpha dropped. `DataError` that names it if it is broken.
+
+    An npy file is one, too, as REPA's code has it: uint8 (3, H, W), or with leading axes of 1.
+    """
     content = files.read(name)
     try:
+        if name.endswith(ARRAYS):
+            return _array(content)
         with Image.open(io.BytesIO(content)) as image:
             return _rgb(image)
     except Exception as error:  # Pillow's plugins raise whatever they like on broken files
         raise DataError(f"{files.where(name)}: not a readable image: {image_problem(error)}") from None
+
+
+def _array(content: bytes) -> np.ndarray:
+    from common.tensor_files import npy_array  # which imports PyTorch
+
+    pixels = npy_array(content)
+    if pixels.dtype != np.uint8 or pixels.ndim < 3 or pixels.shape[-3] != 3 or pixels.size != np.prod(pixels.shape[-3:]):
+        shape = " × ".join(map(str, pixels.shape))
+        raise ValueError(f"holds {pixels.dtype} {shape}; must be uint8 3 × height × width")
+    return pixels.reshape(pixels.shape[-3:]).transpose(1, 2, 0)
 
 
 def image_problem(error: Exception) -> str:
@@ -62,10 +79,16 @@ def image_names(names: Iterable[str]) -> list[str]:
     return [n for n in names if PurePosixPath(n).suffix.lower() in readable and not PurePosixPath(n).name.startswith("._")]
 
 
-def png_bytes(image: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) or grey (H, W) as an uncompressed PNG: training reads it often, and disks are cheaper than time."""
+def stored_image_names(names: Iterable[str]) -> list[str]:
+    """`image_names`, or where there are none, npy files."""
+    names = list(names)
+    return image_names(names) or [name for name in names if name.endswith(ARRAYS)]
+
+
+def png_bytes(image: np.ndarray, compress_level: int = 0) -> bytes:
+    """uint8 (H, W, 3) or grey (H, W) as a PNG, not compressed: training reads it often, and disks are cheaper than time."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, format="png", compress_level=0)
+    Image.fromarray(image).save(file, format="png", compress_level=compress_level)
     return file.getvalue()
 
 
@@ -77,3 +100,9 @@ def png_pixels(content: bytes) -> np.ndarray:
             return np.asarray(image)
     except Exception as error:  # OSError, SyntaxError, struct.error, zlib.error, DecompressionBombError …
         raise ValueError(image_problem(error)) from None
+
+
+def psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
+    """Peak signal-to-noise ratio in dB of uint8 images against others, over all pixels; `None` where they are equal."""
+    error = np.mean((images.astype(np.float64) - reference) ** 2)
+    return None if error == 0 else 10 * math.log10(255**2 / error)

@@ -208,7 +208,7 @@ def attention_maps(
         axes[r, 0].set_ylabel(row_labels[r], fontsize=9, rotation=0, ha="right", va="center")
         for c in range(columns):
             axes[r, c + 1].imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes[r, c + 1].imshow(maps[r, c], alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
+            axes[r, c + 1].imshow(maps[r, c], alpha=OPACITY, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
     mappable = [axes[rows, c + 1].imshow(windows[c], **options) for c in range(columns)][-1]
     axes[rows, 0].set_ylabel("mean over\nall groups", fontsize=9, rotation=0, ha="right", va="center")
     for axis, name in zip(axes[0], ["image", *names], strict=True):
@@ -228,6 +228,25 @@ def heat_map(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     colours = (255 * colormaps["inferno"](scaled)[..., :3]).round().astype(np.uint8)
     return np.kron(colours, np.ones((size[0] // values.shape[0], size[1] // values.shape[1], 1), np.uint8))
 
+
+def attention_overlay(image: np.ndarray, attention: np.ndarray, top: float) -> np.ndarray:
+    """Attention over a grey image, as `attention_maps` shows it: uint8 (H, W, 3).
+
+    Args:
+        image: uint8 (H, W, 3).
+        attention: (h, w), whose sides divide the image's.
+        top: the attention that has the brightest colour.
+    """
+    from matplotlib import colormaps
+
+    height, width = image.shape[:2]
+    repeats = height // attention.shape[0], width // attention.shape[1]
+    colour = 255 * np.kron(colormaps["inferno"](np.clip(attention / top, 0, 1))[..., :3], np.ones((*repeats, 1)))
+    grey = (image.astype(float) @ [0.299, 0.587, 0.114])[..., None]
+    return (OPACITY * colour + (1 - OPACITY) * grey).round().astype(np.uint8)
+
+
+OPACITY = 0.65  # of attention over an image
 
 BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9772b", "#3f9a5f", "#777777"
 

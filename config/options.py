@@ -4,8 +4,11 @@ import dataclasses
 from typing import Literal
 
 from common.sizes import Resolution
+from config.conversion_options import PipelineOptions
 from config.data_options import LatentOptions
 from config.ema_options import AverageOptions, SnapshotOptions
+from config.remote_options import RemoteOptions
+from config.repa_options import RepaOptions
 from config.rules import option
 from config.sampling_options import CoreCacheOptions, GuideOptions, PromptOptions
 from config.score_options import ScoreOptions
@@ -105,7 +108,9 @@ class Architecture:
 
 
 @dataclasses.dataclass
-class TrainConfig(SnapshotOptions, TrackerOptions, ScoreOptions, SystemOptions, LatentOptions, Architecture):
+class TrainConfig(
+    SnapshotOptions, TrackerOptions, ScoreOptions, SystemOptions, RepaOptions, LatentOptions, RemoteOptions, Architecture
+):
     """Options of train.py."""
 
     config: list[str] | None = option(
@@ -369,11 +374,11 @@ class CCFGConfig(InferenceTool):
 
 
 @dataclasses.dataclass
-class ConvertCheckpointConfig(AverageOptions, Architecture):
+class ConvertCheckpointConfig(AverageOptions, PipelineOptions, Architecture):
     """Options of convert_checkpoint.py: any checkpoint that is read → ours or safetensors, and what is in a file."""
 
     source: str = option("files", ..., "any checkpoint that the other scripts take as --ckpt", positional="IN")
-    dest: str | None = option("files", None, "new file", positional="[OUT]")
+    dest: str | None = option("files", None, "new file or folder", positional="[OUT]")
     vae: str | None = option(
         "files", None, "VAE that a bare state dict belongs to: ema, mse, hub name or folder (default: ema)"
     )

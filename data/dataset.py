@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 from common.errors import UserError
 from common.file_tree import FileTree, read_regular
 from common.files import DataError, decode_name, encode_name, parse_json
-from common.image_files import image_names, read_image
+from common.image_files import read_image, stored_image_names
 from common.sizes import Resolution, check_divisible, latent_sides
 from data import remote
 from data.captions import PACKED_FILES, RECORD_FILE, TextFeatures, has_captions, read_captions, text_folder
 from data.coco_layout import CocoLatents, CocoText, coco_folder
 from data.latent_files import LatentFiles, format_shape, pair_key, pair_keys
 from data.packed import INDEX_FILE, PackedLatents
+from data.remote_tree import RemoteTree
 from models.vae import VAERecord
 
 STATS_FILE = "latent_stats.json"
@@ -27,16 +28,18 @@ STATS_FILE = "latent_stats.json"
 Latents = LatentFiles | PackedLatents | CocoLatents
 
 
-def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str = "--data-dir") -> Latents:
+def open_latents(
+    data_dir: str | Path, cache_dir: str | None = None, option: str = "--data-dir", cache_size: float | None = None
+) -> Latents:
     """The latents in a data folder: `packed/` (or the folder itself), `vae-sd/` or `vae-sd.zip`, the first that is there.
 
     A folder in the layout of U-ViT's and REPA's COCO features is read as it is.
 
-    `data_dir` may be remote, e.g. `s3://bucket/folder`: packed latents are then copied to `cache_dir` first. `option`: how errors
-    name a remote folder.
+    `data_dir` may be remote, e.g. `s3://bucket/folder`: packed latents are then copied to `cache_dir` first, others file by file
+    when they are read. `option`: how errors name a remote folder. `cache_size`: see `RemoteTree`.
     """
     if remote.is_remote(data_dir):
-        return PackedLatents(remote.local_copy(str(data_dir), cache_dir, option))
+        return _open_remote(str(data_dir).rstrip("/"), cache_dir, option, cache_size)
     data_dir = Path(data_dir)
     if (data_dir / INDEX_FILE).is_file():
         return PackedLatents(data_dir)
@@ -45,6 +48,19 @@ def open_latents(data_dir: str | Path, cache_dir: str | None = None, option: str
     if (folder := coco_folder(data_dir)) is not None:
         return CocoLatents(folder)
     return LatentFiles(_part(data_dir, "vae-sd", "`dataset_tools.py encode` makes it"))
+
+
+def _open_remote(url: str, cache_dir: str | None, option: str, cache_size: float | None) -> Latents:
+    try:
+        return PackedLatents(remote.local_copy(url, cache_dir, option))
+    except remote.NotThere:
+        pass
+    try:
+        return LatentFiles(RemoteTree(f"{url}/vae-sd", option, cache_dir, cache_size))
+    except remote.NotThere:
+        raise UserError(
+            f"{option} {url}: holds neither packed latents ({INDEX_FILE}, or packed/ with it) nor vae-sd/ with files of encode"
+        ) from None
 
 
 def open_text(
@@ -81,10 +97,11 @@ class LatentDataset(Dataset):
         text: bool = False,
         flip: bool | None = False,
         cache_dir: str | None = None,
+        cache_size: float | None = None,
         option: str = "--data-dir",
     ):
         self.data_dir = data_dir
-        self.latents = open_latents(data_dir, cache_dir, option)
+        self.latents = open_latents(data_dir, cache_dir, option, cache_size)
         self.text = open_text(data_dir, self.latents, cache_dir, option) if text else None
         self.record, self.shape = self.latents.record, self.latents.shape
         channels = self.record.stored_channels
@@ -99,15 +116,22 @@ class LatentDataset(Dataset):
                 f"--flip: {data_dir} has no latents of mirrored images; `dataset_tools.py encode --flip` makes them"
             )
         self._images: FileTree | None = None
-        if images and remote.is_remote(data_dir):
-            raise UserError(f"{data_dir}: images are read from local folders and zips only (REPA needs them)")
-        if images and isinstance(self.latents, CocoLatents):
-            self._images, self._image_names = self.latents.files, self.latents.image_names()
-        elif images:
-            self._images = FileTree(
-                _part(Path(data_dir), "images", "REPA needs the images too; `dataset_tools.py convert` makes them")
-            )
-            self._image_names = paired_images(self._images, self.latents)
+        if images:
+            self._images = self._open_images(cache_dir, cache_size, option)
+            coco = self.latents if isinstance(self.latents, CocoLatents) else None
+            self._image_names = paired_images(self._images, self.latents) if coco is None else coco.image_names()
+
+    def _open_images(self, cache_dir: str | None, cache_size: float | None, option: str) -> FileTree:
+        """The files of the images."""
+        if isinstance(self.latents, CocoLatents):
+            return self.latents.files
+        hint = "REPA needs the images too; `dataset_tools.py convert` makes them"
+        if not remote.is_remote(self.data_dir):
+            return FileTree(_part(Path(self.data_dir), "images", hint))
+        try:
+            return RemoteTree(f"{str(self.data_dir).rstrip('/')}/images", option, cache_dir, cache_size)
+        except remote.NotThere:
+            raise UserError(f"{option} {self.data_dir}: holds no images/; {hint}") from None
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -150,15 +174,18 @@ class LatentDataset(Dataset):
         indices: Sequence[int],
         choose_caption: Callable[[int, int], int] = lambda place, count: 0,
         mirrored: Sequence[bool] | None = None,
+        images: bool = True,
     ) -> list[dict[str, Any]]:
         """A whole batch, its latents in one read.
 
-        choose_caption: which of `count` captions the item at `place` takes; the first. mirrored: which images are; none.
+        choose_caption: which of `count` captions the item at `place` takes; the first. mirrored: which images are; none. images: with
+        those that were asked for.
         """
         moments = self.latents.read(indices, mirrored)
         labels = [0] * len(indices) if self.labels is None else self.labels[indices].tolist()
         items = [{"moments": m, "label": label} for m, label in zip(moments, labels, strict=True)]
-        if self._images is not None:
+        if self._images is not None and images:
+            self._images.prefetch([decode_name(self._image_names[index]) for index in indices])
             for place, (item, index) in enumerate(zip(items, indices, strict=True)):
                 image = self._read_image(self._images, index)
                 item["image"] = image.flip(-1) if mirrored and mirrored[place] else image
@@ -181,7 +208,7 @@ class LatentDataset(Dataset):
 
 def paired_images(images: FileTree, latents: Latents) -> np.ndarray:
     """The image's name (bytes) for each latent: that of the same sub-folder and number. `UserError` where there is none."""
-    pairs = pair_keys(images, image_names(images.names()))
+    pairs = pair_keys(images, stored_image_names(images.names()))
     names = []
     for index in range(len(latents)):
         key = pair_key(latents.name(index))

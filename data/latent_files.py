@@ -55,9 +55,9 @@ class LatentFiles:
     The names are kept as bytes in one array: a million Python objects would be copied by every worker that counts references.
     """
 
-    def __init__(self, path: Path):
-        self.files = FileTree(path)
-        self.path = path
+    def __init__(self, path: Path | FileTree):
+        self.files = path if isinstance(path, FileTree) else FileTree(path)
+        self.path = path = self.files.path
         listed = self.files.names()
         names = [name for name in listed if name.endswith(".npy")]
         if not names:
@@ -112,6 +112,7 @@ class LatentFiles:
 
     def read(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> list[Tensor]:
         """float32 (2C, h, w) of each index, one file after the other; of the mirrored image where `mirrored` says so."""
+        self.files.prefetch([self.name(i) for i in indices])
         arrays = [self.array(i, self.stored_shape) for i in indices]
         if self.flips:
             arrays = [array[int(flip)] for array, flip in zip(arrays, mirrored or [False] * len(arrays), strict=True)]

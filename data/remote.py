@@ -1,13 +1,16 @@
-"""Remote data: packed latents and packed text features behind any URL that fsspec reads (`s3://`, `hf://`, …), copied to a local cache once a machine.
+"""Remote data behind any URL that fsspec reads (`s3://`, `hf://`, …): packed latents and packed text features, copied to a local cache once a machine.
+
+What is not packed is read file by file (`data.remote_tree`).
 
 S3's endpoint and credentials come from its usual environment variables and files (AWS_ENDPOINT_URL, AWS_PROFILE, …).
 """
 
+import contextlib
 import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,41 @@ from data.packed import INDEX_FILE, checksums, parse_index
 DOWNLOADS = 4  # files at once
 
 
+class NotThere(UserError):
+    """A remote folder without what is looked for."""
+
+
 def is_remote(path: str | Path) -> bool:
     """Is it a URL, such as `s3://bucket/folder`?"""
     return "://" in str(path)
+
+
+def connect(url: str, option: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Raises UserError."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except Exception as error:  # each protocol has its own: unknown protocol, credentials …
+        raise unreadable(option, url, error) from None
+
+
+def unreadable(option: str, where: str, error: Exception) -> UserError:
+    """One line for what fsspec or a protocol's library raised."""
+    return UserError(f"{option} {where}: cannot be read ({type(error).__name__}: {first_line(error)})")
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Among the processes of the machine, the one that makes the file `path`; the others wait."""
+    lock_file = path.with_name(f"{path.name}.lock")
+    while (locked := lock(lock_file)) is None:  # a blocking one would be taken for a deadlock of two processes
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        lock_file.unlink(missing_ok=True)
+        locked.close()
 
 
 def local_copy(url: str, cache_dir: str | None = None, option: str = "--data-dir") -> Path:
@@ -84,41 +119,36 @@ def read(url: str, file: str) -> bytes:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise source.unreadable(error, file) from None
+        raise unreadable(source.option, f"{source.url}/{file}", error) from None
 
 
 class _Source:
     """A remote folder of packed files, whose index is `index_file`."""
 
     def __init__(self, url: str, option: str = "--data-dir", index_file: str = INDEX_FILE):
-        import fsspec
-
         self.url, self.option, self.index_file = url.rstrip("/"), option, index_file
+        self.files, self.given = connect(self.url, option)
+        inside = f"{self.given}/packed"
         try:
-            self.files, self.given = fsspec.core.url_to_fs(self.url)
-            inside = f"{self.given}/packed"
             self._path = inside if self.files.exists(f"{inside}/{index_file}") else self.given
-        except Exception as error:  # each protocol has its own: network, credentials, unknown protocol …
-            raise self.unreadable(error) from None
+        except Exception as error:  # each protocol has its own: network, credentials …
+            raise unreadable(option, self.url, error) from None
 
     def read(self, file: str) -> bytes:
         """One file of the folder. Raises UserError."""
         try:
             return self.files.cat_file(f"{self._path}/{file}")
         except FileNotFoundError:
-            raise UserError(
-                f"{self.option} {self.url}: holds no {file}; remote data must be packed (`dataset_tools.py pack`, `text --packed`)"
+            raise NotThere(
+                f"{self.option} {self.url}: holds no {file}; remote text features must be packed (`dataset_tools.py text --packed`)"
             ) from None
         except Exception as error:
-            raise self.unreadable(error) from None
+            raise unreadable(self.option, self.url, error) from None
 
     def copy(self, file: str, digest: str, folder: Path) -> None:
         """Copy one file into `folder`, unless another process has done so meanwhile."""
         path = join_inside(folder, file, f"{self.option} {self.url}/{self.index_file}", plain=True)
-        lock_file = path.with_name(f"{file}.lock")
-        while (locked := lock(lock_file)) is None:  # a blocking one would be taken for a deadlock of two processes
-            time.sleep(0.1)
-        try:
+        with alone(path):
             if path.exists():
                 return
             remove_leftovers(folder, file.__eq__)
@@ -128,14 +158,6 @@ class _Source:
                 except Exception as error:
                     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                         raise  # it is the cache
-                    raise self.unreadable(error, file) from None
+                    raise unreadable(self.option, f"{self.url}/{file}", error) from None
                 if file_sha256(aside) != digest:
                     raise UserError(f"{self.option} {self.url}/{file}: damaged: its SHA-256 is not what {self.index_file} says")
-        finally:
-            lock_file.unlink(missing_ok=True)
-            locked.close()
-
-    def unreadable(self, error: Any, file: str = "") -> UserError:
-        """One line for what fsspec or a protocol's library raised."""
-        where = f"{self.url}{file and '/' + file}"
-        return UserError(f"{self.option} {where}: cannot be read ({type(error).__name__}: {first_line(error)})")

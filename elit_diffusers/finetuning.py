@@ -19,6 +19,7 @@ from common.distributed import check_world_size
 from common.errors import UserError, first_line
 from common.files import FolderLock, make_folder, write_atomically
 from common.logging import warn
+from common.precision import set_tf32
 from config.rules import names
 from config.tool_options import FinetuneDiffusersConfig
 from elit_diffusers.attach import attach
@@ -265,6 +266,7 @@ def _accelerator(config: FinetuneDiffusersConfig) -> Accelerator:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=config.train == "all", gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
     check_world_size(accelerator.num_processes)
+    set_tf32(False)  # --dtype float32 is that of convolutions too
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(f"accelerate's configuration says {kind.value}; this runs on one process or by DDP (--multi_gpu)")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from models.layers import projector
+from models.layers import ConvProjector, projector
 
 
 @dataclass
@@ -98,6 +98,16 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         self.grid_size = (rows // patch_size, columns // patch_size)
         self.encoder_depth = encoder_depth
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     @classmethod
     def size_arguments(cls, input_size: int | tuple[int, int], **sizes: Any) -> dict[str, Any]:
         """The constructor's arguments of a registered size `sizes`, where they depend on the VAE latents' size."""
@@ -159,9 +169,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
         x = torch.zeros(batch_size, self.in_channels, rows, columns, device=weight.device, dtype=weight.dtype)
         return x, torch.zeros(batch_size, device=weight.device), self.example_condition(batch_size)
 
-    def unused_parameters(self, active_stage: int | None) -> list[nn.Parameter]:
-        """Those that a forward with this active stage (None: one without stages) leaves out."""
-        return []
+    def unused_parameters(self, active_stage: int | None, projected: bool = True) -> list[nn.Parameter]:
+        """Those that a forward with this active stage (None: one without stages), or without REPA's projections, leaves out."""
+        return [] if projected else [p for name, p in self.named_parameters() if name.startswith("projectors.")]
 
     def compiled_parts(self) -> list[nn.Module]:
         """What `torch.compile` gets, each called by its forward alone: the blocks, and the parts around them that know no budget."""
@@ -177,6 +187,13 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="elit", license="mi
             )
         if z_dims:
             self.projectors = nn.ModuleList(projector(dim, z, hidden_dim) for z in z_dims)
+
+    def convolve_projectors(self) -> None:
+        """Put a convolution in the place of each of REPA's projectors; see `ConvProjector`."""
+        layers = [[m for m in p if isinstance(m, nn.Linear)] for p in cast(Any, getattr(self, "projectors", []))]
+        if layers:
+            convolutions = [ConvProjector(m[0].in_features, m[-1].out_features, self.feature_grid) for m in layers]
+            self.projectors = nn.ModuleList(convolutions)
 
     @property
     def repa_depth(self) -> int:

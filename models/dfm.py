@@ -92,9 +92,10 @@ class DFMSiT(SiT):
         whole = [part for part in super().compiled_parts() if part not in (self.x_embedder, self.t_embedder, self.final_layer)]
         return [*whole, *(part for parts in stages for part in parts)]
 
-    def unused_parameters(self, active_stage: int | None) -> list[nn.Parameter]:
-        """Those of the final layers of the stages after the active one."""
-        return [] if active_stage is None else list(self.final_layer.projections[active_stage + 1 :].parameters())
+    def unused_parameters(self, active_stage: int | None, projected: bool = True) -> list[nn.Parameter]:
+        """Those of the final layers of the stages after the active one, too."""
+        later = [] if active_stage is None else list(self.final_layer.projections[active_stage + 1 :].parameters())
+        return super().unused_parameters(active_stage, projected) + later
 
     def example_inputs(self, batch_size: int = 1) -> tuple[list[Tensor], Tensor, Tensor]:
         """As any backbone's, with all stages active."""

@@ -25,9 +25,12 @@ class Target:
     timm_name: str
     last_norm: bool = True  # features after the last norm, or before it
     resized: bool = True  # the image is resized to the encoder's side, or taken as it is
+    weights: str = ""  # where its authors have them, if timm does not
 
 
+_MOCO = "https://github.com/facebookresearch/moco-v3"
 ENCODERS = {
+    "dinov1-vit-b": Target("vit_base_patch16_224.dino", resized=False),
     "dinov2-vit-s": Target("vit_small_patch14_dinov2.lvd142m"),
     "dinov2-vit-b": Target("vit_base_patch14_dinov2.lvd142m"),
     "dinov2-vit-l": Target("vit_large_patch14_dinov2.lvd142m"),
@@ -38,6 +41,9 @@ ENCODERS = {
     "dinov2reg-vit-g": Target("vit_giant_patch14_reg4_dinov2.lvd142m"),
     "dinov3-vit-b": Target("vit_base_patch16_dinov3.lvd1689m"),
     "dinov3-vit-l": Target("vit_large_patch16_dinov3.lvd1689m"),
+    "mocov3-vit-b": Target("vit_base_patch16_224.mae", resized=False, weights=_MOCO),  # MAE's is the same ViT
+    "mocov3-vit-l": Target("vit_large_patch16_224.mae", resized=False, weights=_MOCO),
+    "jepa-vit-h": Target("vit_huge_patch14_gap_224.in1k_ijepa"),
     "mae-vit-b": Target("vit_base_patch16_224.mae", last_norm=False, resized=False),
     "mae-vit-l": Target("vit_large_patch16_224.mae", last_norm=False, resized=False),
     "clip-vit-b": Target("vit_base_patch16_clip_quickgelu_224.openai", last_norm=False),
@@ -189,7 +195,12 @@ def _on_meta(name: str, resolution: Resolution, grid_size: tuple[int, int]) -> T
 
 
 def _from_hub(found: TargetEncoder) -> nn.Module:
-    timm_name = _target(found.name).timm_name
+    target = _target(found.name)
+    if target.weights:
+        raise UserError(
+            f"--enc-type {found.name}: its weights are not on the hub; give its authors' file, from {target.weights}: --encoder-weights PATH"
+        )
+    timm_name = target.timm_name
     try:
         create = _timm().create_model
         vit = hub.fetch_once(timm_name, lambda **_: create(timm_name, pretrained=True, num_classes=0))
@@ -203,6 +214,21 @@ def _from_hub(found: TargetEncoder) -> nn.Module:
     return vit
 
 
+# Of the published MoCo v3 ViT-L.
+_MISNAMED = {"13.norm13": "13.norm1", "13.mlp.fc13": "13.mlp.fc1", "14.norm14": "14.norm2", "14.mlp.fc14": "14.mlp.fc2"}
+
+
+def _base_encoder(state: dict[str, Any]) -> dict[str, Any]:
+    """The encoder in a training checkpoint of MoCo v3, without its momentum twin, predictor and head; any other file as it is."""
+    held, prefix = state.get("state_dict"), "module.base_encoder."
+    if not isinstance(held, dict) or not any(str(name).startswith(prefix) for name in held):
+        return state
+    own = {str(name).removeprefix(prefix): value for name, value in held.items() if str(name).startswith(prefix)}
+    for wrong, name in _MISNAMED.items():
+        own = {k.replace(f"blocks.{wrong}.", f"blocks.{name}."): v for k, v in own.items()}
+    return own
+
+
 def _from_file(found: TargetEncoder, path: str) -> nn.Module:
     """The encoder with the weights of a file: timm's own names, or the names of the encoder's authors, which timm translates."""
     file = hub.local_file(path)
@@ -213,7 +239,9 @@ def _from_file(found: TargetEncoder, path: str) -> nn.Module:
     vit.set_input_size(img_size=(found.side, found.side))  # the file's position embeddings are resampled once, to this
     translate = getattr(importlib.import_module(type(vit).__module__), "checkpoint_filter_fn", lambda state, _: state)
     try:
-        state = {k: v for k, v in translate(state, vit).items() if not k.startswith(("head.", "head_dist."))}  # classifiers
+        state = {
+            k: v for k, v in translate(_base_encoder(state), vit).items() if not k.startswith(("head.", "head_dist."))
+        }  # classifiers
         wrong = vit.load_state_dict(state, strict=False)
         keys = [f"{k} is missing" for k in wrong.missing_keys] + [f"{k} is unknown" for k in wrong.unexpected_keys]
     except Exception as error:  # other shapes, or names that timm cannot translate

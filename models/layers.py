@@ -257,6 +257,18 @@ def split_cells(x: Tensor, grid_size: tuple[int, int], p: int = 2) -> Tensor:
     return x.transpose(2, 3).flatten(1, 4)
 
 
+class ConvProjector(nn.Conv2d):
+    """iREPA's map from tokens to one target encoder's features: a 3×3 convolution over their grid (arXiv 2512.10794)."""
+
+    def __init__(self, dim: int, z_dim: int, grid_size: tuple[int, int]):
+        super().__init__(dim, z_dim, kernel_size=3, padding=1)
+        self.grid_size = grid_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D), row-major → (B, N, z)."""
+        return super().forward(x.transpose(1, 2).unflatten(2, self.grid_size)).flatten(2).transpose(1, 2)
+
+
 def projector(dim: int, z_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
     """REPA's map from tokens to one target encoder's features (Yu et al. 2024, arXiv 2410.06940, §3)."""
     return xavier(

@@ -241,7 +241,7 @@ def decode(vae: VAE, latents: Tensor) -> Tensor:
 
 def _at_size(value: Tensor, size: torch.Size) -> Tensor:
     """Statistics (C, h, w) for latents of `size`: of positions, those of a coarser stage of a pyramid are means over them."""
-    return value if value.shape[1:] in (size, (1, 1)) else F.adaptive_avg_pool2d(value, size)
+    return value if value.shape[1:] in (size, (1, 1)) else F.adaptive_avg_pool2d(value, (size[0], size[1]))
 
 
 def _images_at_a_time(vae: VAE, z: Tensor) -> int:

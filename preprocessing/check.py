@@ -147,7 +147,7 @@ def check_images(images: FileTree, dataset: LatentDataset, threads: ThreadPoolEx
     except UserError as error:
         problems.add("pairing", str(error))
         return
-    for name in sorted(set(image_files.image_names(listed)) - set(names)):
+    for name in sorted(set(image_files.stored_image_names(listed)) - set(names)):
         problems.add("pairing", f"{images.where(name)}: has no latent")
     for index, name in enumerate(names if latent_files.LABEL_FILE in listed else []):
         label = None if latents.labels is None else int(latents.labels[index])

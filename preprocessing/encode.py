@@ -33,8 +33,8 @@ def encode(config: EncodeConfig) -> None:
     names, labels = list_images(source, config.max_images)
     targets = [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in image_numbers(names)]
     first = image_files.read_image(source, names[0]).shape  # (H, W, 3)
-    making = {"command": "encode", "source": str(source.path.resolve()), "vae": config.vae, "dtype": config.dtype}
-    making["flip"] = config.flip
+    made_by = {"vae": config.vae, "dtype": config.dtype, "flip": config.flip}
+    making = {"command": "encode", "source": str(source.path.resolve()), **made_by}
     # They meet again at the end alone, and that of the slowest may be hours after that of the quickest.
     state = start_processes(config.timeout_minutes)
     with open_dest(Path(config.dest), making, targets, config.shard_size if config.packed else None, state) as dest:

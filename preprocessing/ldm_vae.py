@@ -82,11 +82,11 @@ def statistics_of(content: dict[str, Any], path: str | None, weights: dict[str, 
     """
     channels = weights["decoder.conv_in.weight"].shape[1]
     if path is None:
-        norm = content.get("ema") if isinstance(content.get("ema"), dict) else {}
-        found, shown = (norm.get("bn.running_mean"), norm.get("bn.running_var")), f"--source {where}: bn"
-        if found[0] is None:
+        ema, shown = content.get("ema"), f"--source {where}: bn"
+        if not isinstance(ema, dict) or "bn.running_mean" not in ema:
             return {}
-        mean, std = found[0], found[1].sqrt() if isinstance(found[1], Tensor) else None
+        mean, variance = ema["bn.running_mean"], ema.get("bn.running_var")
+        std = variance.sqrt() if isinstance(variance, Tensor) else None
     else:
         values, shown = _read(Path(path)), f"--stats {path}"
         scale = values.get("latents_scale")

@@ -242,11 +242,20 @@ class Prompts:
         with written_aside(path) as aside, aside.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": self._shape})
             for start in range(0, len(rows), BLOCK):
-                text = encoder.encode(rows[start : start + BLOCK])
-                block = torch.cat([t.flatten(1) for t in text if t is not None], dim=1)
-                if not block.isfinite().all():
-                    raise UserError(f"--text-encoder {self.encoder_name}: its features are not all finite", local=True)
-                file.write(np.ascontiguousarray(block.numpy(), "<f4").tobytes())
+                file.write(_features(encoder, self.encoder_name, rows[start : start + BLOCK]).tobytes())
+
+
+def encode(encoder: TextEncoder, name: str, texts: Sequence[str]) -> EncodedPrompts:
+    """The features of prompts, made now and kept nowhere; `name`: the encoder's, for messages."""
+    return EncodedPrompts(texts, _features(encoder, name, [*texts, ""]), encoder.record)
+
+
+def _features(encoder: TextEncoder, name: str, texts: Sequence[str]) -> np.ndarray:
+    """Little-endian float32 (texts, L·E + P): features and pooled ones of each."""
+    rows = torch.cat([t.flatten(1) for t in encoder.encode(list(texts)) if t is not None], dim=1)
+    if not rows.isfinite().all():
+        raise UserError(f"--text-encoder {name}: its features are not all finite", local=True)
+    return np.ascontiguousarray(rows.numpy(), "<f4")
 
 
 def read(config: GenerateConfig | InferenceTool, weights: Weights, given: dict[str, Any]) -> Prompts | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from common.sizes import latent_sides
 from config.options import GenerateConfig, InferenceTool
 from config.parsing import parse, require_options
 from flows import FlowMatching, OnStage, flow_of
+from models.autoencoders import VAE
 from models.conditioning import Condition, map_condition
 from models.layers import narrow_linears
 from models.vae import VAERecord, decode, load_vae
@@ -29,10 +30,6 @@ from sampling import conditions, core_cache, guides
 from sampling.conditions import Conditions, Labels
 from sampling.core_cache import CoreCaches, Drawn
 from sampling.cuda_graphs import FEW_IMAGES, Graphs
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
 
 Options = GenerateConfig | InferenceTool
 
@@ -127,7 +124,7 @@ class Session:
 
     config: Options
     model: nn.Module
-    vae: "AutoencoderKL"
+    vae: VAE
     vae_sha256: str | None
     shape: tuple[int, int, int]
     guide: nn.Module | None = None

@@ -22,6 +22,7 @@ import finetune_diffusers
 import generate
 import sweep
 import train
+import web_demo
 from common.errors import UserError
 from config.parsing import parse_command_line
 from experiments_updated import quickstart_guidance
@@ -41,6 +42,7 @@ SCRIPTS = {
     "convert_checkpoint.py": convert_checkpoint.ConvertCheckpointConfig,
     "finetune_diffusers.py": finetune_diffusers.FinetuneDiffusersConfig,
     "quickstart_guidance.py": quickstart_guidance.GuidanceConfig,
+    "web_demo.py": web_demo.WebDemoConfig,
     "report.py": StudyConfig,
 }
 OTHERS = {"--clean", "--no-deps", "--target"}  # of eval.sh and pip
@@ -144,7 +146,8 @@ def test_commands(page, words):
             assert not option.startswith("-") or option.partition("=")[0] in parser._option_string_actions, option
         words = ["python", *words[script:]]
     if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
-        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
+        module = ROOT / words[2].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
     if words[0] not in ("python", "sbatch", "bash") or words[1].startswith("-"):
         return
     script = ROOT / words[1]

@@ -114,9 +114,17 @@ class StepData(Dataset):
     global batch).
     """
 
-    def __init__(self, dataset: LatentDataset, draw: Callable[[int], Draws], seed: int = 0, first_place: int = 0):
-        """first_place: of this process's slice of the global batch."""
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        draw: Callable[[int], Draws],
+        seed: int = 0,
+        first_place: int = 0,
+        image_forwards: float = math.inf,
+    ):
+        """first_place: of this process's slice of the global batch. image_forwards: how many of the first forwards need images."""
         self.dataset, self.draw, self.seed, self.first_place = dataset, draw, seed, first_place
+        self.image_forwards = image_forwards
 
     def __getitems__(self, batch: Batch) -> dict[str, Any]:
         """The collated samples, and under "draws" what `draw` gives for the forward."""
@@ -125,6 +133,7 @@ class StepData(Dataset):
             return caption_of(self.seed, batch.forward, self.first_place + place, count)
 
         options: dict[str, Any] = {} if self.dataset.text is None else {"choose_caption": choose}
+        options |= {"images": False} if batch.forward >= self.image_forwards else {}
         if self.dataset.flip:
             places = range(self.first_place, self.first_place + len(batch))
             options["mirrored"] = image_flips(self.seed, batch.forward, places)
@@ -133,11 +142,16 @@ class StepData(Dataset):
 
 
 def create_loader(
-    dataset: LatentDataset, draw: Callable[[int], Draws], batches: StepBatches, num_workers: int, device: torch.device
+    dataset: LatentDataset,
+    draw: Callable[[int], Draws],
+    batches: StepBatches,
+    num_workers: int,
+    device: torch.device,
+    image_forwards: float = math.inf,
 ) -> DataLoader:
-    """The loader of a process's batches, whose memory a GPU can copy from without waiting."""
+    """The loader of a process's batches, whose memory a GPU can copy from without waiting; image_forwards: see `StepData`."""
     return DataLoader(
-        StepData(dataset, draw, batches.seed, batches.batch_slice.start),
+        StepData(dataset, draw, batches.seed, batches.batch_slice.start, image_forwards),
         batch_sampler=cast(Any, batches),
         collate_fn=cast(Any, _as_it_is),
         num_workers=num_workers,

@@ -295,7 +295,8 @@ class Plan:
                 names = [e.name for e in self.encoders]
                 load_encoders(names, config.resolution, self.model.feature_grid, config.encoder_weights)
                 sides = ", ".join(f"{e.name} at {e.side} px" for e in self.encoders)
-                self.say("REPA", f"{sides}; weight {config.proj_coeff:g}")
+                until = "" if config.proj_until is None else f", in the first {config.proj_until:,} steps"
+                self.say("REPA", f"{sides}; weight {config.proj_coeff:g}{until}")
         if config.init_from:
             with self.checked():
                 weights = reading.read_weights(

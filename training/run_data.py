@@ -48,7 +48,8 @@ class RunData:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the latents."""
-        return (self.record.latent_channels, *self.dataset.shape[1:])
+        _, rows, columns = self.dataset.shape
+        return self.record.latent_channels, rows, columns
 
 
 def takes_text(config: TrainConfig) -> bool:
@@ -63,14 +64,15 @@ def open_data(config: TrainConfig, num_processes: int) -> RunData:
     text = takes_text(config)
     num_classes = None if text else config.num_classes
     images = bool(encoder_names(config.enc_type, config.proj_coeff))
-    dataset = LatentDataset(config.data_dir, images=images, text=text, flip=config.flip, cache_dir=config.cache_dir)
+    open_set = functools.partial(LatentDataset, text=text, cache_dir=config.cache_dir, cache_size=config.cache_size)
+    dataset = open_set(config.data_dir, images=images, flip=config.flip)
     factor, patch = dataset.record.downsample_factor, models.model_spec(config.model).sizes.get("patch_size", 1)
     why = f"{config.model} on latents of factor {factor} needs multiples of {factor * patch}"
     check_divisible(config.resolution, factor * patch, why)
     dataset.check(num_classes=num_classes, resolution=config.resolution)
     val_data = None
     if config.val_data_dir:
-        val_data = LatentDataset(config.val_data_dir, text=text, cache_dir=config.cache_dir)
+        val_data = open_set(config.val_data_dir)
         val_data.check(num_classes=num_classes, resolution=config.resolution)
         if dataset.text is not None and val_data.text is not None:
             where = f"--val-data-dir {config.val_data_dir}", f"--data-dir {config.data_dir}"

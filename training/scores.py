@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -29,6 +29,7 @@ from metrics.evaluation import HIGHER_IS_BETTER, check_names
 from metrics.features import Batch
 from metrics.images import open_images
 from metrics.scoring import Scorer
+from models.autoencoders import VAE
 from models.vae import load_vae
 from sampling.checks import check_budget, check_options
 from sampling.conditions import DataPrompts
@@ -39,9 +40,6 @@ from training.run_data import RunData
 from training.run_dir import RunDir, warn_if_unwritable
 from training.stats import sum_over_processes
 from training.validation import together
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
 
 def sampling_options(config: TrainConfig, budget: float | None, processes: int = 1) -> GenerateConfig:
@@ -143,9 +141,7 @@ class Scores:
         best_step: the step with the best score so far, whose checkpoint --keep-best keeps; None without that, or before the first.
     """
 
-    def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, run_dir: RunDir, data: RunData, vae: "AutoencoderKL | None" = None
-    ):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, run_dir: RunDir, data: RunData, vae: VAE | None = None):
         """vae: where it is loaded already."""
         self.config, self.accelerator, self.run_dir, self.shape = config, accelerator, run_dir, data.shape
         self.conditions = data.conditions

@@ -36,10 +36,9 @@ from config.options import TrainConfig
 from flows import flow_of
 from models.backbone import Backbone
 from models.elit import Elastic
-from models.encoders import encoder_names
 from models.text_encoders import TextRecord
 from models.vae import VAERecord
-from training import scores, sharding, trackers
+from training import alignment, scores, sharding, trackers
 from training.budgets import check_budgets, trained_budgets
 from training.profiler import parse_steps
 from training.resume import ALLOWED
@@ -69,6 +68,8 @@ def build_model(config: TrainConfig, record: VAERecord, z_dims: list[int], text:
         arguments=models.model_spec(config.model).constructor.text_arguments(*sizes) if sizes else {},
         **model_options(dataclasses.asdict(config)),
     )
+    if config.projector == "conv":
+        model.convolve_projectors()
     if isinstance(model, Elastic) and config.elit_init == "spread":
         model.interface.spread()
     return model
@@ -130,9 +131,7 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
         if name not in ALLOWED:
             known = ", ".join(ALLOWED)
             raise UserError(f"--allow-change {name}: cannot be changed{did_you_mean(name, ALLOWED)}; choose from {known}")
-    warnings = trackers.check(config, given)
-    if config.enc_type != "none" and not encoder_names(config.enc_type, config.proj_coeff):
-        warnings.append(f"--enc-type {config.enc_type} without --proj-coeff: REPA is off")
+    warnings = trackers.check(config, given) + alignment.check(config, given)
     if "posthoc_ema_steps" in given and not config.posthoc_ema:
         warnings.append(f"--posthoc-ema-steps {config.posthoc_ema_steps} without --posthoc-ema: no such average is kept")
     spec = models.model_spec(config.model)

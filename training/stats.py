@@ -78,10 +78,10 @@ class Speed:
         self._host += time.perf_counter() - begin
         self._steps += 1
 
-    def add(self, images: int, budget: float | None) -> None:
-        """Forward and backward of `images` images of all processes. A backward pass is two forwards."""
+    def add(self, images: int, budget: float | None, aligned: bool = True) -> None:
+        """Forward and backward of `images` images of all processes, with REPA if any. A backward pass is two forwards."""
         self._images += images
-        self._flops += images * (3 * self._forward_flops[budget] + self._repa_flops)
+        self._flops += images * (3 * self._forward_flops[budget] + (self._repa_flops if aligned else 0))
 
     def read(self, device: torch.device) -> dict[str, float]:
         """images_per_second, tflops, mfu where it is known, and on CUDA peak_memory_gib of this process since the last line.

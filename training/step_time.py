@@ -57,8 +57,11 @@ def parts_of(trace: Trace, seconds: Callable[[Op], float]) -> tuple[list[Part], 
         else:
             times[op.region[1]][op.backward] += seconds(op)
     rest = trace.parameters - sum(parameters for parameters, _ in trace.sizes.values())  # tables, before all parts
-    times = {0: [0.0, 0.0]} | dict(sorted(times.items()))
-    return [Part(*pair, *trace.sizes.get(number, (0 if number else rest, 0))) for number, pair in times.items()], update
+    parts = []
+    for number in sorted({0, *times}):
+        forward, backward = times[number]
+        parts.append(Part(forward, backward, *trace.sizes.get(number, (0 if number else rest, 0))))
+    return parts, update
 
 
 def estimate(trace: Trace, machine: Machine, cluster: Cluster, scheme: Scheme, more_flops: float = 0.0) -> Estimate:

@@ -27,6 +27,7 @@ import models
 from common import precision
 from common.cuda_autocast import CudaAutocast
 from common.precision import AMP_TYPES
+from common.sizes import latent_sides
 from config.options import TrainConfig
 from flows import FlowMatching, flow_of
 from loss import drop_conditions
@@ -242,19 +243,18 @@ def trace_step(
 ) -> Trace:
     """One training step of `batch_size` images on the meta device: forward, backward, clipping, AdamW and one EMA copy.
 
-    Of what `processes` do together, what each does with its own is counted, not what travels. With `--shard` parts have the type that
-    they are gathered in, and the update is that of a process's shard.
+    Of what `processes` do together, what each does with its own is counted, not what travels; with `--shard`, of gathered parts.
     """
-    side, size = config.resolution // record.downsample_factor, sharding.group_size(config.shard, processes)
+    sides, size = latent_sides(config.resolution, record.downsample_factor), sharding.group_size(config.shard, processes)
     flow, recorder, narrow = flow_of(config), Recorder(), AMP_TYPES[config.mixed_precision]
     with torch.device("meta"):
         model = build_model(config, record, [], text)
         if size > 1:
             sharding.narrow_parts(model, narrow)
-        draws = flow.empty_draws(batch_size, (record.latent_channels, side, side))
-        moments, y = torch.empty(batch_size, 2 * record.latent_channels, side, side), model.example_condition(batch_size)
-        stats = TrainingStats(["loss"], torch.device("meta"))
+        draws = flow.empty_draws(batch_size, (record.latent_channels, *sides))
+        moments, y = torch.empty(batch_size, record.stored_channels, *sides), model.example_condition(batch_size)
         name_parts(model, recorder)
+        stats = TrainingStats(["loss"], torch.device("meta"))
         if config.gradient_checkpointing:
             models.checkpoint_blocks(model)
         mode = CudaAutocast(narrow)
@@ -266,8 +266,8 @@ def trace_step(
     saved: dict[str, int] = defaultdict(int)
     for key, (part, storage) in recorder.saved.items():
         saved[part] += 0 if key in own else storage.nbytes()
-    number = sum(p.numel() for p in model.parameters())
     ops = recorder.ops + (trace_update(config, processes, record, text) if update else [])
+    number = sum(p.numel() for p in model.parameters())
     return Trace(ops, saved, set(recorder.saved) - own, number, _sizes(model, recorder, size > 1))
 
 

@@ -16,15 +16,14 @@ from checkpoint.records import TEXT
 from common.distributed import data_workers
 from common.errors import UserError
 from common.logging import log, warn
-from common.precision import AMP_TYPES
 from config.options import TrainConfig
 from flows import flow_of
 from loss import Projecting, alignment_loss, drop_conditions
 from models.conditioning import NullText, condition_of, map_condition
-from models.encoders import describe_encoders, encoder_names, load_encoders
-from models.layers import narrow_linears
+from models.encoders import describe_encoders, encoder_names
 from models.vae import sample_latents
 from training import resume, scores, setup, sharding, snapshots, trackers
+from training.alignment import Alignment, aligned_steps
 from training.budgets import budget_schedule, parts_by_budget, trained_budgets
 from training.data_order import DATA_POSITION, Progress, StepBatches, create_loader, total_steps
 from training.optim import EMA, IdleParameters, clip_gradients, create_optimizer, create_schedule, load_optimizer
@@ -56,8 +55,7 @@ class Trainer:
         self.batch_slice = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
         self.flow, self.budgets, self.schedule_of_budgets = flow_of(config), trained_budgets(config), budget_schedule(config)
         grid = setup.token_grid(config, self.data.record)
-        self.encoder_names = encoder_names(config.enc_type, config.proj_coeff)
-        targets = describe_encoders(self.encoder_names, config.resolution, grid)
+        targets = describe_encoders(encoder_names(config.enc_type, config.proj_coeff), config.resolution, grid)
         torch.manual_seed(config.seed)
         self.model = setup.build_model(config, self.data.record, [t.z_dim for t in targets], self.data.text_record)
         if isinstance(self.model, NullText) and self.data.dataset.text is not None:
@@ -120,9 +118,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Put everything on the device, as a new run starts."""
         config, device, data = self.config, self.accelerator.device, self.data
-        grid = setup.token_grid(config, data.record)
-        encoders = load_encoders(self.encoder_names, config.resolution, grid, config.encoder_weights, device)
-        self.encoders = [narrow_linears(encoder, AMP_TYPES[config.mixed_precision]) for encoder in encoders]
+        self.alignment = Alignment(config, setup.token_grid(config, data.record), device)
         if self.mesh is None:
             self.model.to(device)
             place = self.accelerator.process_index, self.accelerator.num_processes
@@ -151,7 +147,8 @@ class Trainer:
         start, stop = (self._data_position(step) for step in (self.step, max(self.step, self.total_steps)))
         batches = StepBatches(*place, start, stop, forward=self.step * config.gradient_accumulation_steps)
         draw = partial(self.flow.draws, config.seed, batch_slice=self.batch_slice, shape=data.shape)
-        self.loader = create_loader(data.dataset, draw, batches, config.num_workers, self.accelerator.device)
+        image_forwards = aligned_steps(config) * config.gradient_accumulation_steps
+        self.loader = create_loader(data.dataset, draw, batches, config.num_workers, self.accelerator.device, image_forwards)
 
     def _data_position(self, step: int) -> int:
         """The batches of the data order before optimizer step `step`."""
@@ -277,16 +274,17 @@ class Trainer:
         config, draws = self.config, batch["draws"]
         x = sample_latents(batch["moments"], draws.posterior, self.data.record)
         y = drop_conditions(self.model, batch["y"], draws, config.cfg_prob)
-        model = Projecting(self.model) if self.encoders else self.model
+        aligned = self.alignment.acts(self.step)
+        model = Projecting(self.model) if aligned else self.model
         losses, times, condition = self.flow.loss(model, x, draws, y, budget)
         self.stats.add(losses, times, "loss" + condition.metric_suffix)
-        self.speed.add(len(x) * self.accelerator.num_processes, budget)
+        self.speed.add(len(x) * self.accelerator.num_processes, budget, aligned)
         loss = losses.mean()
         if isinstance(self.model, DistributedDataParallel):
-            loss = self.idle.touch(loss, self.model.module.unused_parameters(condition.stage))
+            loss = self.idle.touch(loss, self.model.module.unused_parameters(condition.stage, aligned))
         if isinstance(model, Projecting):  # REPA: its projections are to be like the encoders' features
             with self.accelerator.autocast():
-                features = [encoder(batch["image"]) for encoder in self.encoders]
+                features = self.alignment.features(batch["image"])
             alignment = alignment_loss(model.projections, features)
             self.stats.add_mean("alignment_loss", alignment)
             loss = loss + config.proj_coeff * alignment

@@ -5,7 +5,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ from common.sizes import sides
 from config.options import GenerateConfig, TrainConfig
 from data.dataset import LatentDataset
 from flows import LossCondition, flow_of
+from models.autoencoders import VAE
 from models.layers import narrow_linears
 from models.vae import VAERecord, load_vae
 from samplers import BudgetSchedule, Guidance
 from sampling.conditions import Conditions
 from training.budgets import budget_schedule, rows_by_budget, trained_budgets
 from training.stats import sum_over_processes
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
 SAMPLE_IMAGES = 64  # drawn at each budget, over all processes
 
@@ -74,7 +72,7 @@ class Validation:
         self.sampled = sampling_options(config)
         self.vae = self._load_vae() if config.sampling_steps else None
 
-    def _load_vae(self) -> "AutoencoderKL | None":
+    def _load_vae(self) -> VAE | None:
         """One that the user named must load; the data set's own may be missing, with a warning."""
         try:
             vae, _ = load_vae(self.config.vae or self.record.vae, self.accelerator.device, expected=self.record)

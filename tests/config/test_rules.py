@@ -6,6 +6,7 @@ import pytest
 
 from checkpoint.architecture import ARCHITECTURE, SCHEDULE
 from checkpoint.weights import MODEL_OPTIONS
+from config.demo_options import WebDemoConfig
 from config.options import Architecture, CCFGConfig, ConvertCheckpointConfig, GenerateConfig, MultibudgetConfig, TrainConfig
 from config.rules import GROUPS, Rules, folder_labels, names
 from config.tool_options import (
@@ -22,7 +23,7 @@ from sampling.image_folder import SETTINGS
 from training.resume import CHANGEABLE, SAME
 
 TOOLS = [CheckConfig, ConvertConfig, DemoConfig, EncodeConfig, EvaluateConfig, PackConfig, ReferenceConfig, StatsConfig]
-ALL = [TrainConfig, GenerateConfig, MultibudgetConfig, CCFGConfig, ConvertCheckpointConfig, *TOOLS]
+ALL = [TrainConfig, GenerateConfig, MultibudgetConfig, CCFGConfig, WebDemoConfig, ConvertCheckpointConfig, *TOOLS]
 
 INTERFACE = {"elit_group_size", "elit_read_depth", "elit_write_depth", "elit_tail", "elit_write", "elit_mlp_ratio"}
 ELIT = {"head_depth", "tail_depth", *INTERFACE}
@@ -48,7 +49,8 @@ def test_every_option_of_generation_says_whether_it_changes_the_images():
 
 
 def test_what_a_resumed_run_must_share():
-    assert set(SAME) == CHECKPOINT | {"latent_norm", "enc_type", "prediction", "encoder_depth", "condition"}
+    repa = {"enc_type", "encoder_depth", "projector", "target_norm", "target_norm_gamma"}
+    assert set(SAME) == CHECKPOINT | repa | {"latent_norm", "prediction", "condition"}
     assert SAME[0] == "model"  # the first difference is reported
     assert set(CHANGEABLE) == {
         *("batch_size", "gradient_accumulation_steps", "seed", "mixed_precision", "allow_tf32", "weighting", "cfg_prob"),
@@ -58,6 +60,8 @@ def test_what_a_resumed_run_must_share():
             "elit_budget_schedule",
             "stage_weights",
             "proj_coeff",
+            "proj_until",
+            "flip",
             "ema_decay",
             "max_grad_norm",
         ),
@@ -65,7 +69,7 @@ def test_what_a_resumed_run_must_share():
         *("lr_scheduler_type", "warmup_steps", "lr_cooldown", "comm_dtype", "elit_budget_schedule"),
     }
     # Compared in some runs only: with target encoders, or where the rate depends on the number of steps.
-    assert names(TrainConfig, when="repa", resume="same") == ("encoder_depth",)
+    assert set(names(TrainConfig, when="repa", resume="same")) == repa - {"enc_type"}
     assert set(names(TrainConfig, when="schedule", resume="changeable")) == {"epochs", "max_train_steps"}
     free = {"fused_attn", "num_workers", "compile", "output_dir", "data_dir", "checkpointing_steps", "num_steps_per_scale"}
     assert free <= set(names(TrainConfig, resume="free"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3
 import torch
 from PIL import Image
 from runs import make_latents, make_vae, reset_accelerate
@@ -29,26 +30,8 @@ COUNT = 10
 
 @pytest.fixture(scope="module")
 def server():
-    """moto's S3 server, and the environment that S3 clients read."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    s3fs.S3FileSystem.clear_instance_cache()  # clients of tests before, which had no credentials
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "NO_PROXY": host,
-        }.items():
-            patch.setenv(name, value)
-        yield server
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3.serving():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +168,7 @@ def test_other_content_at_the_same_place_is_another_copy(url, folder, tmp_path, 
 @pytest.mark.parametrize(
     ("url_of", "words"),
     [
-        (lambda url: url + "/nothing", ["holds no index.json", "pack"]),
+        (lambda url: url + "/nothing", ["holds neither packed latents (index.json", "vae-sd/"]),
         (lambda url: "s3://no-such-bucket/set", ["s3://no-such-bucket/set"]),
         (lambda url: "nope://x/y", ["nope://x/y", "cannot be read"]),
         (lambda url: "hf://datasets/owner/repo/set", ["hf://datasets/owner/repo/set"]),

@@ -58,7 +58,7 @@ def restored(folder: Path) -> tuple[VAERecord, torch.Tensor, torch.Tensor, torch
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether images are the same but for rounding."""
-    return bool((a.int() - b.int()).abs().max() <= 1) and b.float().std() > 1
+    return bool((a.int() - b.int()).abs().max() <= 1 and b.float().std() > 1)
 
 
 # ------------------------------------------------------------------------------------ each class, by diffusers' own pipeline

@@ -48,12 +48,13 @@ def reference(state, images, side, *, patch, heads, stats, last_norm, eps=1e-6, 
     x = F.unfold(x, patch, stride=patch).transpose(1, 2) @ w["patch_embed.proj.weight"].flatten(1).T
     x = x + w.get("patch_embed.proj.bias", 0)
     table = w["pos_embed"][0]
-    of_class, table = (table[:0], table) if no_embed_class else (table[:1], table[1:])
+    of_class, table = (table[:0], table) if no_embed_class or "cls_token" not in w else (table[:1], table[1:])
     old = round(len(table) ** 0.5)
     grid = table.view(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (n, n), mode="bicubic", align_corners=False, antialias=True) if old != n else grid
     x = x + grid.flatten(2).transpose(1, 2)
-    prefix = [w["cls_token"][0] + of_class.sum(0)] + ([w["reg_token"][0]] if "reg_token" in w else [])
+    prefix = [w["cls_token"][0] + of_class.sum(0)] if "cls_token" in w else [x.new_zeros(0, x.shape[-1])]
+    prefix += [w["reg_token"][0]] if "reg_token" in w else []
     x = torch.cat([torch.cat(prefix).expand(len(x), -1, -1), x], dim=1)
     x = norm(x, "norm_pre") if "norm_pre.weight" in w else x
     depth = 1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks."))
@@ -74,6 +75,7 @@ FAMILIES = [  # sides of a 4 × 4 grid for 64-px images
     ("dinov2-vit-s", None, 56, {"patch": 14, "heads": 6, "stats": IMAGENET, "last_norm": True}),
     ("dinov2reg-vit-s", None, 56, {"patch": 14, "heads": 6, "stats": IMAGENET, "last_norm": True, "no_embed_class": True}),
     ("mae-vit-b", "deit_tiny_patch16_224", 64, {"patch": 16, "heads": 3, "stats": IMAGENET, "last_norm": False}),
+    ("dinov1-vit-b", "deit_tiny_patch16_224", 64, {"patch": 16, "heads": 3, "stats": IMAGENET, "last_norm": True}),
     ("clip-vit-b", "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", 64, {"patch": 16, "heads": 4, "stats": CLIP, "last_norm": False, "eps": 1e-5}),
     (TINY, None, 64, {"patch": 16, "heads": 3, "stats": HALF, "last_norm": True}),
 ]  # fmt: skip
@@ -82,7 +84,12 @@ FAMILIES = [  # sides of a 4 × 4 grid for 64-px images
 @pytest.mark.parametrize(
     ("name", "timm_name", "side", "known", "pixels"),
     # Images of another size too, where the encoder's rule is to resize them.
-    [(*family, pixels) for family in FAMILIES for pixels in (64, 32) if pixels == 64 or not family[0].startswith("mae")],
+    [
+        (*family, pixels)
+        for family in FAMILIES
+        for pixels in (64, 32)
+        if pixels == 64 or not family[0].startswith(("mae", "dinov1"))
+    ],
 )
 def test_features_are_those_of_the_definition(name, timm_name, side, known, pixels, tmp_path, monkeypatch):
     if timm_name:  # the family's rules on a model of a size for tests
@@ -99,7 +106,59 @@ def test_features_are_those_of_the_definition(name, timm_name, side, known, pixe
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
+def test_authors_files_of_moco_and_jepa(tmp_path, monkeypatch):
+    """Training checkpoints: of MoCo v3 the base encoder, without head, twin and predictor; of I-JEPA the one without a class token."""
+    import_torchvision()
+    import timm
+
+    create = timm.create_model
+    gap = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+
+    def create_model(name, **options):
+        return create("vit_tiny_patch16_224", **gap, **options) if name == "gap" else create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(timm, "is_model", lambda name: True)
+    for name, timm_name in (("mocov3-vit-b", "deit_tiny_patch16_224"), ("jepa-vit-h", "gap")):
+        monkeypatch.setitem(ENCODERS, name, dataclasses.replace(ENCODERS[name], timm_name=timm_name))
+    moco, jepa = random_vit("deit_tiny_patch16_224"), random_vit("vit_tiny_patch16_224", **gap)
+    held = {f"module.base_encoder.{k}": v for k, v in moco.state_dict().items()}
+    held |= {"module.base_encoder.head.0.weight": torch.zeros(2, 192), "module.predictor.0.weight": torch.zeros(2, 2)}
+    held |= {f"module.momentum_encoder.{k}": torch.zeros_like(v) for k, v in moco.state_dict().items()}
+    torch.save({"epoch": 300, "arch": "vit_base", "state_dict": held}, tmp_path / "moco.pth.tar")
+    encoder = {f"module.{k}": v for k, v in jepa.state_dict().items()}
+    torch.save({"encoder": encoder, "predictor": {}, "epoch": 300}, tmp_path / "jepa.pth.tar")
+    for name, file, vit, stats, side in (
+        ("mocov3-vit-b", "moco", moco, IMAGENET, 64),
+        ("jepa-vit-h", "jepa", jepa, HALF, 64),
+    ):
+        images = uint8_images(2, 64)
+        (found,) = load_encoders([name], 64, (4, 4), [str(tmp_path / f"{file}.pth.tar")])
+        expected = reference(vit.state_dict(), images, side, patch=16, heads=3, stats=stats, last_norm=True)
+        np.testing.assert_allclose(found(images), expected, rtol=0, atol=2e-4 * expected.abs().max())
+    with pytest.raises(UserError, match=r"mocov3-vit-b: its weights are not on the hub; .*moco-v3: --encoder-weights PATH"):
+        load_encoders(["mocov3-vit-b"], 64, (4, 4))
+
+
+def test_names_that_moco_v3_misspells():
+    names = {
+        "blocks.13.norm13.weight": "blocks.13.norm1.weight",
+        "blocks.13.mlp.fc13.bias": "blocks.13.mlp.fc1.bias",
+        "blocks.14.norm14.bias": "blocks.14.norm2.bias",
+        "blocks.14.mlp.fc14.weight": "blocks.14.mlp.fc2.weight",
+        "blocks.13.attn.qkv.weight": "blocks.13.attn.qkv.weight",
+        "blocks.1.norm1.weight": "blocks.1.norm1.weight",
+    }
+    state = {"state_dict": {f"module.base_encoder.{k}": k for k in names}}
+    assert encoders._base_encoder(state) == {name: k for k, name in names.items()}
+    assert encoders._base_encoder({"cls_token": 1}) == {"cls_token": 1}
+
+
 PUBLISHED = {  # width, prefix tokens, patch, statistics, depth
+    "dinov1-vit-b": (768, 1, 16, IMAGENET, 12),
+    "mocov3-vit-b": (768, 1, 16, IMAGENET, 12),
+    "mocov3-vit-l": (1024, 1, 16, IMAGENET, 24),
+    "jepa-vit-h": (1280, 0, 14, IMAGENET, 32),
     "dinov2-vit-s": (384, 1, 14, IMAGENET, 12),
     "dinov2-vit-b": (768, 1, 14, IMAGENET, 12),
     "dinov2-vit-l": (1024, 1, 14, IMAGENET, 24),
@@ -127,7 +186,8 @@ def test_every_named_encoder_fits_256_and_512_px():
         assert encoder.mean.flatten().tolist() == pytest.approx(stats[0])
         assert encoder.std.flatten().tolist() == pytest.approx(stats[1])
     for name, target in ENCODERS.items():
-        assert target.last_norm == name.startswith("dino")
+        assert target.last_norm == name.startswith(("dino", "moco", "jepa"))
+        assert target.resized == (not name.startswith(("dinov1", "moco", "mae")))
         if name.startswith("clip"):
             assert "quickgelu" in target.timm_name and target.timm_name.endswith(".openai")
 

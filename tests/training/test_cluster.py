@@ -145,6 +145,13 @@ def test_a_step_is_bound_by_the_slower_of_gpu_and_host(traces):
     assert more.device == pytest.approx(3 * (1 + found.device) - 2 * parts_of(traces[0], machine.device_seconds)[1])
 
 
+def test_images_that_are_not_square_are_traced():
+    trace = trace_step(dataclasses.replace(CONFIG, model="SiT-Ti/2", resolution="64x96"), 2, update=False)
+    with torch.device("meta"):
+        model = models.create_model("SiT-Ti/2", input_size=(8, 12), num_classes=10)
+    assert sum(op.flops for op in trace.ops if not op.backward) == models.count_flops(model, batch_size=2)
+
+
 def test_the_update_of_a_shard_moves_52_bytes_per_parameter():
     """Its norm 4, scaling gradients 8, AdamW 28, an average 12."""
     own = dataclasses.replace(CONFIG, shard="full")

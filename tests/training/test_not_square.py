@@ -134,6 +134,11 @@ def test_from_training_to_figures(name, data, tmp_path):
     assert json.loads((tmp_path / "m.json").read_text())["num_samples"] == 2
 
 
+def test_a_plan_counts_them(data, tmp_path, capsys):
+    train.main([*arguments(data, tmp_path, "ELIT-SiT-Ti/2"), "--plan"])
+    assert "latents 3 × 12 × 8" in capsys.readouterr().out
+
+
 def test_resume_pictures_and_check(data, tmp_path, monkeypatch):
     monkeypatch.setattr("training.validation.SAMPLE_STEPS", 1)
     monkeypatch.setattr("training.validation.SAMPLE_IMAGES", 8)

@@ -11,7 +11,7 @@ import pytest
 import runs
 import torch
 from PIL import Image
-from runs import RESOLUTION, ROOT, make_checkpoint, make_latents, make_vae, tiny_vae, train_on
+from runs import RESOLUTION, ROOT, SIDE, make_checkpoint, make_latents, make_vae, tiny_vae, train_on
 from sets import picture, save
 from tiny_encoders import sd3_pipeline, whole_clip
 from training_runs import arguments, assert_same_tensors, final_state, metrics
@@ -23,10 +23,14 @@ import elit_multibudget_inference
 import evaluate
 import generate
 import models
+import randomness
+import samplers
 import sweep
 import train
+import web_demo
 from checkpoint import reading
 from common import tensor_files
+from common.errors import UserError
 from data.captions import caption_of
 from loss import drop_conditions
 from models.conditioning import Text, condition_of
@@ -34,6 +38,7 @@ from models.elit import ELITMMDiT
 from models.encoders import load_encoders
 from models.text_encoders import load_text_encoder
 from models.uvit import UViT
+from models.vae import decode
 from randomness import epoch_order, training_draws
 from samplers import Guidance, guided_velocity
 from sampling import conditions, cost
@@ -557,3 +562,25 @@ def test_training_refuses(data, small_cases, tmp_path, capsys):
     train.main(command(data, tmp_path, "--plan", "--sampling-steps", 0))
     assert "captions of 4 tokens × 64 by words" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_draws_from_prompts(ckpt, capsys):
+    page, _ = web_demo.prepare(
+        ["--ckpt", str(ckpt), "--prompt", "one fish", "--num-steps", "2", "--port", str(runs.free_port())]
+    )
+    values = page.values(page.drawer.config)
+    assert page.names[0] == "prompt" and values[0] == "one fish"
+    drawn = [page.drawer.picture(page.options(prompt, *values[1:])).image for prompt in ("one fish", "two birds", "one fish")]
+    assert (drawn[0] == drawn[2]).all() and (drawn[0] != drawn[1]).any()
+    model, _ = reading.load_model(ckpt)
+    noise = randomness.image_noise(42, [0], (4, SIDE, SIDE))
+    y = load_text_encoder("words", LENGTH).encode(["two birds"])
+    latents = samplers.euler_sampler(model, noise, y, num_steps=2, cfg_scale=1.5, inference_budget=values[-1])
+    wanted = decode(page.drawer.loaded.vae, latents)[0].permute(1, 2, 0).numpy()
+    assert np.abs(drawn[1].astype(int) - wanted).max() <= 1
+    for prompt in ("", None):
+        with pytest.raises(UserError, match="--prompt: "):
+            page.options(prompt, *values[1:])
+    assert "text; give --prompt or --prompts" in runs.refused(
+        web_demo.main, capsys, ["--ckpt", ckpt, "--port", runs.free_port()]
+    )

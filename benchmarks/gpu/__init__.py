@@ -1,0 +1,1 @@
+"""One check of everything that only a GPU can show: `python -m benchmarks.gpu`; see `__main__`."""

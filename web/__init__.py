@@ -1,0 +1,1 @@
+"""What web_demo.py runs: a page with a budget slider."""
