@@ -314,6 +314,9 @@ def test_what_is_refused(ran, data, tmp_path, capsys):
     assert "span steps 2 to 24" in convert(folder, "--ema-sigma", 0.1, "--ema-step", 1)
     assert "must be < 0.2886" in convert(folder, "--ema-sigma", 0.3)
     assert "--ema-step 8: is the step of --ema-sigma" in convert(ckpt, "--ema-step", 8)
+    assert "--show: takes a file; make one with --ema-sigma 0.1 first" in convert(ckpt, "--ema-sigma", 0.1, "--show")
+    assert "--to diffusers: takes a file" in convert(ckpt, "--ema-sigma", 0.1, "--to", "diffusers")
+    refused(convert_checkpoint.main, capsys, (ckpt, tmp_path / "a.dcp", "--ema-sigma", 0.1), "a.dcp: a folder of parts")
     line = refused(generate.main, capsys, ("--ckpt", ckpt, "--ema-sigma", 0.1, "--weights", "model"))
     assert "--weights model: --ema-sigma 0.1 is an average of its own" in line
     (tmp_path / "other" / "snapshots").mkdir(parents=True)
