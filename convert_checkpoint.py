@@ -37,10 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give the checkpoint to convert: convert_checkpoint.py IN OUT, or IN --show")
     if config.dest is None and not config.show:
         raise UserError("give the file to write: convert_checkpoint.py IN OUT, or IN --show to see what is in it")
-    if config.show and config.ema_sigma is not None:
-        raise UserError("--show: prints what is in a file; leave out --ema-sigma")
+    check_average(config)
     check_dest(config)
-    posthoc.check_options(config)
     if config.ema_sigma is not None:
         average = posthoc.find(config.source, config.ema_sigma, config.ema_step)
         print(posthoc.describe(average))
@@ -54,6 +52,20 @@ def main(argv: list[str] | None = None) -> None:
         to_diffusers(config, given)
     elif config.dest is not None:
         convert(config, given, source)
+
+
+def check_average(config: ConvertCheckpointConfig) -> None:
+    """Refuse --ema-sigma where it does not make one set of weights for a file."""
+    posthoc.check_options(config)
+    if config.ema_sigma is None:
+        return
+    if config.show or config.to:
+        given = f"--to {config.to}" if config.to else "--show"
+        raise UserError(f"{given}: takes a file; make one with --ema-sigma {config.ema_sigma:g} first")
+    if Path(config.dest or "").suffix == sharded.ENDING:
+        raise UserError(
+            f"{config.dest}: a folder of parts holds all of a training state; --ema-sigma makes a .pt file, or safetensors"
+        )
 
 
 def check_dest(config: ConvertCheckpointConfig) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoint import reading, snapshots
 from checkpoint.power_average import Combination, combine
 from checkpoint.snapshots import Snapshot
-from checkpoint.weights import Weights, meta_model
+from checkpoint.weights import Weights, meta_model, save_weights
 from common.errors import UserError
 from common.files import Busy, FolderLock, cache_folder, make_folder
 from common.logging import warn
@@ -123,8 +123,7 @@ def cached(average: Average) -> Path:
 
 def save(average: Average, path: Path) -> None:
     """Write the average as a safetensors file that loads as any other."""
-    found = make(average)
-    snapshots.save(path, found.state_dict, snapshots.metadata(found.config, found.record, found.step, found.text))
+    save_weights(path, make(average))
 
 
 def read_weights(ckpt: str, sigma: float, step: int | None) -> Weights:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -223,4 +224,17 @@ def save_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dic
             save_file(tensors, aside, metadata | {"format": "pt"})
         except SafetensorError as error:  # which it makes of an OSError, too
             raise OSError(first_line(error)) from None
+        _sort_metadata(aside)
         aside.chmod(0o644)  # safetensors leaves it readable by its owner alone
+
+
+def _sort_metadata(path: Path) -> None:
+    """The metadata in one order, where safetensors' is another each time: equal content has an equal SHA-256."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))

@@ -160,6 +160,18 @@ def test_snapshots_lie_beside_the_checkpoints_and_can_be_sampled(ran, tmp_path):
     assert np.array_equal(*images)
 
 
+def test_equal_snapshots_are_equal_files(ran, tmp_path):
+    source = snapshots.path_of(ran[0] / "snapshots", STEPS, 0.05)
+    tensors, told = tensor_files.load_safetensors(source)
+    told["vae"] = told["vae"].replace("/", "/ü\n")  # JSON in JSON, with what is escaped
+    for n in range(6):
+        snapshots.save(tmp_path / str(n), tensors, dict(reversed(told.items())) if n % 2 else told)
+        assert (tmp_path / str(n)).read_bytes() == (tmp_path / "0").read_bytes()
+    again, said = tensor_files.load_safetensors(tmp_path / "0")
+    assert_same_tensors(again, tensors)
+    assert said == told
+
+
 def test_any_length_at_any_step(ran):
     folder, weights = ran
     for sigma, step, bound in ((0.05, 24, 2e-3), (0.075, 24, 2e-3), (0.12, 24, 2e-3), (0.1, 17, 8e-3), (0.2, 23, 4e-3)):
@@ -302,6 +314,9 @@ def test_what_is_refused(ran, data, tmp_path, capsys):
     assert "span steps 2 to 24" in convert(folder, "--ema-sigma", 0.1, "--ema-step", 1)
     assert "must be < 0.2886" in convert(folder, "--ema-sigma", 0.3)
     assert "--ema-step 8: is the step of --ema-sigma" in convert(ckpt, "--ema-step", 8)
+    assert "--show: takes a file; make one with --ema-sigma 0.1 first" in convert(ckpt, "--ema-sigma", 0.1, "--show")
+    assert "--to diffusers: takes a file" in convert(ckpt, "--ema-sigma", 0.1, "--to", "diffusers")
+    refused(convert_checkpoint.main, capsys, (ckpt, tmp_path / "a.dcp", "--ema-sigma", 0.1), "a.dcp: a folder of parts")
     line = refused(generate.main, capsys, ("--ckpt", ckpt, "--ema-sigma", 0.1, "--weights", "model"))
     assert "--weights model: --ema-sigma 0.1 is an average of its own" in line
     (tmp_path / "other" / "snapshots").mkdir(parents=True)
