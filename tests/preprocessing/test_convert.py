@@ -247,7 +247,7 @@ def test_workers_end_with_their_parent(source, tmp_path):
 
     def run():
         names = ["a/0.png"] * 1000  # far more than fit in a pipe
-        work = Conversion(FileTree(source), names, names, lambda _: unchanged(picture(64, 64)), 64, None, {"a/0.png": None})
+        work = Conversion(FileTree(source), names, names, lambda _: unchanged(picture(64, 64)), (64, 64), None, {"a/0.png": None})
         results = work.results(2)
         next(results)
         theirs.send([child.pid for child in multiprocessing.active_children()])
@@ -255,6 +255,7 @@ def test_workers_end_with_their_parent(source, tmp_path):
 
     parent = context.Process(target=run)
     parent.start()
+    theirs.close()  # so that a parent that fails is an end of file, not a wait
     workers = ours.recv()
     assert len(workers) == 2 and all(Path(f"/proc/{pid}").exists() for pid in workers)
     parent.kill()
