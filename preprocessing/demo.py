@@ -118,8 +118,8 @@ def captioned_demo(folder: str) -> None:
 
 
 def form_of(number: int) -> str:
-    """The form of canvas `number`'s caption: by position and by count in turn."""
-    return "count" if number % 2 else "position"
+    """The form of canvas `number`'s caption: of every fourth by count, of the others by position."""
+    return "count" if number % 4 == 3 else "position"
 
 
 def demo_prompts() -> list[dict[str, Any]]:
