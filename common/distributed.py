@@ -37,7 +37,11 @@ ACCELERATE = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DY
 def end_with_parent(number: int | None = None) -> None:
     """Linux sends this process the signal `number` (SIGKILL) once its parent has ended, however it ended. Elsewhere nothing happens."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL if number is None else number))
+        number = int(signal.SIGKILL if number is None else number)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        started_by = multiprocessing.parent_process()
+        if started_by is not None and os.getppid() != started_by.pid:  # it ended before this process could ask
+            os.kill(os.getpid(), number)
 
 
 def end_with_launcher() -> None:

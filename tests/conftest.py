@@ -12,6 +12,7 @@ from encoder_runs import random_vit
 from numerics import GOLDEN
 from runs import reset_accelerate, tiny_vae
 
+from common.logging import log
 from models import costs
 
 torch.set_num_threads(1)  # for models this small, more threads only wait for each other
@@ -23,6 +24,13 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """No test writes into the log file of a run of another."""
+    yield
+    log.handlers.clear()
 
 
 @pytest.fixture(scope="session")

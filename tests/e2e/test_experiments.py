@@ -132,7 +132,7 @@ def test_generation_configs_are_few_and_those_of_the_wrappers():
     assert len(list((ROOT / "generation").glob("*.yaml"))) <= 15
     wrappers = sorted((ROOT / "evaluation").glob("eval_*.sh"))
     named = {name for path in wrappers for name in re.findall(r"\$D/../(\w+/[\w.]+\.yaml)", path.read_text())}
-    assert len(wrappers) == 10 and all((ROOT / name).is_file() for name in named) and len(named) == 19, named
+    assert len(wrappers) == 12 and all((ROOT / name).is_file() for name in named) and len(named) == 22, named
 
 
 @pytest.mark.parametrize(

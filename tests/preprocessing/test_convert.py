@@ -247,7 +247,9 @@ def test_workers_end_with_their_parent(source, tmp_path):
 
     def run():
         names = ["a/0.png"] * 1000  # far more than fit in a pipe
-        work = Conversion(FileTree(source), names, names, lambda _: unchanged(picture(64, 64)), (64, 64), None, {"a/0.png": None})
+        work = Conversion(
+            FileTree(source), names, names, lambda _: unchanged(picture(64, 64)), (64, 64), None, {"a/0.png": None}
+        )
         results = work.results(2)
         next(results)
         theirs.send([child.pid for child in multiprocessing.active_children()])
