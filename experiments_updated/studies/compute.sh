@@ -7,8 +7,7 @@ for split in train val; do
     python experiments_updated/studies/spread.py --source "$OUT/data/$split" --dest "$SPREAD/$split"
 done
 train sit --model SiT-Ti/2
-train sit-1 --model SiT-Ti/1
-train elit-1 --model ELIT-SiT-Ti/1
+train elit --model ELIT-SiT-Ti/2
 train sit-synth --model SiT-Ti/2 --data-dir "$SPREAD/train" --resolution 128
 train elit-synth --model ELIT-SiT-Ti/2 --data-dir "$SPREAD/train" --resolution 128
-report sit sit-1 elit-1 sit-synth elit-synth
+report sit elit sit-synth elit-synth
