@@ -8,7 +8,7 @@ OUT=${1:-quickstart}
 ELIT=$OUT/quickstart/checkpoints/0002700.pt
 SIT=$OUT/quickstart_sit/checkpoints/0001980.pt
 SAMPLES=(--config experiments_updated/generation/quickstart.yaml --sample-dir "$OUT/samples")
-UNGUIDED=1200 # canvases of each model and budget without guidance: half the cost, and what a budget buys shows more clearly
+UNGUIDED=720 # canvases of each model and budget without guidance: half the cost, and what a budget buys shows more clearly
 START=$SECONDS
 say() { echo "[$((SECONDS - START)) s] $*"; }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT

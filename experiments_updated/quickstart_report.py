@@ -191,7 +191,10 @@ def _read_unguided(config: ReportConfig) -> np.ndarray | None:
     """What generate.py drew by these options without guidance; cheap guidance has none of its own."""
     if not config.unguided_samples or config.unconditional_inference_budget:
         return None
-    return read_samples(dataclasses.replace(config, cfg_scale=1.0, num_fid_samples=config.unguided_samples))
+    images = read_samples(dataclasses.replace(config, cfg_scale=1.0, num_fid_samples=config.unguided_samples))
+    if len(images) < config.unguided_samples:
+        raise UserError(f"--unguided-samples {config.unguided_samples}: generate.py drew {len(images)} last; run it again")
+    return images[: config.unguided_samples]
 
 
 def read_samples(config: ReportConfig) -> np.ndarray:
