@@ -4,6 +4,8 @@ import dataclasses
 
 from config.rules import option
 
+MAX_SIGMA = 0.2886  # the longest: 1 / √12, which is γ = 0, where all steps weigh the same
+
 
 @dataclasses.dataclass
 class SnapshotOptions:
@@ -14,7 +16,7 @@ class SnapshotOptions:
         [],
         "also average by power functions of these relative lengths (EDM2), for lengths chosen after training: 0.05 0.1",
         gt=0,
-        lt=0.2886,
+        lt=MAX_SIGMA,
         resume="free",
         distinct=True,
     )
@@ -45,7 +47,7 @@ class AverageOptions:
         None,
         "the average of this relative length, made of the run's snapshots (train.py --posthoc-ema)",
         gt=0,
-        lt=0.2886,
+        lt=MAX_SIGMA,
         images=True,
         folder=(22, "sigma"),
     )

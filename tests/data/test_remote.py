@@ -12,11 +12,9 @@ import pytest
 import s3
 import torch
 from PIL import Image
-from runs import make_latents, make_vae, reset_accelerate
+from runs import make_latents, make_vae
 from sets import content
 
-import train
-from common import tensor_files
 from common.errors import UserError
 from common.files import file_sha256
 from data import remote
@@ -105,14 +103,7 @@ def test_remote_text_features_are_read_as_local_ones(url, folder, tmp_path, caps
 
 
 def test_training_on_remote_data_is_that_on_local_ones(url, folder, tmp_path):
-    for name, data_dir in (("remote", url), ("local", folder)):
-        train.main(
-            f"--model SiT-Ti/4 --exp-name {name} --output-dir {tmp_path} --data-dir {data_dir} --cache-dir {tmp_path}/cache "
-            "--resolution 32 --num-classes 5 --batch-size 5 --max-train-steps 2 --sampling-steps 0 --num-workers 1 "
-            "--mixed-precision no --report-to none --latent-norm channel".split()
-        )
-        reset_accelerate()
-    one, other = (tensor_files.load(tmp_path / name / "checkpoints/0000002.pt") for name in ("remote", "local"))
+    one, other = s3.trained(url, folder, tmp_path, 2, "--latent-norm channel")
     assert one["vae"] == other["vae"] and "channel_std" in one["vae"]
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
 

@@ -15,11 +15,10 @@ import runs
 import s3
 import torch
 from encoder_runs import make_images
-from runs import RESOLUTION, make_latents, make_vae, reset_accelerate
+from runs import RESOLUTION, make_latents, make_vae
 from torch.utils.data import DataLoader
 
 import train
-from common import tensor_files
 from common.errors import UserError
 from common.file_tree import FileTree
 from common.files import DataError
@@ -99,14 +98,7 @@ def test_files_behind_s3_are_read_as_local_ones(url, folder, tmp_path, monkeypat
 
 
 def test_training_is_that_on_local_files(url, folder, tmp_path):
-    for name, data_dir in (("remote", url), ("local", folder)):
-        train.main(
-            f"--model SiT-Ti/4 --exp-name {name} --output-dir {tmp_path} --data-dir {data_dir} --cache-dir {tmp_path}/cache "
-            "--cache-size 0.00001 --resolution 32 --num-classes 5 --batch-size 5 --max-train-steps 3 --sampling-steps 0 "
-            "--num-workers 1 --mixed-precision no --report-to none".split()
-        )
-        reset_accelerate()
-    one, other = (tensor_files.load(tmp_path / name / "checkpoints/0000003.pt") for name in ("remote", "local"))
+    one, other = s3.trained(url, folder, tmp_path, 3, "--cache-size 0.00001")
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
     assert 0 < sum(kept(tmp_path / "cache").values()) <= 0.00001 * GIB
 

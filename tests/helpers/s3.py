@@ -2,8 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from runs import reset_accelerate
+
+import train
+from common import tensor_files
 
 
 @contextmanager
@@ -28,3 +34,15 @@ def serving() -> Iterator[None]:
         yield
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
+
+
+def trained(url: str, folder: Path, tmp_path: Path, steps: int, more: str) -> list[dict[str, Any]]:
+    """The last states of two runs with equal options, on remote data with a cache and on their local copy."""
+    for name, data_dir in (("remote", url), ("local", folder)):
+        train.main(
+            f"--model SiT-Ti/4 --exp-name {name} --output-dir {tmp_path} --data-dir {data_dir} --cache-dir {tmp_path}/cache "
+            f"--resolution 32 --num-classes 5 --batch-size 5 --max-train-steps {steps} --sampling-steps 0 --num-workers 1 "
+            f"--mixed-precision no --report-to none {more}".split()
+        )
+        reset_accelerate()
+    return [tensor_files.load(tmp_path / name / f"checkpoints/{steps:07d}.pt") for name in ("remote", "local")]
