@@ -1,7 +1,6 @@
 """The training loop."""
 
 import dataclasses
-import math
 import signal
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -148,7 +147,7 @@ class Trainer:
         start, stop = (self._data_position(step) for step in (self.step, max(self.step, self.total_steps)))
         batches = StepBatches(*place, start, stop, forward=self.step * config.gradient_accumulation_steps)
         draw = partial(self.flow.draws, config.seed, batch_slice=self.batch_slice, shape=data.shape)
-        image_forwards = (aligned_steps(config) or math.inf) * config.gradient_accumulation_steps
+        image_forwards = aligned_steps(config) * config.gradient_accumulation_steps
         self.loader = create_loader(data.dataset, draw, batches, config.num_workers, self.accelerator.device, image_forwards)
 
     def _data_position(self, step: int) -> int:

@@ -121,11 +121,11 @@ print(json.dumps([codes, sorted({name for _, name in left})]))
 KILL_WORKER = "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)"
 STUCK = """
 read = LatentDataset.__getitems__
-def slow(self, indices):
+def slow(self, indices, **more):
     if multiprocessing.parent_process() is not None and slow.reads == 2:
         time.sleep(1000)
     slow.reads += 1
-    return read(self, indices)
+    return read(self, indices, **more)
 slow.reads = 0
 LatentDataset.__getitems__ = slow
 at_step(2, lambda: fail(KeyError("met in training")))

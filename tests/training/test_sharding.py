@@ -66,6 +66,19 @@ def again(self):
     assert all(torch.equal(entry[k], moments[i][k]) for i, entry in after.items() for k in entry)
 Trainer._start_logging = again
 """
+# As on CUDA, where models are compiled by default, but without a compiler.
+COMPILE = """
+from pathlib import Path
+from torch._dynamo.testing import CompileCounterWithBackend
+counter, compile_model, finish = CompileCounterWithBackend("eager"), models.compile_model, train.Trainer._finish_saving
+models.compile_model = lambda model: compile_model(model, backend=counter)
+
+def finished(self):
+    finish(self)
+    if self.run_dir.is_main:
+        Path({out!r}, "graphs").write_text(str(counter.frame_count))
+train.Trainer._finish_saving = finished
+"""
 IMPORTS = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.optim.swa_utils")
 
 
@@ -94,7 +107,7 @@ def ran(tmp_path_factory):
     again = AGAIN.format(out=str(out), source=str(out / "split/run/checkpoints/0000001.dcp"))
     told = runs.train_on(
         job(1, "one", 3),
-        job(2, "split", 1, "--shard", "full"),
+        job(2, "split", 1, "--shard", "full", "--compile", before=COMPILE.format(out=str(out))),
         job(4, "split", 2, "--shard", 2, "--timeout-minutes", 45, *resume, before=again),
         job(1, "split", 3, *resume),
         imports=IMPORTS,
@@ -130,6 +143,11 @@ def test_any_number_of_processes_trains_the_same(ran):
     assert forms == ["0000001.dcp", "0000002.dcp", "0000003.pt"]
     states = [training_state.load_step(checkpoints(ran, name), 3) for name in ("one", "split")]
     assert_same(*states, mean=2e-5)
+
+
+def test_sharded_regions_are_compiled_whole(ran):
+    """Two patch embedders, time, labels, block, Read, Write, two final layers; one more of a block, whose input may be a view."""
+    assert 9 <= int((ran / "graphs").read_text()) <= 10
 
 
 def test_four_processes_load_what_two_saved(ran):

@@ -1,11 +1,19 @@
 """What is logged: means by tenth of t and by kind, skipped steps, and what a checkpoint keeps of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from runs import make_latents
+from training_runs import arguments, metrics
 
+import train
+from models.vae import VAERecord
+from training import stats as training_stats
 from training.stats import TrainingStats, peak_tflops
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -93,3 +101,25 @@ def test_the_peak_is_that_of_the_device_and_precision(monkeypatch):
         assert peak_tflops(cuda, "bf16", False) == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
     assert peak_tflops(cuda, "no", True) == 156 and peak_tflops(cuda, "no", False) is None
+
+
+def test_times_of_a_step_are_those_of_all_its_forwards(tmp_path, monkeypatch):
+    """On a clock that a forward takes a second of, and reading the means, which waits for the device, another."""
+    now = [0.0]
+
+    def taking(function):
+        def call(*args):
+            now[0] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(training_stats, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Trainer, "forward", taking(Trainer.forward))
+    monkeypatch.setattr(TrainingStats, "read", taking(TrainingStats.read))
+    data = make_latents(tmp_path / "set", 16, VAERecord("none", None, 4, 4, 0.5, 0.0))
+    options = ("--gradient-accumulation-steps", 3, "--log-every", 2, "--max-train-steps", 4, "--epochs", 9)
+    train.main(arguments(data, tmp_path, *options, model="SiT-Ti/4"))
+    assert metrics(tmp_path, "host_ms") == {1: 3000, 2: 3000, 4: 3000}
+    assert metrics(tmp_path, "step_ms") == {1: 4000, 2: 4000, 4: 3500}
+    assert metrics(tmp_path, "images_per_second") == {1: 24 / 4, 2: 24 / 4, 4: 48 / 7}

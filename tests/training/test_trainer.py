@@ -295,7 +295,7 @@ def test_a_signal_saves_after_the_step_and_resuming_gives_the_same_lines(data, t
     assert f"{number.name}: stopped after step 4; --resume-step -1" in capsys.readouterr().err
     assert signal.getsignal(number) == signal.SIG_DFL
     batch = LatentDataset.__getitems__
-    monkeypatch.setattr(LatentDataset, "__getitems__", lambda self, i: read.append(i) or batch(self, i))
+    monkeypatch.setattr(LatentDataset, "__getitems__", lambda self, i, **more: read.append(i) or batch(self, i, **more))
     reset_accelerate()
     train.main(arguments(data, tmp_path / "cut", *options, "--resume-step", -1))
     assert read == [
