@@ -116,8 +116,7 @@ def test_demo_makes_data_folders(folder, tmp_path):
         captions = read_captions(FileTree(folder / split / "images"))
         assert list(captions) == [f"00000/img{i:08d}.png" for i in range(2 if held_out else 4)]
         digits = drawn(held_out, len(captions))
-        forms = ["position"] * 3 + ["count"]
-        assert list(captions.values()) == [[CAPTIONS[form](d)] for form, d in zip(forms, digits, strict=False)]
+        assert list(captions.values()) == [[CAPTIONS["position"](d), CAPTIONS["count"](d)] for d in digits]
     prompts = json.loads((folder / "prompts.json").read_text())["prompts"]
     assert [p["prompt"] for p in prompts] == (folder / "prompts.txt").read_text().splitlines() and len(prompts) == 2 * 4 + 3
     assert {p["form"] for p in prompts} == {*CAPTIONS, *PARAPHRASES} and all(len(p["digits"]) == 4 for p in prompts)
