@@ -2,6 +2,7 @@
 # Real digits → VAE latents → one elastic model, and a plain one for the same compute → samples at three compute budgets →
 # budgets.png and a table. Everything goes to quickstart/ (or $1). Killed at any point, it goes on from there.
 # Trainings and samplings run two at a time, one thread each, so that results do not depend on the number of cores.
+# SEED=1: another training.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-quickstart}
@@ -15,7 +16,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 train() { # CONFIG CHECKPOINT
     [ -f "$2" ] || accelerate launch --num_processes 1 --num_cpu_threads_per_process 1 train.py --config "$1" \
-        --output-dir "$OUT" --data-dir "$OUT/data/train" --resume-step -1
+        --output-dir "$OUT" --data-dir "$OUT/data/train" --resume-step -1 --seed "${SEED:-0}"
 }
 sample() { OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=1 generate.py "${SAMPLES[@]}" "$@"; }
 together() { # COMMAND…: with the job in the background, whose failure is shown

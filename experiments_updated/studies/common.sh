@@ -14,7 +14,7 @@ train() { # NAME OPTION…: a model of each seed, in $RUNS/NAME-SEED
         [ -f "$RUNS/$1-$seed/checkpoints/$(printf %07d "$STEPS").pt" ] && continue
         say "training $1, seed $seed"
         python train.py --config experiments_updated/studies/digits.yaml --data-dir "$OUT/data/train" --output-dir "$RUNS" \
-            --max-train-steps "$STEPS" --checkpointing-steps "$(((STEPS + 1) / 2))" --resume-step -1 \
+            --max-train-steps "$STEPS" --checkpointing-steps "$(((STEPS + 3) / 4))" --resume-step -1 \
             --exp-name "$1-$seed" --seed "$seed" "${@:2}"
     done
 }

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Does ELIT learn faster? The quick start's two models, whose batches have the same draws: loss against steps and FLOPs.
+# Does ELIT learn faster? SiT, ELIT at full budget and at all 16, of two seeds: held-out loss and FID against steps and FLOPs.
 . "$(dirname "$0")/common.sh"
-quickstart
-report quickstart_sit quickstart
+train sit --model SiT-Ti/2
+train elit --model ELIT-SiT-Ti/2
+train elit-all --model ELIT-SiT-Ti/2 "${ALL[@]}"
+report sit elit elit-all

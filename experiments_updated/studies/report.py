@@ -172,6 +172,43 @@ def _training_curves(study: Study) -> None:
     curves_plot(study.path("_flops.png"), by_flops, labels=("training TFLOPs", "training loss", title))
 
 
+def convergence(study: Study) -> None:
+    """Held-out loss and FID at the largest budget, at each checkpoint, against steps and training FLOPs."""
+    results = []
+    for name, runs in study.models.items():
+        for step in runs[0].steps:
+            losses, theirs = ([_held_out(run, step) for run in of] for of in (runs, study.baseline))
+            samples = [run.samples(step, **_sampling(_budgets(run)[-1])) for run in runs]
+            result = {"model": name, "step": step, "training_tflops": step * runs[0].training_flops() / 1e12}
+            result |= {"held_out_loss": [float(x.mean()) for x in losses], "fid": [float(s["fid"]) for s in samples]}
+            result["difference"] = _paired([a - b for a, b in zip(losses, theirs, strict=True)])
+            results.append(result)
+    head = ["step", "model", "TFLOPs trained", "held-out loss (seeds)", f"− {next(iter(study.models))}", "FID (seeds)"]
+    lines = []
+    for r in sorted(results, key=lambda r: r["step"]):
+        figures = [f"{r['training_tflops']:.1f}", _both(r["held_out_loss"], 4), _shown(r["difference"]), _both(r["fid"], 1)]
+        lines.append([f"{r['step']:,}", r["model"], *figures])
+    study.write(results, markdown_table(head, lines))
+    _convergence_plots(study, results)
+
+
+def _convergence_plots(study: Study, results: list[dict[str, Any]]) -> None:
+    """STUDY_loss_steps.png and so on: the mean of the seeds, with bars from one to the other."""
+    for over, axis, ending in (("step", "step", "steps"), ("training_tflops", "training TFLOPs", "flops")):
+        for figure, label, start in (("held_out_loss", "held-out loss", "loss"), ("fid", "FID", "fid")):
+            curves = []
+            for name in study.models:
+                own = [r for r in results if r["model"] == name]
+                y, half = zip(*((float(np.mean(r[figure])), float(np.ptp(r[figure]) / 2)) for r in own), strict=True)
+                curves.append(Curve(name, [r[over] for r in own], y, half, name == next(iter(study.models))))
+            curves_plot(study.path(f"_{start}_{ending}.png"), curves, labels=(axis, label, "seeds: mean and range"))
+
+
+def _held_out(run: Run, step: int) -> np.ndarray:
+    """Held-out losses (canvases,) at the largest budget after `step` steps."""
+    return run.losses(_budgets(run)[-1:], step)[0].mean(axis=0)[0]
+
+
 def order(study: Study) -> None:
     """The loss of the first, the last and random k latents above that of all, over k."""
     runs, kept = study.baseline, (1, 4, 8)
@@ -276,7 +313,7 @@ def compute(study: Study) -> None:
 
 
 STUDIES: dict[str, Callable[[Study], None]] = {
-    "convergence": compare,
+    "convergence": convergence,
     "joint": compare,
     "order": order,
     "split": compare,

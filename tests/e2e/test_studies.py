@@ -53,23 +53,34 @@ def few_digits(monkeypatch):
 def test_each_study_writes_its_table(made, monkeypatch, capsys):
     folder, options = made
     for name, chosen, rows in (
-        ("convergence", ["sit", "elit-all"], 2), ("schedule", ["elit-all"], 2), ("order", ["elit-all"], 3), ("difficulty", ["elit-all"], 3),
+        ("joint", ["sit", "elit-all"], 2), ("convergence", ["sit", "elit-all"], 2), ("schedule", ["elit-all"], 2), ("order", ["elit-all"], 3), ("difficulty", ["elit-all"], 3),
     ):  # fmt: skip
         report.main([str(o) for o in ("--study", name, "--models", *chosen, *options)])
         assert len(json.loads((folder / f"{name}.json").read_text())) == rows
         assert (folder / f"{name}.md").read_text() in capsys.readouterr().out
-    sit, elit = json.loads((folder / "convergence.json").read_text())
+    sit, elit = json.loads((folder / "joint.json").read_text())
     assert elit["difference"]["mean"] == pytest.approx(elit["held_out_loss"]["1"][0] - sit["held_out_loss"][""][0])
     assert elit["gain"]["1/16"]["mean"] == pytest.approx(elit["held_out_loss"]["1/16"][0] - elit["held_out_loss"]["1"][0])
     assert sit["training_tflops"] == pytest.approx(7 * 3 * 2 * sit["gflops"][""] / 1000)
     whole, half = json.loads((folder / "schedule.json").read_text())
     assert whole["held_out_loss"][0] == pytest.approx(elit["held_out_loss"]["1"][0]) and whole["difference"]["mean"] == 0
     assert half["gflops_per_image"] <= whole["gflops_per_image"]
-    for picture in ("convergence_steps.png", "convergence_flops.png", "order.png"):
+    for whole, at_step in zip((sit, elit), json.loads((folder / "convergence.json").read_text()), strict=True):
+        largest = list(whole["gflops"])[-1]
+        assert at_step["step"] == 7 and at_step["training_tflops"] == whole["training_tflops"]
+        assert at_step["held_out_loss"] == whole["held_out_loss"][largest] and at_step["fid"] == whole["fid"][largest]
+        assert at_step["difference"]["mean"] == (0 if whole is sit else elit["difference"]["mean"])
+    for picture in (
+        "joint_steps.png",
+        "joint_flops.png",
+        "convergence_loss_steps.png",
+        "convergence_fid_flops.png",
+        "order.png",
+    ):
         assert (folder / picture).stat().st_size > 0
     monkeypatch.setattr(study, "losses_of_draws", None)  # all is there already
-    report.main([str(o) for o in ("--study", "convergence", "--models", "sit", "elit-all", *options)])
-    assert json.loads((folder / "convergence.json").read_text()) == [sit, elit]
+    report.main([str(o) for o in ("--study", "joint", "--models", "sit", "elit-all", *options)])
+    assert json.loads((folder / "joint.json").read_text()) == [sit, elit]
 
 
 def test_what_cannot_be_reported_is_refused(made, capsys):
