@@ -20,7 +20,7 @@ from checkpoint.inspect import look, show
 from checkpoint.records import TEXT, check_format, check_state_dict, recorded_config, recorded_step
 from common.errors import UserError, cli_main
 from common.files import WriteError, check_folder
-from config.options import ConvertCheckpointConfig
+from config.options import ARCHITECTURE_KEYS, ConvertCheckpointConfig
 from config.parsing import parse
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
@@ -139,9 +139,8 @@ def to_diffusers(config: ConvertCheckpointConfig, given: dict) -> None:
 
     assert config.dest is not None
     check_figures(config.figures)  # before weights are read
-    pipeline = ELITPipeline.from_checkpoint(
-        config.source, config.weights or "ema", **{k: v for k, v in given.items() if k not in ("source", "weights")}
-    )
+    architecture = {k: v for k, v in given.items() if k in ("vae", *ARCHITECTURE_KEYS)}
+    pipeline = ELITPipeline.from_checkpoint(config.source, config.weights or "ema", **architecture)
     pipeline.save_pretrained(config.dest, figures=config.figures)
     print(f"{config.dest}: an ELITPipeline, step {pipeline.step}, weights {config.weights or 'ema'}")
 
