@@ -17,7 +17,7 @@ import evaluate
 import generate
 import sweep
 from metrics import evaluation
-from sweeping import running
+from sweeping import results, running
 
 pytestmark = pytest.mark.slow
 
@@ -176,6 +176,11 @@ def test_tables_means_and_bounds(folder, whole, capsys):
     flops = {cell["options"]["cfg_scale"]: cell["gflops_per_image"] for cell in cells.values()
              if cell["options"]["guidance_low"] == 0 and cell["options"]["inference_budget"] is None}  # fmt: skip
     assert flops[3.0] == pytest.approx(2 * flops[1.0])
+
+
+def test_points_are_ordered_by_numbers_and_names_of_references_are_none():
+    points = [{"ref": ref, "num_steps": steps} for ref in ("2026.11.30", "ref.npz") for steps in (9, 50)]
+    assert sorted(reversed(points), key=results._order) == points
 
 
 def test_coarse_then_the_best_three_in_full(folder, tmp_path, capsys):
