@@ -22,6 +22,7 @@ from common.errors import UserError, cli_main
 from common.files import WriteError, check_folder
 from config.options import ARCHITECTURE_KEYS, ConvertCheckpointConfig
 from config.parsing import parse
+from models.vae import SHORT_NAMES
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
 
@@ -104,6 +105,8 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     for name in names:
         found = reading.read_weights(source, name, given, checksum=checksum)
         checksum = found.checksum
+        if config.vae and found.record.vae != SHORT_NAMES.get(config.vae, config.vae):
+            raise UserError(f"--vae {config.vae}: is for bare state dicts; {config.source} was made with {found.record.vae}")
         resolve_architecture(config, given, found, config.source)
         weights.build_model(found, config.source)
         found.state_dict = {k: weights.compact(v) for k, v in found.state_dict.items()}
