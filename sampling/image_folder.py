@@ -168,7 +168,7 @@ def missing_images(
 
     def good(index: int) -> bool:
         try:
-            with Image.open(folder / image_name(index)) as image:
+            with Image.open(folder / image_name(index), formats=["PNG"]) as image:
                 image.load()
                 if image.size[::-1] != sides(resolution) or image.mode != "RGB":
                     return False
