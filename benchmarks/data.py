@@ -200,6 +200,7 @@ def text(folder: Path, rounds: int) -> bool:
     """
     captions = [form(digits) for digits in digit_captions.drawn(held_out=False, count=256) for form in CAPTIONS.values()]
     encoder: Any = load_text_encoder("minilm", TOKENS)
+    halved: Any = load_text_encoder("minilm", TOKENS, dtype=torch.bfloat16)
     tokenizer, model = encoder._tokenizer, encoder._model
     tokens = statistics.mean(len(ids) for ids in tokenizer(captions).input_ids)
 
@@ -210,18 +211,20 @@ def text(folder: Path, rounds: int) -> bool:
             model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).last_hidden_state.half()
         return 64
 
-    def batched(share: list[str] = captions) -> int:
+    def batched(share: list[str] = captions, by: Any = encoder) -> int:
         for start in range(0, len(share), 64):
-            encoder.encode(share[start : start + 64]).features.half()
-            encoder.cut(share[start : start + 64])
+            by.encode(share[start : start + 64]).features.half()
+            by.cut(share[start : start + 64])
         return len(share)
 
-    def two_processes() -> int:
-        return at_once([(batched, captions[i::2]) for i in range(2)], len(captions))
+    def two_processes(by: Any = encoder) -> int:
+        return at_once([(batched, captions[i::2], by) for i in range(2)], len(captions))
 
     torch.set_num_threads(1)
-    rates = in_turn(rounds, {"one by one": one_by_one, "batched": batched, "two processes": two_processes})
+    ways = {"one by one": one_by_one, "batched": batched, "two processes": two_processes}
+    rates = in_turn(rounds, ways | {"two in bfloat16": lambda: two_processes(halved)})
     print(f"{tokens:.1f} tokens a caption, of {TOKENS}: {TOKENS / tokens:.2f} times as many one by one")
+    compare(rates, "two in bfloat16", "one by one", 1)
     return compare(rates, "batched", "one by one", TOKENS / tokens) & compare(rates, "two processes", "batched", 1.5)
 
 

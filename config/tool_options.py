@@ -201,6 +201,9 @@ class TextConfig(ProcessOptions):
         "text encoder: folder or hub name of a transformers model or of an SD3 pipeline, minilm, or words (for tests)",
     )
     length: int = option("images", 77, "text tokens; longer captions are cut (SD3: 77 more)", ge=1, le=4096)
+    encoder_dtype: Literal["float32", "bfloat16"] = option(
+        "images", "float32", "in which the encoder computes; bfloat16: half its memory, faster, features 1% off"
+    )
     dtype: Literal["float32", "float16"] = option("files", "float16", "how the features are stored")
     packed: bool = option("files", False, "write one large file that training maps, in DATA_DIR/packed")
     batch_size: int = option("system", 64, "images per batch, with all their captions", ge=1, le=2**31 - 1)

@@ -32,7 +32,7 @@ from experiments_updated import digit_classifier
 from experiments_updated.quickstart_report import name_of_budget, read_samples
 from models.conditioning import null_condition
 from preprocessing.demo import PROMPTS_FILE
-from preprocessing.digit_captions import CAPTIONS, PARAPHRASES, share_as_asked
+from preprocessing.digit_captions import CAPTIONS, COUNTED, PARAPHRASES, share_as_asked
 from sampling import session
 from sampling.session import Session
 
@@ -136,7 +136,8 @@ def of_set(asked: list[dict[str, Any]], form: str, held_out: bool) -> list[int]:
 def scores(
     asked: list[dict[str, Any]], read: Sequence[Sequence[int]], control: Sequence[Sequence[int]]
 ) -> list[dict[str, Any]]:
-    """Of each set the mean share of quadrants as asked, its standard error over prompts, and the control's mean share.
+    """Of each set the mean share of quadrants as asked, its standard error over prompts, and the control's mean share; by count also
+    the share of quadrants that show any of the digits asked for.
 
     The control's canvases answer no prompt, so each is scored against every prompt of the set.
     """
@@ -156,6 +157,8 @@ def scores(
                 "null_prompt": float(null),
             }
         )
+        if form in COUNTED:
+            scored[-1]["any_asked"] = float(np.mean([[d in asked[i]["digits"] for d in read[i]] for i in chosen]))
     return scored
 
 
@@ -169,7 +172,7 @@ def _table(results: list[dict[str, Any]], forms: Any) -> str:
     head = ["budget", "GFLOPs / forward"]
     for i, s in enumerate(chosen):
         kind = "held out" if s["held_out"] else "seen"
-        head.append(f"{s['form']}, {kind}")
+        head += [f"{s['form']}, {kind}", *(["any of them"] if "any_asked" in s else [])]
         if i + 1 == len(chosen) or chosen[i + 1]["form"] != s["form"]:
             head.append("null prompt")
     lines = []
@@ -178,6 +181,7 @@ def _table(results: list[dict[str, Any]], forms: Any) -> str:
         of_forms = [s for s in r["sets"] if s["form"] in forms]
         for i, s in enumerate(of_forms):
             line.append(f"{s['as_asked']:.3f} ± {s['standard_error']:.3f}")
+            line += [f"{s['any_asked']:.3f}"] if "any_asked" in s else []
             if i + 1 == len(of_forms) or of_forms[i + 1]["form"] != s["form"]:
                 line.append(f"{s['null_prompt']:.3f}")
         lines.append(line)

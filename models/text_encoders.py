@@ -94,8 +94,12 @@ class TextEncoder(Protocol):
         ...
 
 
-def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu", whole: bool = False) -> TextEncoder:
+def load_text_encoder(
+    name: str, length: int, device: torch.device | str = "cpu", whole: bool = False, dtype: torch.dtype = torch.float32
+) -> TextEncoder:
     """The encoder `name`, for prompts of `length` tokens; of SD3's three these are T5's, or with `whole` all of them.
+
+    It holds its weights and computes in `dtype`.
 
     Raises:
         UserError: no such folder, package or hub repository, no network, no tokenizer, or more tokens than it has positions.
@@ -105,8 +109,8 @@ def load_text_encoder(name: str, length: int, device: torch.device | str = "cpu"
     folder = _minilm() if name == "minilm" else _folder(name)
     try:
         if (folder / "text_encoder_2").is_dir():
-            return SD3Encoders(name, folder, length, device, whole)
-        return Transformer(name, folder, length, device)
+            return SD3Encoders(name, folder, length, device, dtype, whole)
+        return Transformer(name, folder, length, device, dtype)
     except LOAD_ERRORS as error:
         if isinstance(error, UserError):
             raise
@@ -143,7 +147,7 @@ class Transformer:
     prompts of equally many tokens run together, so that nothing is padded and no mask is needed.
     """
 
-    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str):
+    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str, dtype: torch.dtype = torch.float32):
         import transformers
 
         _silence(transformers)
@@ -159,7 +163,7 @@ class Transformer:
             padding = "end token" if self._tokenizer.pad_token_id == self._tokenizer.eos_token_id else "pad token"
         else:
             cls, padding = _encoder_class(transformers, config), "zeros"
-        self._model = load_pretrained(cls, folder, device)
+        self._model = load_pretrained(cls, folder, device, dtype)
         width = getattr(text_config, "hidden_size", None) or text_config.d_model
         self.record = TextRecord(name, weights_sha256(folder), length, width, 0, padding)
 
@@ -188,7 +192,7 @@ class Transformer:
 class SD3Encoders:
     """SD3's three encoders as its pipeline runs them: CLIP-L and CLIP-G side by side (77 tokens), then T5 (`length` tokens)."""
 
-    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str, whole: bool = False):
+    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str, dtype: torch.dtype, whole: bool):
         import transformers
 
         _silence(transformers)
@@ -199,7 +203,7 @@ class SD3Encoders:
             if not (model.is_dir() and tokenizer.is_dir()):
                 raise UserError(f"--encoder {name}: an SD3 pipeline has {model.name}/ and {tokenizer.name}/, too")
         self._tokenizers = [_tokenizer(name, tokenizer) for _, tokenizer in parts]
-        self._models = [load_pretrained(cls, model, device) for cls, (model, _) in zip(classes, parts, strict=True)]
+        self._models = [load_pretrained(cls, model, device, dtype) for cls, (model, _) in zip(classes, parts, strict=True)]
         clip_l, clip_g, t5 = (model.config for model in self._models)
         self._clip_length = min(77, clip_l.max_position_embeddings)
         self._length = length - self._clip_length if whole else length
@@ -233,9 +237,9 @@ class SD3Encoders:
         return _cut(self._tokenizers[2], prompts, self._length)
 
 
-def load_pretrained(cls: Any, folder: Path, device: torch.device | str) -> Any:
-    """A frozen float32 model of transformers. Raises ValueError where the folder lacks weights, which would stay random."""
-    model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+def load_pretrained(cls: Any, folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
+    """A frozen model of transformers. Raises ValueError where the folder lacks weights, which would stay random."""
+    model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):  # BERT's, which nothing looks at
         raise ValueError(f"{folder} holds no weights for {len(missing)} part(s) of {type(model).__name__}: {missing[0]} …")
     return model.to(device).eval().requires_grad_(False)

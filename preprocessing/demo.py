@@ -92,7 +92,7 @@ def demo(config: DemoConfig) -> None:
 def captioned_demo(folder: str) -> None:
     """Canvases of four different digits with captions, as data folders: `train/images/00000/img00000000.png` … and `val/…`.
 
-    Each has captions.json beside its images, a caption of each; val has held-out combinations in held-out handwritings.
+    Each has captions.json beside its images, both captions of each; val has held-out combinations in held-out handwritings.
     prompts.json is what to draw and score after training, and prompts.txt its prompts, one a line.
     """
     names = {split: [f"{i // 1000:05d}/img{i:08d}.png" for i in range(count)] for split, count in CAPTIONED_CANVASES.items()}
@@ -108,18 +108,13 @@ def captioned_demo(folder: str) -> None:
                     if dest.existing(target) is None:
                         dest.write(target, png_bytes(captioned_canvas(digits[number], held_out, number)))
                     bar.update()
-                captions = [[name, [CAPTIONS[form_of(i)](d)]] for i, (name, d) in enumerate(zip(of_split, digits, strict=True))]
+                captions = [[name, [say(d) for say in CAPTIONS.values()]] for name, d in zip(of_split, digits, strict=True)]
                 dest.write(f"{split}/images/{CAPTIONS_FILE}", json.dumps({"captions": captions}).encode())
                 dest.write(f"{split}/images/{LABEL_FILE}", json.dumps(label_file(of_split, None)).encode())
         prompts = demo_prompts()
         dest.write(PROMPTS_FILE, (json.dumps({"prompts": prompts}, indent=1) + "\n").encode())
         dest.write(PROMPT_LINES_FILE, "".join(p["prompt"] + "\n" for p in prompts).encode())
         dest.finish({})
-
-
-def form_of(number: int) -> str:
-    """The form of canvas `number`'s caption: of every fourth by count, of the others by position."""
-    return "count" if number % 4 == 3 else "position"
 
 
 def demo_prompts() -> list[dict[str, Any]]:

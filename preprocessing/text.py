@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from common.distributed import start_processes
@@ -58,9 +59,11 @@ def text(config: TextConfig) -> None:
         raise UserError(f"{folder}: holds finished text features; remove them ({RECORD_FILE} at least) to encode again")
     state = start_processes(config.timeout_minutes)
     set_tf32(False)
-    encoder = load_text_encoder(config.encoder, config.length, state.device or "cpu")
+    encoder_dtype = getattr(torch, config.encoder_dtype)
+    encoder = load_text_encoder(config.encoder, config.length, state.device or "cpu", dtype=encoder_dtype)
     digest = hashlib.sha256(json.dumps(list(captions.items())).encode()).hexdigest()
     making = {"command": "text", "captions": digest, "dtype": config.dtype, "batch_size": config.batch_size}
+    making["encoder_dtype"] = config.encoder_dtype
     making |= dataclasses.asdict(encoder.record)
     lock = None
     if state.is_main_process:

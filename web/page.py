@@ -167,7 +167,7 @@ def serve(page: Page, host: str, port: int) -> tuple[str, Callable[[], None]]:
     from gradio.blocks import Block
     from starlette.middleware import Middleware
 
-    Block.async_move_resource_to_block_cache = _no_resource
+    Block.async_move_resource_to_block_cache = _no_resource  # pyright: ignore[reportAttributeAccessIssue]
     blocks = build(page)
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:

@@ -97,6 +97,9 @@ def test_shares_of_real_canvases_and_of_shuffled_ones():
     position, numerals = quickstart_text_report.scores(prompts, [*asked, *asked[::-1]], read)
     assert position["as_asked"] == 1 and position["standard_error"] == 0 and position["prompts"] == 60
     assert position["null_prompt"] == pytest.approx(0.1, abs=0.03) and 0.25 < numerals["as_asked"] < 0.4
+    assert "any_asked" not in position and numerals["as_asked"] < numerals["any_asked"] < 0.5
+    (one,) = quickstart_text_report.scores([{"form": "count", "held_out": True, "digits": (7, 7, 3, 9)}], [(7, 9, 9, 1)], read)
+    assert one["as_asked"] == 0.5 and one["any_asked"] == 0.75
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +119,7 @@ def test_demo_makes_data_folders(folder, tmp_path):
         captions = read_captions(FileTree(folder / split / "images"))
         assert list(captions) == [f"00000/img{i:08d}.png" for i in range(2 if held_out else 4)]
         digits = drawn(held_out, len(captions))
-        forms = ["position"] * 3 + ["count"]
-        assert list(captions.values()) == [[CAPTIONS[form](d)] for form, d in zip(forms, digits, strict=False)]
+        assert list(captions.values()) == [[CAPTIONS["position"](d), CAPTIONS["count"](d)] for d in digits]
     prompts = json.loads((folder / "prompts.json").read_text())["prompts"]
     assert [p["prompt"] for p in prompts] == (folder / "prompts.txt").read_text().splitlines() and len(prompts) == 2 * 4 + 3
     assert {p["form"] for p in prompts} == {*CAPTIONS, *PARAPHRASES} and all(len(p["digits"]) == 4 for p in prompts)

@@ -241,6 +241,8 @@ def test_clip_sees_the_padding_and_others_do_not(tmp_path):
     found = encoder.encode(prompts).features
     assert found.shape == (75, 8, 16) and encoder.record.padding == "zeros" and not found[1, 2:].any() and found[1, :2].all()
     torch.testing.assert_close(found[1], encoder.encode(["cat"]).features[0], rtol=1e-4, atol=1e-5)
+    halved = load_text_encoder(str(tmp_path / "bert"), 8, dtype=torch.bfloat16).encode(prompts).features
+    assert 1e-4 < (halved - found).norm() / found.norm() < 2e-2
     with pytest.raises(UserError, match=r"--length 13: .* has 12 positions"):
         load_text_encoder(str(tmp_path / "bert"), 13)
     for file in (tmp_path / "bert").glob("token*"):
