@@ -292,8 +292,10 @@ class ELITPipeline(DiffusionPipeline):
         if wanted is None or other is not None:
             name = "prompt" if self._weights.takes_text else "class_labels"
             raise UserError(f"the model, a {loaded.config.model}, is conditioned on {kind}; give {name} alone")
-        prompts = [wanted] if isinstance(wanted, str) else wanted
-        items = list(prompts) if self._weights.takes_text else whole_numbers(wanted, "class_labels")
+        if self._weights.takes_text:
+            items: list[Any] = [wanted] if isinstance(wanted, str) else list(wanted)
+        else:
+            items = whole_numbers(wanted, "class_labels")
         if not items:
             raise UserError(f"no {kind}: nothing to draw")
         if self._weights.takes_text:
