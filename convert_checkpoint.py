@@ -20,8 +20,9 @@ from checkpoint.inspect import look, show
 from checkpoint.records import TEXT, check_format, check_state_dict, recorded_config, recorded_step
 from common.errors import UserError, cli_main
 from common.files import WriteError, check_folder
-from config.options import ConvertCheckpointConfig
+from config.options import ARCHITECTURE_KEYS, ConvertCheckpointConfig
 from config.parsing import parse
+from models.vae import SHORT_NAMES
 
 PUBLISHED_DECAY = "0.9999"  # of the EMA in files of the published code, which do not record it
 
@@ -104,6 +105,8 @@ def convert(config: ConvertCheckpointConfig, given: dict, source: Path) -> None:
     for name in names:
         found = reading.read_weights(source, name, given, checksum=checksum)
         checksum = found.checksum
+        if config.vae and found.record.vae != SHORT_NAMES.get(config.vae, config.vae):
+            raise UserError(f"--vae {config.vae}: is for bare state dicts; {config.source} was made with {found.record.vae}")
         resolve_architecture(config, given, found, config.source)
         weights.build_model(found, config.source)
         found.state_dict = {k: weights.compact(v) for k, v in found.state_dict.items()}
@@ -139,9 +142,8 @@ def to_diffusers(config: ConvertCheckpointConfig, given: dict) -> None:
 
     assert config.dest is not None
     check_figures(config.figures)  # before weights are read
-    pipeline = ELITPipeline.from_checkpoint(
-        config.source, config.weights or "ema", **{k: v for k, v in given.items() if k not in ("source", "weights")}
-    )
+    architecture = {k: v for k, v in given.items() if k in ("vae", *ARCHITECTURE_KEYS)}
+    pipeline = ELITPipeline.from_checkpoint(config.source, config.weights or "ema", **architecture)
     pipeline.save_pretrained(config.dest, figures=config.figures)
     print(f"{config.dest}: an ELITPipeline, step {pipeline.step}, weights {config.weights or 'ema'}")
 

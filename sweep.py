@@ -71,8 +71,9 @@ def best_numbers(config: Any, cells: Sequence[Cell], records: Sequence[Record]) 
     """Places of the cells that are scored in full: of each reference the best three within the bound, with all their seeds."""
     bound = results.parse_bound(config.best_under) if config.best_under else None
     chosen: set[str] = set()
+    refs = {cell.key: cell.ref for cell in cells}  # a record may have another path of the same file
     for ref in dict.fromkeys(config.ref):
-        points = points_of(record for record in records if record["ref"] == ref)
+        points = points_of(record for record in records if refs[record["key"]] == ref)
         if bound:
             results.best_under(bound, points)  # refuses where there is none
             points = [point for point in points if bound.cost(point) <= bound.limit]

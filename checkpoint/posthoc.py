@@ -142,10 +142,10 @@ def describe(average: Average) -> str:
 
 def _locate(source: str) -> tuple[Path, int | None]:
     """The folder of snapshots, and the step that a checkpoint's name tells."""
-    path = Path(source)
+    path = Path(source).absolute()
     if path.suffix in (".pt", ".dcp", ".safetensors") and path.parent.name in ("checkpoints", snapshots.FOLDER):
         match = re.match(r"[0-9]{7,}", path.name)
-        return path.absolute().parent.parent / snapshots.FOLDER, int(match[0]) if match else None
+        return path.parent.parent / snapshots.FOLDER, int(match[0]) if match else None
     return path if path.name == snapshots.FOLDER else path / snapshots.FOLDER, None
 
 

@@ -1,5 +1,6 @@
 """Image files: reading any format as RGB, PNG bytes, writing atomically; and how far images are apart."""
 
+import functools
 import io
 import math
 import warnings
@@ -34,10 +35,18 @@ def read_image(files: FileTree, name: str) -> np.ndarray:
     try:
         if name.endswith(ARRAYS):
             return _array(content)
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
             return _rgb(image)
     except Exception as error:  # Pillow's plugins raise whatever they like on broken files
         raise DataError(f"{files.where(name)}: not a readable image: {image_problem(error)}") from None
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """All that Pillow reads by itself: EPS is a program, which it has Ghostscript run, whatever the file's name."""
+    Image.preinit()  # the usual ones come first
+    Image.init()
+    return [kind for kind in Image.OPEN if kind != "EPS"]
 
 
 def _array(content: bytes) -> np.ndarray:

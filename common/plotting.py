@@ -48,9 +48,9 @@ def labelled_grid(
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if r == 0:
-                axis.set_title(column_labels[c], fontsize=fontsize)
+                axis.set_title(column_labels[c], fontsize=fontsize, parse_math=False)
             if c == 0:
-                axis.set_ylabel(row_labels[r], fontsize=fontsize, rotation=0, ha="right", va="center")
+                axis.set_ylabel(row_labels[r], fontsize=fontsize, rotation=0, ha="right", va="center", parse_math=False)
     save_figure(figure, path)
 
 
@@ -205,7 +205,7 @@ def attention_maps(
     for r in range(rows):
         grey = images[r].astype(float) @ [0.299, 0.587, 0.114]
         axes[r, 0].imshow(images[r], interpolation="nearest")
-        axes[r, 0].set_ylabel(row_labels[r], fontsize=9, rotation=0, ha="right", va="center")
+        axes[r, 0].set_ylabel(row_labels[r], fontsize=9, rotation=0, ha="right", va="center", parse_math=False)
         for c in range(columns):
             axes[r, c + 1].imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes[r, c + 1].imshow(maps[r, c], alpha=OPACITY, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)

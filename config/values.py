@@ -7,7 +7,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
@@ -95,6 +95,19 @@ def whole_number(value: Any) -> int:
             raise ValueError
         return 0
     return int(number)
+
+
+def whole_numbers(values: Any, where: str) -> list[int]:
+    """One or several numbers from 0 on, Python's or NumPy's or PyTorch's. Raises UserError, which begins with `where`."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    items = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    try:
+        numbers = [whole_number(item.tolist() if hasattr(item, "tolist") else item) for item in items]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers, default=0) < 0:
+        raise UserError(f"{where} {str(values)[:80]}: must be whole numbers from 0 on")
+    return numbers
 
 
 def number(value: Any) -> float:

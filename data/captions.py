@@ -70,7 +70,7 @@ def read_captions(images: FileTree) -> dict[str, list[str]]:
         name.rpartition(".")[0]: name for name in files if name.endswith(".txt") and name != "skipped.txt"
     }  # which `convert` writes
     if CAPTIONS_FILE in files:
-        where, captions = images.where(CAPTIONS_FILE), _own(images)
+        where, captions = images.where(CAPTIONS_FILE), own_captions(images)
     elif coco:
         where, captions = ", ".join(map(images.where, coco)), _coco(images, coco, names)
     else:
@@ -93,7 +93,8 @@ def _refuse(where: str, what: str, names: Sequence[str]) -> None:
         raise UserError(f"{where}: {len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
 
 
-def _own(images: FileTree) -> dict[str, list[str]]:
+def own_captions(images: FileTree) -> dict[str, list[str]]:
+    """captions.json: image name → captions, in the order of the file. Raises UserError where it is malformed."""
     where, content = images.where(CAPTIONS_FILE), read_json(images, CAPTIONS_FILE)
     wanted = '{"captions": [[image name, [caption, …]], …]}'
     entries = content.get("captions") if isinstance(content, dict) else None
@@ -147,12 +148,12 @@ def _lines(images: FileTree, name: str) -> list[str]:
 def read_prompts(path: str) -> list[str]:
     """The lines of a text file. Raises UserError where it is missing, empty, not UTF-8, or a line is empty."""
     try:
-        lines = Path(path).read_text("utf-8-sig").rstrip().splitlines()
+        lines = Path(path).read_text("utf-8-sig").rstrip().split("\n")  # not at U+2028, which is a part of a line
     except UnicodeDecodeError:
         raise UserError(f"--prompts {path}: is not UTF-8") from None
     except OSError as error:
         raise UserError(f"--prompts {path}: no such file or data folder ({error.strerror})") from None
-    if not lines:
+    if lines == [""]:
         raise UserError(f"--prompts {path}: is empty; wanted: one prompt a line")
     if empty := [i for i, line in enumerate(lines, 1) if not line.strip()]:
         raise UserError(f"--prompts {path}: line {empty[0]} is empty; wanted: one prompt a line")

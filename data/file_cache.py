@@ -42,13 +42,13 @@ class FileCache:
                         if entry.stat().st_mtime < time.time() - STALE:
                             Path(entry.path).unlink()
             with self._ledger() as ledger:
-                ledger.execute(
-                    "CREATE TABLE IF NOT EXISTS files (place INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, size)"
-                )
-                ledger.execute("CREATE TABLE IF NOT EXISTS total (bytes)")
-                ledger.execute("INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT * FROM total)")
-                evicted = self._evict(ledger)
-            self._remove(evicted)
+                if not ledger.execute("SELECT * FROM sqlite_master WHERE name = 'total'").fetchone():
+                    ledger.execute("CREATE TABLE files (place INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, size)")
+                    ledger.execute("CREATE TABLE total (bytes)")
+                    files = self._existing()
+                    ledger.executemany("INSERT INTO files (name, size) VALUES (?, ?)", files)
+                    ledger.execute("INSERT INTO total VALUES (?)", (sum(size for _, size in files),))
+                self._evict(ledger)
 
     def read(self, name: str, size: int) -> bytes | None:
         """The content of a file; None where it is not here, or has not `size` bytes."""
@@ -68,15 +68,6 @@ class FileCache:
     def keep(self, name: str, content: bytes) -> None:
         """Write a file. What other processes do with the same one meanwhile does no harm. Raises UserError."""
         with self._usable():
-            # The ledger first: what a killed process has entered and not written is fetched again.
-            with self._ledger() as ledger:
-                before = ledger.execute("SELECT size FROM files WHERE name = ?", (name,)).fetchone()
-                ledger.execute("INSERT OR REPLACE INTO files (name, size) VALUES (?, ?)", (name, len(content)))
-                ledger.execute("UPDATE total SET bytes = bytes + ?", (len(content) - (before[0] if before else 0),))
-                evicted = self._evict(ledger)
-            self._remove(evicted)
-            if name in evicted:  # larger than the cache
-                return
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, aside = tempfile.mkstemp(dir=self.root / PARTIAL, suffix=".tmp")
@@ -84,14 +75,26 @@ class FileCache:
                 with os.fdopen(handle, "wb") as file:
                     file.write(content)
                 Path(aside).chmod(0o644)  # which mkstemp leaves to its owner alone
-                Path(aside).replace(path)
+                # What a killed process has entered and not renamed is fetched again.
+                with self._ledger() as ledger:
+                    before = ledger.execute("SELECT size FROM files WHERE name = ?", (name,)).fetchone()
+                    ledger.execute("INSERT OR REPLACE INTO files (name, size) VALUES (?, ?)", (name, len(content)))
+                    ledger.execute("UPDATE total SET bytes = bytes + ?", (len(content) - (before[0] if before else 0),))
+                    evicted = self._evict(ledger)
+                if name in evicted:  # larger than the cache
+                    Path(aside).unlink()
+                else:
+                    Path(aside).replace(path)
             except BaseException:
                 with contextlib.suppress(OSError):
                     Path(aside).unlink()
                 raise
 
     def _evict(self, ledger: sqlite3.Connection) -> list[str]:
-        """Take the oldest files out of the ledger until the others fit; returns their names."""
+        """Remove the oldest files, and take them out of the ledger, until the others fit; returns their names.
+
+        A process that is killed meanwhile leaves them in the ledger, and not files that it does not list.
+        """
         evicted: list[str] = []
         ((total,),) = ledger.execute("SELECT bytes FROM total")
         while self.limit is not None and total > self.limit:
@@ -101,14 +104,18 @@ class FileCache:
                 break
             place, name, size = oldest
             ledger.execute("DELETE FROM files WHERE place = ?", (place,))
+            (self.root / name).unlink(missing_ok=True)
             total -= size
             evicted.append(name)
         ledger.execute("UPDATE total SET bytes = ?", (total,))
         return evicted
 
-    def _remove(self, names: list[str]) -> None:
-        for name in names:
-            (self.root / name).unlink(missing_ok=True)
+    def _existing(self) -> list[tuple[str, int]]:
+        """Names and sizes of the files that lie here without a ledger, the oldest first."""
+        folders = [folder for folder in self.root.iterdir() if folder.is_dir() and folder.name != PARTIAL]
+        found = [(path, path.stat()) for folder in folders for path in folder.rglob("*") if path.is_file()]
+        found.sort(key=lambda item: item[1].st_mtime)
+        return [(path.relative_to(self.root).as_posix(), stat.st_size) for path, stat in found]
 
     @contextlib.contextmanager
     def _ledger(self) -> Iterator[sqlite3.Connection]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ GIB = 2**30
 class RemoteTree(FileTree):
     """The files of a remote folder by their path inside it, as `FileTree` has those of a local one.
 
-    The names and sizes are listed once a machine, for as long as the `stamp` file does not change, and files are fetched by the
+    The names and sizes are listed once a machine, for as long as the `stamps` do not change, and files are fetched by the
     processes that read them. Works in DataLoader workers, forked or spawned: each connects for itself.
 
     Args:
@@ -32,7 +33,7 @@ class RemoteTree(FileTree):
         option: how errors name it.
         cache_dir: the cache folder (default: the project's).
         cache_size: GiB that the files in it may take together; None: unbounded.
-        stamp: a small file that says which version of the folder it is, if it is there.
+        stamps: small files that say which version of the folder it is, those that are there.
 
     Raises:
         UserError: it holds no file, cannot be read, or has a file larger than the cache.
@@ -44,22 +45,23 @@ class RemoteTree(FileTree):
         option: str = "--data-dir",
         cache_dir: str | None = None,
         cache_size: float | None = None,
-        stamp: str = "dataset.json",
+        stamps: Sequence[str] = ("dataset.json", "vae.json"),
     ):
         self.url, self.option = url.rstrip("/"), option
         self.path: Any = self.url  # for messages
         self._connection: tuple[int, Any, str] | None = None
-        version = self._stamp(stamp)
+        version = b"\0".join(filter(None, map(self._stamp, stamps)))
         root = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self._cache = FileCache(root, None if cache_size is None else int(cache_size * GIB))
         digest = hashlib.sha256(encode_name(self.url) + b"\0" + version).hexdigest()[:16]
         self._folder = f"{check_name(self.url.rpartition('/')[2], f'{option} {url}', plain=True)}-{digest}"
         listing = self._cache.root / f"{self._folder}.npz"
         with remote.alone(listing):
-            if not listing.exists():
+            try:
+                self._read_listing(listing)
+            except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):  # not there, or damaged by a power cut
                 self._write_listing(listing)
-        with np.load(listing, allow_pickle=False) as arrays:
-            self._names, self._sizes = arrays["names"], arrays["sizes"]
+                self._read_listing(listing)
         largest = int(np.argmax(self._sizes))
         if cache_size is not None and self._sizes[largest] > cache_size * GIB:
             name, size = decode_name(self._names[largest]), int(self._sizes[largest])
@@ -120,17 +122,25 @@ class RemoteTree(FileTree):
         except Exception as error:  # each protocol has its own: network, credentials …
             raise remote.unreadable(self.option, self.where(name), error) from None
 
+    def _read_listing(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as arrays:
+            self._names, self._sizes = arrays["names"], arrays["sizes"]
+
     def _write_listing(self, path: Path) -> None:
         files, root = self._files()
         try:
             files.invalidate_cache()  # of listings
-            found = files.find(root, detail=True)
+            found = {file: about["size"] for file, about in files.find(root, detail=True).items() if about["type"] == "file"}
+            untold = [file for file, size in found.items() if size is None]  # of HTTP
+            found |= dict(zip(untold, files.sizes(untold) if untold else [], strict=True))
         except FileNotFoundError:
             found = {}
         except Exception as error:
             raise remote.unreadable(self.option, self.url, error) from None
         prefix = len(root.rstrip("/")) + 1
-        sizes = {file[prefix:]: int(about["size"]) for file, about in found.items() if about["type"] == "file"}
+        if unknown := next((file for file, size in found.items() if size is None), None):
+            raise UserError(f"{self.option} {unknown}: its server does not say how large it is")
+        sizes = {file[prefix:]: int(size) for file, size in found.items()}
         names = sorted(
             encode_name(check_name(name, f"{self.option} {self.url}")) for name in sizes if name and not name.endswith("/")
         )

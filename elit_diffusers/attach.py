@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.files import parse_json
 from common.tensor_files import load_safetensors, save_safetensors
 from elit_diffusers.families import family_of
 from models.latent_interface import LatentInterface, budget_to_k
@@ -282,8 +283,8 @@ def load(transformer: nn.Module, path: str | Path) -> ElasticTransformer:
     tensors, metadata = load_safetensors(Path(path))
     if METADATA not in metadata:
         raise UserError(f"{path}: holds no interface of finetune_diffusers.py")
-    options = json.loads(metadata[METADATA])
-    if (name := type(transformer).__name__) != options.pop("class"):
+    options, name = _options(metadata[METADATA], path), type(transformer).__name__
+    if options.pop("class") != name:
         raise UserError(f"{path}: its interface is not one of a {name}")
     elastic = attach(transformer, **options)
     own = elastic.transformer.state_dict()
@@ -294,6 +295,16 @@ def load(transformer: nn.Module, path: str | Path) -> ElasticTransformer:
         raise UserError(f"{path}: its weights do not fit this transformer: {(wrong + missing)[0]}")
     elastic.transformer.load_state_dict(tensors, strict=False)
     return elastic
+
+
+def _options(text: str, path: str | Path) -> dict[str, Any]:
+    """The options in a file's metadata. Raises UserError where they are none, or are of more layers than any interface has."""
+    options = parse_json(text.encode(), path)
+    names = {"class", "read_after", "write_after", "group_size", "read_depth", "write_depth"}
+    is_whole = isinstance(options, dict) and options.keys() == names and isinstance(options["class"], str)
+    if not is_whole or any(type(options[n]) is not int or not 0 <= options[n] <= 1000 for n in names - {"class"}):
+        raise UserError(f"{path}: its metadata are not those of an interface")
+    return options
 
 
 @functools.cache

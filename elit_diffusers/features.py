@@ -92,7 +92,7 @@ def _shapes(file: Any, path: Path, required: Sequence[str]) -> dict[str, tuple[i
         raise UserError(f"{path}: holds no {' and no '.join(missing)}")
     found = {name: tuple(file.get_slice(name).get_shape()) for name in (*required, *OPTIONAL) if name in names}
     for name, shape in found.items():
-        if len(shape) != AXES[name] or shape[0] != found["text"][0] or 0 in shape:
+        if len(shape) != AXES[name] or shape[:1] != found["text"][:1] or 0 in shape:
             raise UserError(f"{path}: {name} is {'×'.join(map(str, shape))}; wanted: {AXES[name]} axes, one row a sample")
     return {name: shape[1:] for name, shape in found.items()}
 

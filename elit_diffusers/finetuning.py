@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common import tensor_files
 from common.distributed import check_world_size
 from common.errors import UserError, first_line
-from common.files import FolderLock, make_folder, write_atomically
+from common.files import FolderLock, make_folder, remove_leftovers, write_atomically
 from common.logging import warn
 from common.precision import set_tf32
 from config.rules import names
@@ -28,6 +28,7 @@ from elit_diffusers.features import NULL, Features
 from loss import interpolate, squared_error, training_times
 from randomness import Draws, to_device, training_draws
 from training.data_order import StepBatches
+from training.run_dir import step_of_line
 
 STATE, WEIGHTS, METRICS = "state.pt", "elit.safetensors", "metrics.jsonl"
 
@@ -133,6 +134,7 @@ class Finetuning:
         if main:
             make_folder(self.folder, "--output-dir")
             lock = FolderLock(self.folder / ".lock", self.folder, warn)
+            self._begin()
         batches = StepBatches(
             len(self.features),
             config.batch_size,
@@ -152,6 +154,20 @@ class Finetuning:
             print(f"{self.folder / WEIGHTS}: step {self.step}", flush=True)
         if lock is not None:
             lock.release()
+
+    def _begin(self) -> None:
+        """Bring the folder, which this process has locked, to the step that the run continues from."""
+        state = self._read_state()
+        if (0 if state is None else state["step"]) != self.step:
+            raise UserError(
+                f"--output-dir {self.folder}: another run has saved there meanwhile; run the command again", local=True
+            )
+        remove_leftovers(self.folder, {STATE, WEIGHTS, METRICS}.__contains__)
+        path = self.folder / METRICS
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if step_of_line(line) <= self.step]
+        if kept != lines:  # of steps that come again
+            write_atomically(path, b"".join(kept))
 
     def _train_step(self, indices: list[int]) -> dict[str, Any]:
         config, device = self.config, self.accelerator.device
@@ -214,7 +230,9 @@ class Finetuning:
             file.write(json.dumps(line) + "\n")
 
     def _save(self) -> None:
-        """The state of the run, then the weights alone; all that is trained, and nothing that is not."""
+        """The weights alone, then the state of the run, from which they are made again; all that is trained, and nothing that is not."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.trained.values()):
+            raise UserError(f"the weights are not finite at step {self.step} and were not saved; lower --learning-rate")
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
@@ -222,9 +240,9 @@ class Finetuning:
                 "weights": {n: p.detach() for n, p in self.trained.items()},
                 "optimizer": self.optimizer.optimizer.state_dict(),
             }
-            write_atomically(self.folder / STATE, lambda file: torch.save(state, file))
             whole = self.config.train == "all"
             self.elastic.save(self.folder / WEIGHTS, whole=whole, step=str(self.step), transformer=self.config.transformer)
+            write_atomically(self.folder / STATE, lambda file: torch.save(state, file))
         self.accelerator.wait_for_everyone()
 
     def _read_state(self) -> dict[str, Any] | None:

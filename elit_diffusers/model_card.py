@@ -75,7 +75,7 @@ def model_card(
         task="text-to-image" if weights.takes_text else "unconditional-image-generation",
         name=name,
         about=about,
-        example=example + (", budget=0.25" if spec.elastic else ""),
+        example=example + (", budget=0.25" if spec.elastic and config["elit_group_size"] > 1 else ""),
         tables="\n\n".join(tables) + "\n",
     )
 

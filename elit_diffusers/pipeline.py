@@ -29,10 +29,10 @@ from common.files import check_folder, parse_json, write_atomically, write_json
 from common.hub import fetch_once
 from common.tensor_files import PRETRAINED
 from common.torchvision_shim import import_torchvision
-from config.options import GenerateConfig
+from config.options import ARCHITECTURE_KEYS, GenerateConfig
 from config.rules import names
 from config.sampling_options import CoreCacheOptions, GuideOptions
-from config.values import coerce
+from config.values import coerce, whole_numbers
 from elit_diffusers.model_card import model_card, sides_of
 from models.conditioning import Condition, Text
 from models.text_encoders import TextEncoder
@@ -132,8 +132,13 @@ class ELITPipeline(DiffusionPipeline):
             **given: `vae`, and architecture for what a bare state dict does not tell, e.g. `resolution=512`.
 
         Raises:
-            UserError: no such checkpoint, one that cannot be sampled from, or no VAE.
+            UserError: no such checkpoint, one that cannot be sampled from, no VAE, or another name than those of `given`.
         """
+        known = {"vae", *ARCHITECTURE_KEYS}
+        if unknown := next((name for name in given if name not in known), None):
+            raise UserError(
+                f"from_checkpoint: no argument {unknown!r}{did_you_mean(unknown, known)}; options of sampling: `sampler`"
+            )
         config = GenerateConfig(ckpt=str(path), weights=weights, vae=given.get("vae"))
         found = reading.read_weights(path, weights, given)
         resolve_architecture(config, given, found, path)
@@ -189,6 +194,7 @@ class ELITPipeline(DiffusionPipeline):
         check_folder("save_pretrained:", folder)
         card = model_card(self._weights, self.transformer, self.config["sampler"], repo_id or folder.name, figures)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)  # until all is there again
         weights = replace(self._weights, state_dict=self.transformer.state_dict())
         save_weights(folder / "transformer" / PRETRAINED, weights)
         write_json(weights.config | {"vae": weights.record.to_dict()}, folder / "transformer/config.json")
@@ -256,7 +262,7 @@ class ELITPipeline(DiffusionPipeline):
         loaded = self._session(options)
         y = self._condition(loaded, class_labels, prompt)
         count = len(y) if isinstance(y, Tensor) else len(y.features)
-        indices = range(count) if of_call["indices"] is None else list(of_call["indices"])
+        indices = range(count) if of_call["indices"] is None else whole_numbers(of_call["indices"], "indices")
         if len(indices) != count:
             raise UserError(f"indices: {len(indices)} of them for {count} image(s); give one for each")
         seed = _seed(of_call["seed"], of_call["generator"])
@@ -286,19 +292,16 @@ class ELITPipeline(DiffusionPipeline):
         if wanted is None or other is not None:
             name = "prompt" if self._weights.takes_text else "class_labels"
             raise UserError(f"the model, a {loaded.config.model}, is conditioned on {kind}; give {name} alone")
-        items = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
+        if self._weights.takes_text:
+            items: list[Any] = [wanted] if isinstance(wanted, str) else list(wanted)
+        else:
+            items = whole_numbers(wanted, "class_labels")
         if not items:
             raise UserError(f"no {kind}: nothing to draw")
         if self._weights.takes_text:
             return self._text(items)
-        try:
-            labels = [int(item) for item in items]
-        except (TypeError, ValueError):
-            raise UserError(f"class_labels {str(items)[:80]}: must be class ids, whole numbers") from None
-        if min(labels) < 0:
-            raise UserError(f"class_labels {min(labels)}: class ids start at 0")
-        checks.check_labels(loaded.config, "class_labels", labels)
-        return torch.tensor(labels)
+        checks.check_labels(loaded.config, "class_labels", items)
+        return torch.tensor(items)
 
     def _text(self, prompts: list[Any]) -> Condition:
         record = self._weights.text

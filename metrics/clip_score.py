@@ -16,7 +16,8 @@ from torch import Tensor
 
 from common.errors import UserError, first_line
 from common.file_tree import FileTree
-from data.captions import CAPTIONS_FILE, read_captions, read_prompts
+from common.image_files import image_names
+from data.captions import CAPTIONS_FILE, own_captions, read_captions, read_prompts
 from metrics.feature_extractors import CLIP_MEAN, CLIP_STD, Network
 from metrics.images import ImageSet
 from models.text_encoders import LOAD_ERRORS, load_pretrained, weights_sha256
@@ -44,7 +45,7 @@ class ClipScore(Network):
         transformers.logging.disable_progress_bar()
         try:
             self.model = load_pretrained(transformers.CLIPModel, path, device)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             beside = path / "preprocessor_config.json"
             own = json.loads(beside.read_text()) if beside.is_file() else {}
         except LOAD_ERRORS as error:
@@ -96,7 +97,9 @@ def prompts_of(images: ImageSet, prompts: str | None) -> list[str]:
     folder = images.path.with_suffix("") if images.path.suffix == ".npz" else images.path
     if not (folder / CAPTIONS_FILE).is_file():
         raise UserError(f"--clip-score: {folder / CAPTIONS_FILE}, which generate.py writes, is missing; give --prompts")
-    captions = [texts[0] for texts in read_captions(FileTree(folder)).values()]
+    tree = FileTree(folder)
+    of_image = read_captions(tree) if image_names(tree.names()) else own_captions(tree)  # of generate.py --no-png
+    captions = [texts[0] for texts in of_image.values() if texts]
     if len(captions) != images.count:
         raise UserError(
             f"--clip-score: {folder / CAPTIONS_FILE} has {len(captions)} captions, but there are {images.count} images"

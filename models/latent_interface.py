@@ -116,7 +116,8 @@ class CrossAttention(nn.Module):
         """The attention weights of a forward, (B, G, heads, Q, K), in float32 or better; each row sums to 1."""
         q, k, _ = self.heads(queries, context)
         q, k = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (q, k))
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        with torch.autocast(q.device.type, enabled=False):
+            weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
         return weights.unflatten(0, context.shape[:2])
 
 

@@ -151,7 +151,7 @@ class Transformer:
         import transformers
 
         _silence(transformers)
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks, and runs code
         self._is_clip = config.model_type in ("clip", "clip_text_model")
         text_config = getattr(config, "text_config", config)
         positions = getattr(text_config, "max_position_embeddings", None)
@@ -175,6 +175,7 @@ class Transformer:
         for place, ids in enumerate(tokens):
             by_length.setdefault(len(ids), []).append(place)
         features = torch.zeros(len(prompts), L, self.record.width)
+        by_length.pop(0, None)  # an empty prompt, where the tokenizer adds no tokens of its own
         for length, places in by_length.items():
             for chunk in torch.tensor(places).split(CHUNK):
                 ids = torch.tensor([tokens[place] for place in chunk]).to(self._model.device)
@@ -238,7 +239,7 @@ class SD3Encoders:
 
 def load_pretrained(cls: Any, folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
     """A frozen model of transformers. Raises ValueError where the folder lacks weights, which would stay random."""
-    model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):  # BERT's, which nothing looks at
         raise ValueError(f"{folder} holds no weights for {len(missing)} part(s) of {type(model).__name__}: {missing[0]} …")
     return model.to(device).eval().requires_grad_(False)
@@ -305,7 +306,7 @@ def _tokenizer(name: str, folder: Path) -> Any:
 
     if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")) and not any(folder.glob("*.model")):
         raise UserError(f"--encoder {name}: {folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _encoder_class(transformers: Any, config: Any) -> Any:

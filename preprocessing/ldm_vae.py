@@ -67,7 +67,8 @@ def vae_weights(content: dict[str, Any], where: Path) -> dict[str, Tensor]:
             name = name.removeprefix(prefix) if isinstance(name, str) else ""
         if name.startswith(PARTS) and isinstance(tensor, Tensor):
             weights[name] = tensor
-    if "encoder.down.0.block.0.conv1.weight" not in weights or "decoder.conv_in.weight" not in weights:
+    kernels = [weights.get(name) for name in ("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight")]
+    if any(kernel is None or kernel.dim() != 4 for kernel in kernels):
         raise UserError(
             f"--source {where}: holds no VAE under latent-diffusion's names (encoder.down.0.block.0.conv1.weight, …); "
             "a folder of diffusers needs no conversion"

@@ -39,7 +39,8 @@ def read_maps(loaded: Session, latents: Tensor, seed: int, time: float, batch_si
         noise = loaded.starting_noise(seed, range(first, first + len(x)))
         y = loaded.condition(range(first, first + len(x)), x.device)
         t = torch.full((len(x),), time, device=x.device)
-        weights = model.read_attention(*loaded.flow.noised(model, x, noise, t)[:2], y)
+        with loaded.autocast():
+            weights = model.read_attention(*loaded.flow.noised(model, x, noise, t)[:2], y)
         means.append(weights.mean(dim=2))  # (B, G, J latents, J tokens)
         entropies.append(torch.special.entr(weights).sum(dim=-1).mean(dim=(1, 2)))  # (B, J)
     mean, entropy = torch.cat(means), torch.cat(entropies).mean(dim=0)

@@ -40,7 +40,7 @@ class Destination:
         Raises:
             UserError: it was not, or cannot be written to.
         """
-        open_folder(self.folder, self._config, made_with)
+        open_folder(self.folder, self._config, made_with, self.npz, alone=False)
         for where, _ in self.stages.values():
             where.mkdir(exist_ok=True)
         self.npz.prepare(keep=False)
@@ -75,7 +75,7 @@ class NpzAlone(Destination):
 
     @override
     def open(self, made_with: dict[str, Any]) -> None:
-        open_folder(self.folder, self._config, made_with, self.npz)
+        open_folder(self.folder, self._config, made_with, self.npz, alone=True)
         self.npz.prepare(keep=True)
 
     @override

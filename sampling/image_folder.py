@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoint.weights import Weights
 from common.errors import UserError
-from common.files import check_name, join_inside, parse_json, write_json
+from common.files import check_name, join_inside, make_folder, parse_json, write_json
 from common.image_files import save_png
 from common.sizes import Resolution, sides
 from config.options import GenerateConfig
@@ -109,14 +109,15 @@ def settings(config: GenerateConfig, weights: Weights, vae_sha256: str | None) -
     return {"ckpt_sha256": weights.sha256, "ckpt_step": weights.step, "vae_sha256": vae_sha256, **guide, **options}
 
 
-def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any], npz: NpzWriter | None = None) -> None:
+def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any], npz: NpzWriter, *, alone: bool) -> None:
     """Make the folder and the record of its settings beside it, or check that the images in it were made with the same.
 
     Args:
         folder: of the images.
         config: for messages.
         made_with: the settings.
-        npz: where all images are to be in it, and no folder is made; it may hold some of them.
+        npz: beside it; it may hold images, too.
+        alone: all images are to be in the npz, and no folder is made.
 
     Raises:
         UserError: they were not, or the folder cannot be written to.
@@ -124,9 +125,9 @@ def open_folder(folder: Path, config: GenerateConfig, made_with: dict[str, Any],
     record = folder.with_name(folder.name + ".json")
     try:
         holds_images = folder.is_dir() and any(folder.glob("*.png"))
-        if holds_images or (npz is not None and (npz.path.exists() or npz.unfinished.exists())):
+        if holds_images or npz.path.exists() or npz.unfinished.exists():
             _check_record(record, folder, made_with)
-        (folder if npz is None else folder.parent).mkdir(parents=True, exist_ok=True)
+        (folder.parent if alone else folder).mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):  # of a killed run
             if re.fullmatch(r"\d{6,}\.png(\.\d+)?\.tmp", leftover.name):
                 leftover.unlink()
@@ -151,7 +152,8 @@ def _check_record(record: Path, folder: Path, made_with: dict[str, Any]) -> None
 
 
 def write_captions(folder: Path, prompts: Sequence[str], count: int) -> None:
-    """captions.json beside the images, in the format of data folders: the prompt of each."""
+    """captions.json beside the images, in the format of data folders: the prompt of each. Without PNG it is alone in the folder."""
+    make_folder(folder, "--sample-dir")
     entries = [[image_name(i), [prompts[i % len(prompts)]]] for i in range(count)]
     write_json({"captions": entries}, folder / CAPTIONS_FILE)
 
@@ -166,7 +168,7 @@ def missing_images(
 
     def good(index: int) -> bool:
         try:
-            with Image.open(folder / image_name(index)) as image:
+            with Image.open(folder / image_name(index), formats=["PNG"]) as image:
                 image.load()
                 if image.size[::-1] != sides(resolution) or image.mode != "RGB":
                     return False

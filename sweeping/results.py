@@ -71,7 +71,7 @@ def _order(values: dict[str, Any]) -> list[tuple]:
     """Numbers ascending, text after them, none last."""
     numbers = [(name, shown(values.get(name))) for name in ("ref", "name", *AXES)]
     return [
-        (0, float(v), "") if re.fullmatch(r"[\d.]+(e-?\d+)?", v) else (1, 0.0, v) if v != "none" else (2, 0.0, v)
+        (0, float(v), "") if re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", v) else (1, 0.0, v) if v != "none" else (2, 0.0, v)
         for _, v in numbers
     ]
 

@@ -21,6 +21,7 @@ from config.options import TrainConfig
 from models.costs import projector_flops
 from models.encoders import TargetEncoder, describe_encoders, encoder_names, load_encoders
 from models.vae import SD_VAE, load_vae
+from training.alignment import aligned_steps
 from training.budgets import mean_training_flops, trained_budgets
 from training.cards import CARDS, find_card
 from training.cluster import MIB, Cluster, Scheme, mean
@@ -95,12 +96,11 @@ class Plan:
         self.say("model", f"{config.model}: {parameters:,} parameters, {math.prod(model.grid_size)} tokens{budgets}")
         images = config.batch_size * config.gradient_accumulation_steps
         forward = mean_training_flops(config, model) + projector_flops(model)
-        self.flops = 3 * forward * images  # the backward pass is two forwards
+        self.targets = images * sum(encoder_flops(e) for e in self.encoders)
+        self.flops = 3 * forward * images + self.targets  # the backward pass is two forwards
         text = f"{_tera(self.flops)} TFLOPs per iteration, forward and backward of {images} images"
         if self.encoders:
-            targets = images * sum(encoder_flops(e) for e in self.encoders)
-            self.flops += targets
-            text += f", {_tera(targets)} of them in the encoders"
+            text += f", {_tera(self.targets)} of them in the encoders"
         self.say("compute", text)
 
     def describe_data(self) -> None:
@@ -132,7 +132,9 @@ class Plan:
         epochs = data.total_steps / per_epoch
         self.say("steps", f"{data.total_steps:,} at {per_epoch:,.6g} per epoch: {epochs:,.4g} epochs")
         if config.plan_tflops:
-            seconds = self.flops * data.total_steps / (config.plan_tflops * 1e12 * self.processes)
+            without = max(0, data.total_steps - aligned_steps(config)) if self.encoders else 0  # steps that do not align
+            flops = self.flops * data.total_steps - self.targets * without
+            seconds = flops / (config.plan_tflops * 1e12 * self.processes)
             each = self.flops / (config.plan_tflops * 1e12 * self.processes)
             rate = config.batch_size * config.gradient_accumulation_steps / each
             self.say(

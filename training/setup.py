@@ -33,6 +33,7 @@ from common.files import check_name
 from common.precision import set_attention, set_deterministic, set_tf32, supported_precision
 from common.sizes import latent_size
 from config.options import TrainConfig
+from data.remote import is_remote
 from flows import flow_of
 from models.backbone import Backbone
 from models.elit import Elastic
@@ -132,6 +133,8 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
             known = ", ".join(ALLOWED)
             raise UserError(f"--allow-change {name}: cannot be changed{did_you_mean(name, ALLOWED)}; choose from {known}")
     warnings = trackers.check(config, given) + alignment.check(config, given)
+    if "cache_size" in given and not any(is_remote(d) for d in (config.data_dir, config.val_data_dir) if d):
+        warnings.append(f"--cache-size {config.cache_size:g}: has no effect on local data")
     if "posthoc_ema_steps" in given and not config.posthoc_ema:
         warnings.append(f"--posthoc-ema-steps {config.posthoc_ema_steps} without --posthoc-ema: no such average is kept")
     spec = models.model_spec(config.model)

@@ -98,10 +98,10 @@ def build(page: Page) -> Any:
                 within_button = gr.Button("Choose budget and steps", elem_id="within")
             with gr.Column(scale=3, min_width=480):
                 if count:
-                    controls.append(
-                        gr.Slider(1 / count, 1, start[-1], step=1 / count, label=f"Budget: share of the {count} latents in each group",
-                                  elem_id="budget")
-                    )  # fmt: skip
+                    low = 1 / count if count > 1 else 0.0  # gradio has no slider of one value
+                    label = f"Budget: share of the {count} latents in each group"
+                    options = {"step": 1 / count, "interactive": count > 1, "elem_id": "budget"}
+                    controls.append(gr.Slider(low, 1, start[-1], label=label, **options))
                 else:
                     gr.Slider(0, 1, 1, label="Budget", interactive=False, elem_id="budget")
                     gr.HTML(html.message(f"{config.model} has no budget: the slider is off; only ELIT models have one"))
@@ -136,7 +136,7 @@ def build(page: Page) -> Any:
         def look(*values: Any) -> Iterator[tuple]:
             yield from _reported(gr, 2, lambda: iter([page.attention(*values)]))
 
-        for control in [*controls, within_ms]:
+        for control in [*controls, within_ms, *([read_time] if count else [])]:
             control.preprocess = _as_given
         typed = [c.submit for c in controls if isinstance(c, gr.Textbox | gr.Number)]
         picked = [c.input for c in controls if isinstance(c, gr.Dropdown)]
@@ -164,8 +164,10 @@ def serve(page: Page, host: str, port: int) -> tuple[str, Callable[[], None]]:
         UserError: the port is in use.
     """
     gr = _gradio()
+    from gradio.blocks import Block
     from starlette.middleware import Middleware
 
+    Block.async_move_resource_to_block_cache = _no_resource  # pyright: ignore[reportAttributeAccessIssue]
     blocks = build(page)
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
@@ -282,6 +284,11 @@ def _controls(gr: Any, page: Page, start: list[Any]) -> list[Any]:
 def _as_given(value: Any) -> Any:
     """In place of gradio's own checks of a control, whose messages are others than the command line's."""
     return value
+
+
+async def _no_resource(block: Any, address: Any) -> None:
+    """In place of what fetches a value that a request says to be a file elsewhere."""
+    raise _gradio().Error("no files are served or taken here", print_exception=False)
 
 
 def _throttled(progress: Any) -> Progress:

@@ -145,3 +145,7 @@ def test_code_in_a_file_does_not_run(tmp_path, capsys):
     assert "carries code" in refused(capsys, tmp_path / "evil.pt", tmp_path / "out.pt")
     assert "carries code" in refused(capsys, tmp_path / "evil.pt", "--show")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out.pt").exists()
+
+
+def test_a_vae_by_hand_is_for_bare_state_dicts(ckpt, tmp_path, capsys):
+    runs.refused(convert_checkpoint.main, capsys, (ckpt, tmp_path / "a.pt", "--vae", "mse"), "--vae mse", "made with some/vae")

@@ -396,11 +396,11 @@ def test_a_folder_name_that_leaves_no_room_for_the_files_beside_it(ckpt, tmp_pat
 def test_a_record_of_images_that_is_none(tmp_path, content):
     config = generate.GenerateConfig(ckpt="c.pt", model="ELIT-SiT-Ti/2", exp_name="x", sample_dir=str(tmp_path))
     folder = image_folder.images_folder(config)
-    image_folder.open_folder(folder, config, {"ckpt_step": 7})
+    image_folder.open_folder(folder, config, {"ckpt_step": 7}, image_folder.npz_writer(config), alone=False)
     (folder / "000000.png").write_bytes(b"")
     folder.with_name(folder.name + ".json").write_bytes(content)
     with pytest.raises(UserError, match=r"\.json: not "):
-        image_folder.open_folder(folder, config, {"ckpt_step": 7})
+        image_folder.open_folder(folder, config, {"ckpt_step": 7}, image_folder.npz_writer(config), alone=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub

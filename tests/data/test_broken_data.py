@@ -20,7 +20,7 @@ from sets import convert, picture, refused, save
 import evaluate
 from common.errors import UserError
 from common.file_tree import FileTree
-from common.files import WriteError, remove_leftovers, write_atomically
+from common.files import DataError, WriteError, remove_leftovers, write_atomically
 from common.image_files import read_image
 from common.tensor_files import npy_bytes
 from config.tool_options import EvaluateConfig
@@ -427,3 +427,16 @@ print(common.distributed.cpu_count())
 def test_modules_import_without_posix():
     done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and int(done.stdout) >= 1, done.stderr
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.eps"])
+def test_no_image_is_a_program(tmp_path, monkeypatch, name):
+    """Pillow has Ghostscript run PostScript, whatever its file is called."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it has not looked for it yet
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    with pytest.raises(DataError, match="not a readable image: unknown format"):
+        read_image(FileTree(tmp_path), name)
+    assert not (tmp_path / "ran").exists()

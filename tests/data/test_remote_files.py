@@ -5,7 +5,10 @@ import json
 import os
 import signal
 import sqlite3
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -270,3 +273,54 @@ def test_images_stored_as_arrays(folder, tmp_path):
         np.save(path, wrong)
         with pytest.raises(DataError, match=words):
             found[3]
+
+
+def test_files_without_a_ledger_count_too(tmp_path):
+    cache = FileCache(tmp_path, 10_000)
+    for i in range(10):
+        cache.keep(f"set/{i}", bytes(1000))
+    (tmp_path / "files/ledger.sqlite").unlink()  # as a message says
+    cache = FileCache(tmp_path, 10_000)
+    for i in range(10, 14):
+        cache.keep(f"set/{i}", bytes(1000))
+    files, total = entered(tmp_path)
+    assert files == kept(tmp_path) and total == 10_000
+
+
+def test_a_kill_while_files_go_leaves_none_that_nobody_lists(tmp_path):
+    cache = FileCache(tmp_path, 10_000)
+    for i in range(10):
+        cache.keep(f"set/{i}", bytes(1000))
+    if not (child := os.fork()):
+        file_cache.Path.unlink = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        cache.keep("set/10", bytes(1000))
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert kept(tmp_path).keys() <= entered(tmp_path)[0].keys()
+
+
+def test_latents_of_another_vae_at_the_same_place_are_other_files(memory, tmp_path):
+    put(memory, {"dataset.json": b"1", "vae.json": b"one", "0.bin": b"one"})
+    assert RemoteTree("memory://set", cache_dir=str(tmp_path)).read("0.bin") == b"one"
+    put(memory, {"vae.json": b"two", "0.bin": b"two"})
+    assert RemoteTree("memory://set", cache_dir=str(tmp_path)).read("0.bin") == b"two"
+
+
+def test_a_damaged_listing_is_made_anew(memory, tmp_path):
+    put(memory, {"0.bin": b"one"})
+    RemoteTree("memory://set", cache_dir=str(tmp_path))
+    (listing,) = (tmp_path / "files").glob("*.npz")
+    listing.write_bytes(listing.read_bytes()[:100])
+    assert RemoteTree("memory://set", cache_dir=str(tmp_path)).names() == ["0.bin"]
+
+
+def test_a_server_that_lists_no_sizes(folder, tmp_path):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = LatentDataset(f"http://127.0.0.1:{server.server_port}", cache_dir=str(tmp_path))
+        assert torch.equal(found[3]["moments"], LatentDataset(folder)[3]["moments"])
+        server.shutdown()

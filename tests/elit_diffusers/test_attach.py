@@ -1,5 +1,7 @@
 """An interface in transformers of diffusers: against Read, core and Write written out, under their pipelines, and out again."""
 
+import json
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
@@ -8,6 +10,7 @@ from numerics import randomize
 from reference import window_members
 
 from common.errors import UserError
+from common.tensor_files import save_safetensors
 from elit_diffusers import attach, load
 from elit_diffusers.families import FAMILIES
 
@@ -212,3 +215,24 @@ def test_what_the_interface_does_not_fit(pair):
     with pytest.raises(UserError, match=r"3×8 tokens cannot be cut into groups of 2×2: .* multiples of 2 tokens \(32 pixels"):
         transformer(**arguments)
     assert velocity(transformer).isfinite().all()  # an error leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["{", "[]", '{"read_after": 1}', {"x": 1}, {"read_after": "a"}, {"read_depth": 10**9}, {"class": 5}, {"group_size": True}],
+)
+def test_files_of_no_interface_are_one_line(tmp_path, told):
+    transformer = tiny("SD3Transformer2DModel")
+    options = {
+        "class": "SD3Transformer2DModel",
+        "read_after": 1,
+        "write_after": 3,
+        "group_size": 2,
+        "read_depth": 1,
+        "write_depth": 1,
+    }
+    text = told if isinstance(told, str) else json.dumps(options | told)
+    save_safetensors(tmp_path / "a.safetensors", {"elit.query": torch.zeros(1)}, {"elit": text})
+    with pytest.raises(UserError, match=r"a\.safetensors: (not valid JSON|its metadata are not those of an interface)"):
+        load(transformer, tmp_path / "a.safetensors")
+    assert not hasattr(transformer, "elit")

@@ -3,13 +3,15 @@
 import json
 
 import pytest
+import runs
 import torch
 from diffusers_models import SHAPE, features, tiny, velocity
 from runs import refused
 from safetensors.torch import load_file, save_file
 
 import finetune_diffusers
-from elit_diffusers import attach, load
+from common.tensor_files import safetensors_metadata
+from elit_diffusers import ElasticTransformer, attach, finetuning, load
 from elit_diffusers.families import FAMILIES
 
 SHAPE_OPTIONS = ("--read-after", 1, "--write-after", 3, "--group-size", 2, "--min-budget", 0.25)
@@ -112,9 +114,54 @@ def test_what_does_not_fit(folder, tmp_path, capsys):
     check("latents of 3 channels", "takes 4", data=data("channels", latents=torch.zeros(8, 3, *SHAPE[1:])))
     check("pooled of 0 features", data=data("without-pooled", pooled=None))
     check("latents is 8×4×8×16", "one row a sample", data=data("rows", text=torch.zeros(7, 5, 12)))
+    check("latents is 8×4×8×16", data=data("number", text=torch.tensor(1.0)))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.safetensors").write_bytes(b"no tensors")
     check("a.safetensors: cannot be read", data=tmp_path / "broken")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     check("is a UNet2DModel; choose", name=tmp_path / "other")
+
+
+def test_a_run_killed_between_its_two_files_ends_with_both_of_the_last_step(folder, tmp_path, monkeypatch):
+    more = ("--max-train-steps", 4, "--checkpointing-steps", 2)
+    whole, writes = finetune(folder, tmp_path / "a", *more), []
+
+    def dying(function):
+        def wrapped(*args, **kwargs):
+            writes.append(function)
+            if len(writes) == 4:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "write_atomically", dying(finetuning.write_atomically))
+        patch.setattr(ElasticTransformer, "save", dying(ElasticTransformer.save))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(folder, tmp_path / "b", *more)
+    (tmp_path / "b/state.pt.123.tmp").write_bytes(b"half")
+    runs.reset_accelerate()
+    resumed = finetune(folder, tmp_path / "b", *more)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert safetensors_metadata(tmp_path / "b/elit.safetensors")["step"] == "4"
+    assert [json.loads(line)["step"] for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+def test_weights_that_are_not_finite_replace_none(folder, tmp_path, capsys, monkeypatch):
+    kept, step = finetune(folder, tmp_path, "--max-train-steps", 1), finetuning.Finetuning._train_step
+
+    def diverging(self, indices):
+        losses = step(self, indices)
+        with torch.no_grad():
+            next(iter(self.trained.values())).fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(finetuning.Finetuning, "_train_step", diverging)
+    runs.reset_accelerate()
+    with pytest.raises(SystemExit):
+        finetune(folder, tmp_path, "--max-train-steps", 2)
+    assert "the weights are not finite at step 2 and were not saved" in capsys.readouterr().err
+    assert all(torch.equal(kept[k], v) for k, v in load_file(tmp_path / "elit.safetensors").items())

@@ -209,8 +209,12 @@ def test_seeds(pipe):
     ("options", "message"),
     [
         ({"class_labels": [CLASSES]}, "class_labels 5: class ids of this model lie below 5"),
-        ({"class_labels": [-1]}, "class ids start at 0"),
-        ({"class_labels": ["dog"]}, "must be class ids"),
+        ({"class_labels": [-1]}, "class_labels [-1]: must be whole numbers from 0 on"),
+        ({"class_labels": ["dog"]}, "must be whole numbers from 0 on"),
+        ({"class_labels": [1.7]}, "class_labels [1.7]: must be whole numbers from 0 on"),
+        ({"class_labels": [True]}, "must be whole numbers from 0 on"),
+        ({"class_labels": 1, "indices": [1.5]}, "indices [1.5]: must be whole numbers from 0 on"),
+        ({"class_labels": 1, "indices": [-1]}, "indices [-1]: must be whole numbers from 0 on"),
         ({"class_labels": []}, "nothing to draw"),
         ({"prompt": "a dog"}, "conditioned on class labels; give class_labels alone"),
         ({"class_labels": 1, "budget": 0.1}, "--inference-budget: "),
@@ -292,3 +296,26 @@ def test_a_text_model(record, tmp_path, monkeypatch):
     assert np.array_equal(pixels(again(prompt=prompts[0], **options).images)[0], expected[0])
     with pytest.raises(UserError, match="conditioned on text; give prompt alone"):
         pipe(class_labels=[1])
+
+
+def test_numbers_of_other_libraries(pipe):
+    expected = pixels(pipe([2], indices=[1], seed=0, **QUICK).images)
+    for label, index in ((np.int64(2), np.int64(1)), (torch.tensor(2), torch.tensor([1])), (np.array([2]), [np.int32(1)])):
+        assert np.array_equal(pixels(pipe(label, indices=index, seed=0, **QUICK).images), expected)
+
+
+def test_what_from_checkpoint_does_not_know(ckpt):
+    for name, words in (("resolutoin", "did you mean resolution?"), ("budget", "options of sampling: `sampler`")):
+        with pytest.raises(UserError, match="from_checkpoint: no argument") as caught:
+            ELITPipeline.from_checkpoint(ckpt, **{name: 1})
+        assert words in str(caught.value)
+
+
+def test_a_folder_written_again_is_none_until_it_is_whole(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("elit_diffusers.pipeline.model_card", lambda *_: "")
+    pipe.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(pipe.vae, "save_pretrained", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipe.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"holds no model_index\.json"):
+        ELITPipeline.from_pretrained(tmp_path / "saved")

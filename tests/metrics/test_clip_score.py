@@ -11,6 +11,8 @@ from tiny_encoders import whole_clip
 from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
 import evaluate
+from metrics.clip_score import prompts_of
+from metrics.images import open_images
 
 PROMPTS = ["a red cat", "green fish", "blue"]
 
@@ -56,5 +58,8 @@ def test_clip_score(clip, tmp_path, capsys):
     refuse(tmp_path / "s", *more, tmp_path / "nowhere", words="nowhere: no such folder")
     refuse(tmp_path / "s", *more, tmp_path / "s", words=f"--clip-score {tmp_path}/s: cannot be loaded")
     refuse(tmp_path / "s", *more[:-1], "--prompts", "p.txt", words="only --clip-score looks at prompts")
+    for path in (tmp_path / "s").glob("*.png"):  # as generate.py --no-png leaves it
+        path.unlink()
+    assert prompts_of(open_images(tmp_path / "s.npz"), None) == list(names.values())
     (tmp_path / "s/captions.json").unlink()
-    refuse(tmp_path / "s", *more, clip, words="captions.json, which generate.py writes, is missing; give --prompts")
+    refuse(tmp_path / "s.npz", *more, clip, words="captions.json, which generate.py writes, is missing; give --prompts")

@@ -1,5 +1,6 @@
 """Captions as data: where they are read from, their features, loose and packed, interrupted, and on several processes."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -9,12 +10,22 @@ import torch
 from runs import make_latents
 from sets import content, picture, refused, save
 from tiny_encoders import SMALL, clip_text, save_tokenizer, sd3_pipeline
-from transformers import BertConfig, BertModel, CLIPTextModel, CLIPTextModelWithProjection
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Model,
+)
 
 from common.errors import UserError
 from common.file_tree import FileTree
 from common.tensor_files import npy_array
-from data.captions import TextFeatures, caption_of, read_captions, text_folder, text_name
+from data.captions import TextFeatures, caption_of, read_captions, read_prompts, text_folder, text_name
 from data.dataset import LatentDataset, open_latents, open_text
 from dataset_tools import main
 from models.text_encoders import TextRecord, load_text_encoder
@@ -276,3 +287,27 @@ def test_other_encoders_are_refused(tmp_path, monkeypatch):
     a.check_same(a, "data", "checkpoint")
     with pytest.raises(UserError, match=r"text\.json: not a record"):
         TextRecord.from_dict({"encoder": "clip"}, "text.json")
+
+
+def test_an_encoder_with_code_of_its_own_is_refused_and_nothing_is_asked(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    with pytest.raises(UserError, match="custom code"):
+        load_text_encoder(str(tmp_path), 4)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_empty_prompt_of_no_tokens_is_zeros(tmp_path):
+    tokens = Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen2Model(Qwen2Config(vocab_size=2, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path)
+    empty, letter = load_text_encoder(str(tmp_path), 3).encode(["", "a"]).features
+    assert not empty.any() and letter[0].any() and not letter[1:].any()
+
+
+def test_a_prompt_ends_at_the_end_of_its_line(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa dog\u2028in two lines \r\na cat\n\n".encode())
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ["a dog\u2028in two lines", "a cat"]

@@ -418,6 +418,17 @@ def test_a_folder_of_other_images_is_not_mixed(ckpt, tmp_path, capsys):
     assert "ckpt_sha256" in refused(capsys, arguments(other, tmp_path))
 
 
+def test_an_npz_alone_of_another_checkpoint_is_not_mixed(ckpt, tmp_path, capsys):
+    """Whose record a run that writes PNG would replace, and then be killed."""
+    one = ("--num-fid-samples", 1, "--num-steps", 1)
+    generate.main(arguments(ckpt, tmp_path, *one, "--no-png"))
+    PartialState._reset_state()
+    capsys.readouterr()
+    other = make_checkpoint(tmp_path / "other" / ckpt.name, reading.read_weights(ckpt).record, elit_tail="skip")
+    assert "ckpt_sha256" in refused(capsys, arguments(other, tmp_path, *one))
+    assert "1 kept" in (generate.main(arguments(ckpt, tmp_path, *one, "--no-png")), capsys.readouterr().out)[1]
+
+
 def bare(ckpt, path):
     """The state dict alone: it records neither depths nor the tail."""
     torch.save(reading.read_weights(ckpt).state_dict, path)

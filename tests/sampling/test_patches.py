@@ -7,6 +7,7 @@ from numerics import randomize
 from scipy.stats import spearmanr
 
 import models
+from common.plotting import attention_maps, labelled_grid
 from config.options import TrainConfig
 from flows import flow_of
 from loss import dfm_loss, flow_matching_loss
@@ -51,3 +52,10 @@ def test_rank_correlations_are_spearmans():
     mean, error = mean_and_error([*expected, None])
     assert mean == pytest.approx(np.mean(expected)) and error == pytest.approx(np.std(expected, ddof=1) / 3**0.5)
     assert mean_and_error([0.5]) == (0.5, None) and mean_and_error([None]) == (None, None)
+
+
+def test_dollars_in_a_label_are_dollars(tmp_path):
+    image = np.zeros((1, 1, 8, 8, 3), np.uint8)
+    for label in ("a $5 note and $10", "from $5_{ to $10"):
+        labelled_grid(image, [label], [label], tmp_path / "a.png")
+        attention_maps(image[0], np.zeros((1, 1, 2, 2)), np.zeros((1, 2, 2)), [label], ["total"], tmp_path / "b.png")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import evaluate
 import generate
 import sweep
 from metrics import evaluation
-from sweeping import running
+from sweeping import results, running
 
 pytestmark = pytest.mark.slow
 
@@ -176,6 +177,21 @@ def test_tables_means_and_bounds(folder, whole, capsys):
     flops = {cell["options"]["cfg_scale"]: cell["gflops_per_image"] for cell in cells.values()
              if cell["options"]["guidance_low"] == 0 and cell["options"]["inference_budget"] is None}  # fmt: skip
     assert flops[3.0] == pytest.approx(2 * flops[1.0])
+
+
+def test_points_are_ordered_by_numbers_and_names_of_references_are_none():
+    points = [{"ref": ref, "num_steps": steps} for ref in ("2026.11.30", "ref.npz") for steps in (9, 50)]
+    assert sorted(reversed(points), key=results._order) == points
+
+
+def test_the_best_are_of_all_records_of_a_reference_whatever_its_path_was():
+    cells = [SimpleNamespace(key=f"k{n}", ref="ref.npz") for n in range(4)]
+    shared = {"name": "x", "ckpt": "x", "gflops_per_image": 1.0, "ms_per_image": 1.0, "num_samples": 4}
+    records = [
+        shared | {"key": f"k{n}", "ref": f"{'./' * (n % 2)}ref.npz", "figures": {"fid": float(n)}, "options": {"global_seed": 0, "cfg_scale": n}}
+        for n in range(4)
+    ]  # fmt: skip
+    assert sweep.best_numbers(SimpleNamespace(best_under=None, ref=["ref.npz"]), cells, records) == [0, 1, 2]
 
 
 def test_coarse_then_the_best_three_in_full(folder, tmp_path, capsys):

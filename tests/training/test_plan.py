@@ -284,6 +284,13 @@ def test_repa_and_init_from_are_in_the_plan(data, tmp_path, capsys, tiny_weights
     assert f"started from {sit}" in out and "projectors.* (6), interface.query" in out
     plain = account_of(capsys, *arguments(data, tmp_path / "out", "--plan"))
     assert "encoders" not in plain
+    total, targets = map(float, re.findall(r"compute +(\S+) TFLOPs.*, (\S+) of them", out)[0])
+    assert total > 0.99 * (targets + float(re.findall(r"compute +(\S+) TFLOPs", plain)[0]))
+    steps, rate = int(re.findall(r"steps +(\d+) at", out)[0]), total / 10
+    until = (*repa(tiny_weights), "--proj-until", 1, "--plan-tflops", rate, "--cache-size", 1)
+    out = account_of(capsys, *arguments(data, tmp_path / "out", "--plan", *until))
+    seconds = float(re.findall(r"time +(\S+) seconds", out)[0])
+    assert seconds == pytest.approx((total * steps - targets * (steps - 1)) / rate, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -266,6 +266,11 @@ def test_converting_gives_a_checkpoint_like_any_other(ran, tmp_path, capsys):
     assert list(tensor_files.load(tmp_path / "a.pt")["ema"]) == ["sigma-0.075"]
 
 
+def test_a_checkpoint_in_the_working_folder(ran, monkeypatch):
+    monkeypatch.chdir(ran[0] / "checkpoints")
+    assert posthoc.find("0000016.pt", 0.1).step == 16
+
+
 def test_generate_takes_a_length_and_keeps_what_it_made(ran, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, made = ran[0], []

@@ -265,11 +265,13 @@ def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, cli
         (data / "text/text.json").write_text(kept)
 
 
-def drawn(out, ckpt, *more):
+def drawn(out, ckpt, *more, images="*.png"):
     """generate.py's images of a run, by number."""
     generate.main([str(a) for a in ("--ckpt", ckpt, "--sample-dir", out, "--num-steps", 2, "--cfg-scale", 3, *more)])
     runs.reset_accelerate()
-    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(out.glob("**/*.png"))])
+    if images == "*.npz":
+        return np.load(next(out.rglob(images)))["arr_0"]
+    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(out.glob(f"**/{images}"))])
 
 
 def test_prompts_are_encoded_once_and_images_go_round_them(data, ckpt, tmp_path, monkeypatch, capsys):
@@ -284,6 +286,9 @@ def test_prompts_are_encoded_once_and_images_go_round_them(data, ckpt, tmp_path,
     (folder,) = (tmp_path / "a").glob("run/*-prompts-prompts")
     captions = json.loads((folder / "captions.json").read_text())["captions"]
     assert captions == [[f"{i:06d}.png", [prompts[i % 2]]] for i in range(3)]
+    assert len(drawn(tmp_path / "alone", ckpt, *lists, "--num-fid-samples", 3, "--no-png", images="*.npz")) == 3
+    (alone,) = (tmp_path / "alone").glob("run/*/captions.json")
+    assert json.loads(alone.read_text())["captions"] == captions
     assert {"prompts_sha256", "text_encoder_sha256"} <= json.loads(folder.with_name(folder.name + ".json").read_text()).keys()
     with monkeypatch.context() as patch:
         patch.setattr(conditions, "load_text_encoder", lambda *_, **__: 1 / 0)  # they are in the cache

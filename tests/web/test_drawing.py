@@ -1,5 +1,6 @@
 """The page's logic without a browser: what a request is, its pictures and figures, the choice within a time, and refusals."""
 
+import copy
 import dataclasses
 import itertools
 import re
@@ -21,10 +22,12 @@ from common.errors import UserError
 from common.plotting import attention_overlay
 from config.demo_options import QUICKSTART
 from config.options import GenerateConfig
+from models.layers import narrow_linears
 from models.vae import decode, load_vae
+from sampling.attention import read_maps
 from sampling.image_folder import settings
 from sweeping.cells import Store, key_of
-from web import html
+from web import choice, html
 from web.choice import Chooser, sweep_dirs
 from web.page import Page
 
@@ -172,6 +175,23 @@ def test_budget_and_steps_that_fit(page, chooser):
     assert (guided.config.inference_budget, guided.config.num_steps) == (0.5, 4) and guided.ms == 22
     with pytest.raises(UserError, match=r"--within-ms 3: an image takes at least 4 ms, at the lowest budget and fewest steps"):
         chooser.within(config, 3)
+
+
+def test_steps_of_which_only_some_are_guided(page, monkeypatch):
+    monkeypatch.setattr(choice.cost, "interleaved_times", lambda jobs, device: dict.fromkeys(jobs, (1.0, 1.0, 1.0)))
+    monkeypatch.setattr(page.drawer, "config", dataclasses.replace(page.drawer.config, guidance_low=0.3, guidance_high=0.35))
+    made = Chooser(page.drawer, []).within(page.drawer.options(REQUEST | {"num_steps": 2}), 21)
+    assert (made.config.num_steps, made.ms) == (20, 21)  # one of them is guided; and decoding
+
+
+def test_read_in_half_precision(page):
+    loaded, latents = page.drawer.loaded, torch.randn(2, 4, SIDE, SIDE, dtype=torch.float64)
+    narrow = narrow_linears(copy.deepcopy(loaded.model), torch.bfloat16)
+    half = dataclasses.replace(loaded, model=narrow, config=dataclasses.replace(loaded.config, mixed_precision="bf16"))
+    whole, found = (read_maps(of, latents, 0, 0.5, 2) for of in (loaded, half))
+    assert found.maps.dtype == torch.float32
+    torch.testing.assert_close(found.maps, whole.maps.float(), rtol=0.1, atol=0.02)
+    torch.testing.assert_close(found.maps.mean(dim=(2, 3)), torch.ones(2, 4), rtol=0, atol=1e-5)
 
 
 def cell_of(ckpt, config, fid, **changes):

@@ -1,5 +1,6 @@
 """The page's server: what it serves and what not, whom it talks to, and requests that wait for their turn."""
 
+import json
 import re
 import socket
 import threading
@@ -9,10 +10,11 @@ import urllib.request
 
 import pytest
 import runs
+from gradio import processing_utils
 from runs import free_port, make_checkpoint, make_vae
 
 import web_demo
-from web.page import serve
+from web.page import build, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 REQUEST = [3, 5, 4, "CFG", 1.5, 0.25]  # and a budget
@@ -121,3 +123,19 @@ def test_the_port_is_taken_then(served, capsys):
     page, url, _ = served
     argv = ["--ckpt", page.drawer.config.ckpt, "--port", port_of(url)]
     assert f"--port {port_of(url)}: is in use" in runs.refused(web_demo.main, capsys, argv)
+
+
+def test_no_file_of_another_server_is_fetched(served, monkeypatch):
+    _, url, _ = served
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda *_, **__: pytest.fail("fetched"))
+    elsewhere = {"path": "http://example.com/a.bin", "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [elsewhere, *REQUEST[1:], 0.25]}).encode()
+    request = urllib.request.Request(url + "gradio_api/run/draw", body, {"Content-Type": "application/json"})
+    assert get(request)[0] == 500 and "no files are served or taken here" in get(request)[1]
+
+
+def test_a_model_of_one_budget(served, monkeypatch):
+    page, _, _ = served
+    monkeypatch.setattr(page.drawer, "budgets", [1.0])
+    (slider,) = [block for block in build(page).blocks.values() if block.elem_id == "budget"]
+    assert (slider.maximum, slider.interactive) == (1, False)
