@@ -99,10 +99,14 @@ def whole_number(value: Any) -> int:
 
 def whole_numbers(values: Any, where: str) -> list[int]:
     """One or several numbers from 0 on, Python's or NumPy's or PyTorch's. Raises UserError, which begins with `where`."""
-    values = values.tolist() if hasattr(values, "tolist") else values
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    values = plain(values)
     items = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
     try:
-        numbers = [whole_number(item.tolist() if hasattr(item, "tolist") else item) for item in items]
+        numbers = [whole_number(plain(item)) for item in items]
     except ValueError:
         numbers = [-1]
     if min(numbers, default=0) < 0:
