@@ -174,8 +174,8 @@ def _family(
 
 
 _SPECS = (
-    *_family("SiT", SiT, _SIT, (2, 4, 8), True),
-    *_family("ELIT-SiT", ELITSiT, _SIT, (2, 4, 8), True),
+    *_family("SiT", SiT, _SIT, (1, 2, 4, 8), True),
+    *_family("ELIT-SiT", ELITSiT, _SIT, (1, 2, 4, 8), True),
     *_family("DFM-SiT", DFMSiT, _SIT, (2, 4, 8), True),
     *_family("DFM-ELIT-SiT", DFMELITSiT, _SIT, (2, 4, 8), True),
     *_family("SiT-UViT", SiT, _SIT_LAYOUTS, (2,), "rms", **_UNET),
@@ -229,12 +229,10 @@ def known_names() -> str:
     patterns: dict[str, tuple[dict, dict]] = {}
     for spec in MODELS.values():
         size, patch_size = spec.name.removeprefix(spec.family + "-").split("/")
-        sizes, patch_sizes = patterns.setdefault(spec.backbone, ({}, {}))
+        dfm, backbone = re.fullmatch(r"(DFM-)?(?:ELIT-)?(.+)", spec.family).groups("")  # pyright: ignore[reportOptionalMemberAccess]
+        sizes, patch_sizes = patterns.setdefault(f"{dfm}[ELIT-]{backbone}", ({}, {}))
         sizes[size] = patch_sizes[patch_size] = None
-    return ", ".join(
-        f"{'[DFM-]' * (backbone == 'SiT')}[ELIT-]{backbone}-{{{','.join(sizes)}}}/{{{','.join(patch_sizes)}}}"
-        for backbone, (sizes, patch_sizes) in patterns.items()
-    )
+    return ", ".join(f"{name}-{{{','.join(sizes)}}}/{{{','.join(p)}}}" for name, (sizes, p) in patterns.items())
 
 
 def create_model(

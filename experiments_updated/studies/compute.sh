@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Where does compute go (the paper's Figure 2)? Every canvas with its patches spread over a grid of four times the tokens, zeros
-# between them: does the plain transformer gain by the empty tokens, does ELIT?
+# between them: does the plain transformer gain by the empty tokens, does ELIT? And by as many tokens that are not empty?
 . "$(dirname "$0")/common.sh"
 SPREAD=$RUNS/spread
 for split in train val; do
@@ -10,4 +10,6 @@ train sit --model SiT-Ti/2
 train elit --model ELIT-SiT-Ti/2
 train sit-synth --model SiT-Ti/2 --data-dir "$SPREAD/train" --resolution 128
 train elit-synth --model ELIT-SiT-Ti/2 --data-dir "$SPREAD/train" --resolution 128
-report sit elit sit-synth elit-synth
+train sit-1 --model SiT-Ti/1
+train elit-1 --model ELIT-SiT-Ti/1
+report sit elit sit-synth elit-synth sit-1 elit-1

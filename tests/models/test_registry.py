@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 SIZES = {
-    "SiT": (["Ti", "S", "B", "L", "XL"], [2, 4, 8]),
+    "SiT": (["Ti", "S", "B", "L", "XL"], [1, 2, 4, 8]),
     "SiT-UViT": (["Ti", "S", "B", "L", "XL"], [2]),
     "SiT-HDiT": (["Ti", "S", "B", "L", "XL"], [2]),
     "U-ViT": (["Ti", "S", "S-Deep", "M", "L", "H"], [1, 2, 4]),
@@ -32,9 +32,10 @@ SIZES = {
 }
 # Each size and each patch size of every elastic family, but not all pairs of them.
 ELIT = [
-    f"{prefix}{family}-{size}/{patches[i % len(patches)]}"
+    f"{prefix}{family}-{size}/{own[i % len(own)]}"
     for family, (sizes, patches) in SIZES.items()
     for prefix in ("ELIT-", *(["DFM-ELIT-"] if family == "SiT" else []))
+    for own in [patches[1:] if prefix == "DFM-ELIT-" else patches]
     for i, size in enumerate(sizes)
 ]
 
@@ -52,6 +53,7 @@ def test_names_of_every_family_size_and_patch_and_nothing_else():
         for prefix in prefixes[family]
         for size in sizes
         for p in patches
+        if not (p == 1 and "DFM" in prefix)  # its coarse stages have smaller patches
     }
     assert set(models.MODELS) == wanted
     for name, spec in models.MODELS.items():
@@ -84,7 +86,7 @@ def test_other_spellings(spelling, name):
         ("DFM-MM-DiT", "DFM exists only for SiT"),
         (
             "U-ViT-H/8",
-            "unknown model 'U-ViT-H/8' (did you mean U-ViT-H/4?); known: [DFM-][ELIT-]SiT-{Ti,S,B,L,XL}/{2,4,8}",
+            "unknown model 'U-ViT-H/8' (did you mean U-ViT-H/4?); known: [ELIT-]SiT-{Ti,S,B,L,XL}/{1,2,4,8}, DFM-[ELIT-]SiT-{Ti,S,B,L,XL}/{2,4,8}",
         ),
         ("ELIT-MM-DiT-S/8", "did you mean ELIT-MMDiT-S/4?"),
         ("MMDiT-B/1", "[ELIT-]MMDiT-{Ti,S,B,L,XL}/{2,4}"),
