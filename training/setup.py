@@ -133,7 +133,7 @@ def check(config: TrainConfig, given: dict[str, Any]) -> list[str]:
             known = ", ".join(ALLOWED)
             raise UserError(f"--allow-change {name}: cannot be changed{did_you_mean(name, ALLOWED)}; choose from {known}")
     warnings = trackers.check(config, given) + alignment.check(config, given)
-    if "cache_size" in given and not any(is_remote(d) for d in (config.data_dir, config.val_data_dir) if d):
+    if config.cache_size is not None and not any(is_remote(d) for d in (config.data_dir, config.val_data_dir) if d):
         warnings.append(f"--cache-size {config.cache_size:g}: has no effect on local data")
     if "posthoc_ema_steps" in given and not config.posthoc_ema:
         warnings.append(f"--posthoc-ema-steps {config.posthoc_ema_steps} without --posthoc-ema: no such average is kept")

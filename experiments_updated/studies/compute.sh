@@ -10,6 +10,6 @@ train sit --model SiT-Ti/2
 train elit --model ELIT-SiT-Ti/2
 train sit-synth --model SiT-Ti/2 --data-dir "$SPREAD/train" --resolution 128
 train elit-synth --model ELIT-SiT-Ti/2 --data-dir "$SPREAD/train" --resolution 128
-train sit-1 --model SiT-Ti/1
-train elit-1 --model ELIT-SiT-Ti/1
-report sit elit sit-synth elit-synth sit-1 elit-1
+train sit-fine --model SiT-Ti/1
+train elit-fine --model ELIT-SiT-Ti/1
+report sit elit sit-synth elit-synth sit-fine elit-fine

@@ -605,8 +605,10 @@ def test_wandb_gets_project_entity_and_tags(data, tmp_path, monkeypatch, capsys)
         argv = arguments(data, tmp_path / "no", "--report-to", "wandb", f"--wandb-{option}", value)
         runs.refused(train.main, capsys, argv, f"--wandb-{option} {value}: must be")
     runs.reset_accelerate()
-    train.main(arguments(data, tmp_path / "plain", "--wandb-tags", "a", "--max-train-steps", 1, model="SiT-Ti/4"))
-    assert "--wandb-tags: has no effect with --report-to none" in capsys.readouterr().err
+    ignored = ("--wandb-tags", "a", "--cache-size", 2)
+    train.main(arguments(data, tmp_path / "plain", *ignored, "--max-train-steps", 1, model="SiT-Ti/4"))
+    told = capsys.readouterr().err
+    assert "--wandb-tags: has no effect with --report-to none" in told and "--cache-size 2: has no effect on local data" in told
 
 
 def records_of(path, kind):
