@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 
 
 from common.errors import UserError, cli_main
-from common.files import check_folder, write_json
+from common.files import make_folder, write_json
 from common.plotting import Curve, curves_plot
 from common.tables import markdown_table
 from config.parsing import parse, require_options
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     require_options(config, "study", "runs", "models", "val_data_dir")
     if config.study not in STUDIES:
         raise UserError(f"--study {config.study}: unknown; choose from {', '.join(STUDIES)}")
-    check_folder("--output-dir", config.output_dir)
+    make_folder(Path(config.output_dir), "--output-dir")
     runs = {name: _runs(name, config) for name in config.models}
     STUDIES[config.study](Study(config, runs))
 

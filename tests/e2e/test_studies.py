@@ -40,7 +40,18 @@ def made(tmp_path_factory):
         training_state.save(path, parts | {"config": vars(config), "vae": record.to_dict()})
         lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (1, 4, 7)]
         (path.parents[1] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return folder, ["--runs", folder, "--val-data-dir", data, "--samples", 10, "--num-steps", 1, "--output-dir", folder]
+    return folder, [
+        "--runs",
+        folder,
+        "--val-data-dir",
+        data,
+        "--samples",
+        10,
+        "--num-steps",
+        1,
+        "--output-dir",
+        folder / "results",
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +62,7 @@ def few_digits(monkeypatch):
 
 
 def test_each_study_writes_its_table(made, monkeypatch, capsys):
-    folder, options = made
+    folder, options = made[0] / "results", made[1]
     for name, chosen, rows in (
         ("joint", ["sit", "elit-all"], 2), ("convergence", ["sit", "elit-all"], 2), ("schedule", ["elit-all"], 2), ("order", ["elit-all"], 3), ("difficulty", ["elit-all"], 3),
     ):  # fmt: skip
