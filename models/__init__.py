@@ -229,8 +229,7 @@ def known_names() -> str:
     patterns: dict[str, tuple[dict, dict]] = {}
     for spec in MODELS.values():
         size, patch_size = spec.name.removeprefix(spec.family + "-").split("/")
-        dfm, backbone = re.fullmatch(r"(DFM-)?(?:ELIT-)?(.+)", spec.family).groups("")  # pyright: ignore[reportOptionalMemberAccess]
-        sizes, patch_sizes = patterns.setdefault(f"{dfm}[ELIT-]{backbone}", ({}, {}))
+        sizes, patch_sizes = patterns.setdefault(f"{'DFM-' * spec.staged}[ELIT-]{spec.backbone}", ({}, {}))
         sizes[size] = patch_sizes[patch_size] = None
     return ", ".join(f"{name}-{{{','.join(sizes)}}}/{{{','.join(p)}}}" for name, (sizes, p) in patterns.items())
 

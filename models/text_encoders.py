@@ -147,7 +147,7 @@ class Transformer:
     prompts of equally many tokens run together, so that nothing is padded and no mask is needed.
     """
 
-    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str, dtype: torch.dtype = torch.float32):
+    def __init__(self, name: str, folder: Path, length: int, device: torch.device | str, dtype: torch.dtype):
         import transformers
 
         _silence(transformers)

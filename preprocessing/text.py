@@ -62,8 +62,8 @@ def text(config: TextConfig) -> None:
     encoder_dtype = getattr(torch, config.encoder_dtype)
     encoder = load_text_encoder(config.encoder, config.length, state.device or "cpu", dtype=encoder_dtype)
     digest = hashlib.sha256(json.dumps(list(captions.items())).encode()).hexdigest()
-    making = {"command": "text", "captions": digest, "dtype": config.dtype, "batch_size": config.batch_size}
-    making["encoder_dtype"] = config.encoder_dtype
+    making = {"command": "text", "captions": digest}
+    making |= {name: getattr(config, name) for name in ("dtype", "batch_size", "encoder_dtype")}
     making |= dataclasses.asdict(encoder.record)
     lock = None
     if state.is_main_process:

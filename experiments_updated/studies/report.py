@@ -79,7 +79,7 @@ def _runs(name: str, config: StudyConfig) -> list[Run]:
 def compare(study: Study) -> None:
     """Models by held-out loss, FID and cost, and the loss in training over steps and FLOPs."""
     results = [_compared(runs, study.baseline) for runs in study.models.values()]
-    study.write(results, _comparison(results, next(iter(study.models))))
+    study.write(results, _comparison(results, study.baseline[0].name))
     _training_curves(study)
 
 
@@ -164,7 +164,7 @@ def _training_curves(study: Study) -> None:
         steps = [step for step in logs[0] if step > 1 and all(step in log for log in logs)]
         y = [float(np.mean([log[step] for log in logs])) for step in steps]
         half = [float(np.ptp([log[step] for log in logs]) / 2) if len(logs) > 1 else None for step in steps]
-        curve = Curve(name, steps, y, half, name == next(iter(study.models)))
+        curve = Curve(name, steps, y, half, name == study.baseline[0].name)
         by_step.append(curve)
         by_flops.append(curve._replace(x=[step * runs[0].training_flops() / 1e12 for step in steps]))
     title = f"{len(study.baseline)} seeds: mean and range" if len(study.baseline) > 1 else ""
@@ -183,7 +183,7 @@ def convergence(study: Study) -> None:
             result |= {"held_out_loss": [float(x.mean()) for x in losses], "fid": [float(s["fid"]) for s in samples]}
             result["difference"] = _paired([a - b for a, b in zip(losses, theirs, strict=True)])
             results.append(result)
-    head = ["step", "model", "TFLOPs trained", "held-out loss (seeds)", f"− {next(iter(study.models))}", "FID (seeds)"]
+    head = ["step", "model", "TFLOPs trained", "held-out loss (seeds)", f"− {study.baseline[0].name}", "FID (seeds)"]
     lines = []
     for r in sorted(results, key=lambda r: r["step"]):
         figures = [f"{r['training_tflops']:.1f}", _both(r["held_out_loss"], 4), _shown(r["difference"]), _both(r["fid"], 1)]
@@ -200,7 +200,7 @@ def _convergence_plots(study: Study, results: list[dict[str, Any]]) -> None:
             for name in study.models:
                 own = [r for r in results if r["model"] == name]
                 y, half = zip(*((float(np.mean(r[figure])), float(np.ptp(r[figure]) / 2)) for r in own), strict=True)
-                curves.append(Curve(name, [r[over] for r in own], y, half, name == next(iter(study.models))))
+                curves.append(Curve(name, [r[over] for r in own], y, half, name == study.baseline[0].name))
             curves_plot(study.path(f"_{start}_{ending}.png"), curves, labels=(axis, label, "seeds: mean and range"))
 
 
@@ -245,7 +245,7 @@ def schedule(study: Study) -> None:
             result["digits_in_class"] = [float(s["digits_in_class"]) for s in samples]
             results.append(result)
     head = ["model", "TFLOPs trained", "budget at sampling", "GFLOPs / image", "held-out loss (seeds)"]
-    head += [f"− {next(iter(study.models))} at 1", "FID (seeds)", "digits in class"]
+    head += [f"− {study.baseline[0].name} at 1", "FID (seeds)", "digits in class"]
     lines = []
     for r in results:
         figures = [f"{r['training_tflops']:.1f}", r["sampled_at"], f"{r['gflops_per_image']:.1f}", _both(r["held_out_loss"], 4)]
@@ -306,7 +306,7 @@ def compute(study: Study) -> None:
             real = attention.mean(axis=(0, 1, 2)).reshape(side, side)[::2, ::2]
             result["attention_to_real_patches"] = float(real.sum())
         results.append(result)
-    study.write(results, _comparison(results, next(iter(study.models))))
+    study.write(results, _comparison(results, study.baseline[0].name))
     points = {r["model"]: (list(r["gflops"].values())[-1], list(r["fid"].values())[-1]) for r in results}
     curves = [Curve(name, [x], [float(np.mean(y))], [float(np.ptp(y) / 2)]) for name, (x, y) in points.items()]
     curves_plot(study.path(".png"), curves, labels=("GFLOPs / forward", "FID", ""))
