@@ -109,7 +109,7 @@ def _lock(folder: Path, making: dict[str, Any]) -> Unfinished:
 
 def _features(encoder: TextEncoder, dtype: np.dtype, captions: list[str]) -> list[np.ndarray]:
     """The features of captions as they are stored, and the pooled ones, if any. Raises UserError where they overflow."""
-    arrays = [t.numpy().astype(dtype) for t in encoder.encode(captions) if t is not None]
+    arrays = [t.to(getattr(torch, dtype.name)).numpy() for t in encoder.encode(captions) if t is not None]
     if not all(np.isfinite(array).all() for array in arrays):
         raise UserError(f"captions {captions[0]!r} … {captions[-1]!r}: the features are not all finite in {dtype}", local=True)
     return arrays
