@@ -239,22 +239,22 @@ class TextFeatures:
         self._first = first
 
     def _load(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        try:
-            array = npy_array(read_regular(self.folder / name))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
+        array = self._array(name, UserError)
         if array.shape != shape:
             raise UserError(f"{self.folder / name}: has shape {array.shape}; {RECORD_FILE} says {shape}")
         return torch.from_numpy(array.astype(np.float32))
 
     def _file(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        try:
-            array = npy_array(read_regular(self.folder / name))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
+        array = self._array(name, DataError)
         if array.shape[1:] != shape or not len(array):
             raise DataError(f"{self.folder / name}: has shape {array.shape}; {RECORD_FILE} says (captions, {shape})")
         return array
+
+    def _array(self, name: str, kind: type[UserError]) -> np.ndarray:
+        try:
+            return npy_array(read_regular(self.folder / name))
+        except (OSError, ValueError) as error:
+            raise kind(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
 
 
 def _number(latents: LatentFiles | PackedLatents, index: int) -> int:

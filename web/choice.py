@@ -33,6 +33,7 @@ SET_HERE |= {"autoguidance", "class_labels"}
 MEASURED = ("ref_sha256", "num_samples", "class_labels", "prompts_sha256", "networks")
 MEASURED += tuple(name for name in names(MetricOptions, group="metrics") if name != "metrics")
 
+Drawable = tuple[Point, WebDemoConfig]  # a point of a sweep, and the request that draws as it did
 Evaluation = tuple[tuple[Pass, ...], int]  # the passes of a velocity evaluation, and of how many stages
 
 
@@ -113,16 +114,16 @@ class Chooser:
         left_out = f"{others} more, of another reference, number of images or measurement, left out"
         return choice._replace(reason=f"{choice.reason} ({left_out})")
 
-    def _comparable(self, points: Sequence[tuple[Point, WebDemoConfig]]) -> list[tuple[Point, WebDemoConfig]]:
+    def _comparable(self, points: Sequence[Drawable]) -> list[Drawable]:
         """Those that are measured alike, so that figures can be compared: the most; of equally many, with the newest cell."""
-        groups: dict[str, list[tuple[Point, WebDemoConfig]]] = {}
+        groups: dict[str, list[Drawable]] = {}
         for point, request in points:
             measured = [main_metric(point.figures), *(point.options.get(name) for name in MEASURED)]
             groups.setdefault(str(measured), []).append((point, request))
         newest = {name: max(self._written[key] for point, _ in of for key in point.keys) for name, of in groups.items()}
         return groups[max(groups, key=lambda name: (len(groups[name]), newest[name]))] if groups else []
 
-    def _swept(self, points: Sequence[tuple[Point, WebDemoConfig]], ms: float) -> Choice | None:
+    def _swept(self, points: Sequence[Drawable], ms: float) -> Choice | None:
         """The best of comparable points within a time."""
         metric = main_metric(points[0][0].figures) if points else ""
         sign = -1 if metric in HIGHER_IS_BETTER else 1

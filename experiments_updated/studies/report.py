@@ -89,7 +89,7 @@ def _compared(runs: list[Run], baseline: list[Run]) -> dict[str, Any]:
     first = runs[0]
     budgets = _budgets(first)
     result: dict[str, Any] = {"model": first.name, "seeds": [run.seed for run in runs], "step": first.steps[-1]}
-    result["training_tflops"] = first.training_flops() * first.steps[-1] / 1e12
+    result["training_tflops"] = first.training_tflops()
     result["gflops"] = {_budget_name(b): first.flops(b) / 1e9 for b in budgets}
     losses = [run.losses(budgets)[0].mean(axis=0) for run in runs]  # (budgets, canvases) each
     result["held_out_loss"] = {_budget_name(b): [float(x[i].mean()) for x in losses] for i, b in enumerate(budgets)}
@@ -179,7 +179,7 @@ def _training_curves(study: Study) -> None:
         steps = [step for step in logs[0] if step > LEFT_OUT * max(logs[0]) and all(step in log for log in logs)]
         curve = _curve(study, name, steps, [[log[step] for log in logs] for step in steps])
         by_step.append(curve)
-        by_flops.append(curve._replace(x=[step * runs[0].training_flops() / 1e12 for step in steps]))
+        by_flops.append(curve._replace(x=[runs[0].training_tflops(step) for step in steps]))
     for curves, axis, ending in ((by_step, "step", "steps"), (by_flops, "training TFLOPs", "flops")):
         curves_plot(study.path(f"_{ending}.png"), curves, labels=(axis, "training loss", _title(study)))
 
@@ -191,7 +191,7 @@ def convergence(study: Study) -> None:
         for step in runs[0].steps:
             losses, theirs = ([_held_out(run, step) for run in of] for of in (runs, study.baseline))
             samples = [run.samples(step, **_sampling(_budgets(run)[-1])) for run in runs]
-            result = {"model": name, "step": step, "training_tflops": step * runs[0].training_flops() / 1e12}
+            result = {"model": name, "step": step, "training_tflops": runs[0].training_tflops(step)}
             result |= {"held_out_loss": [float(x.mean()) for x in losses], "fid": [float(s["fid"]) for s in samples]}
             result["difference"] = _paired([a - b for a, b in zip(losses, theirs, strict=True)])
             results.append(result)
@@ -249,7 +249,7 @@ def schedule(study: Study) -> None:
             losses = [_scheduled(run, BudgetSchedule.parse(budget if "@" in budget else "1.0@1.0-0.0")) for run in runs]
             theirs = [_scheduled(run, BudgetSchedule.parse("1.0@1.0-0.0")) for run in study.baseline[: len(runs)]]
             samples = [run.samples(inference_budget=budget) for run in runs]
-            result = {"model": name, "training_tflops": runs[0].training_flops() * runs[0].steps[-1] / 1e12}
+            result = {"model": name, "training_tflops": runs[0].training_tflops()}
             result |= {"sampled_at": budget, "gflops_per_image": float(samples[0]["gflops"])}
             result |= {"held_out_loss": [float(x.mean()) for x in losses], "fid": [float(s["fid"]) for s in samples]}
             result["difference"] = _paired([a - b for a, b in zip(losses, theirs, strict=True)])

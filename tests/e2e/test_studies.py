@@ -103,7 +103,7 @@ def test_pictures_show_seeds_alike_and_leave_out_the_first_steps(monkeypatch, tm
 
     def run(name, more=0.0):
         log = {step: loss + more for step, loss in losses.items() if step < 100 or not more}
-        return SimpleNamespace(name=name, training_loss=lambda: log, training_flops=lambda: 1e11)
+        return SimpleNamespace(name=name, training_loss=lambda: log, training_tflops=lambda step: step / 10)
 
     models = {"sit": [run("sit")], "elit": [run("elit"), run("elit", 0.5)]}
     made = report.Study(SimpleNamespace(study="x", output_dir=tmp_path), models)
