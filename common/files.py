@@ -108,7 +108,7 @@ class WriteError(UserError, OSError):
 
     def __init__(self, path: str | Path, error: OSError, option: str = ""):
         super().__init__(f"{option} {path}: cannot be written: {error.strerror or error}".strip(), local=True)
-        self.errno, self.strerror = error.errno, error.strerror or str(error)
+        self.errno, self.strerror, self.filename = error.errno, error.strerror or str(error), str(path)
 
     def __str__(self) -> str:
         return self.args[0]

@@ -58,11 +58,15 @@ def require_options(config: Any, *names: str) -> None:
 def parse_command_line(cls: type, argv: Sequence[str], *, prog: str | None = None) -> dict[str, Any]:
     """The options on the command line, by name: `--name value`, `--name=value`, positional ones, and `-h`, which exits.
 
+    Of an option that is given again the last counts, so that scripts can be overridden; of a list, which one might expect to be
+    joined, a warning says so.
+
     Raises:
         UserError: an unknown option (with the nearest name), a missing or a wrong value, too many positional arguments.
     """
     flags, places = _flags(cls), [name for name, _ in positionals(cls)]
     given: dict[str, Any] = {}
+    replaced: dict[str, str] = {}
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -79,7 +83,12 @@ def parse_command_line(cls: type, argv: Sequence[str], *, prog: str | None = Non
             name, value, where = places[0], argument, flag(places.pop(0))
         else:
             raise UserError(f"unexpected argument {argument[:80]!r}: options are written as --name value")
-        given[name] = value if name in IGNORED else coerce(cls, name, value, where)
+        value = value if name in IGNORED else coerce(cls, name, value, where)
+        if name not in IGNORED and kinds(cls)[name].is_list and given.get(name, value) != value:
+            replaced[name] = f"{where}: is given again, and the last one alone counts; several values stand after one {where}"
+        given[name] = value
+    for message in replaced.values():
+        warn(message)
     return given
 
 

@@ -59,7 +59,7 @@ def read_captions(images: FileTree) -> dict[str, list[str]]:
     """The captions of every image: image name → captions, in the order of the names.
 
     Raises:
-        UserError: none, captions without an image, images without a caption, or empty captions.
+        UserError: none, those of several kinds, captions without an image, images without a caption, or empty captions.
     """
     files = images.names()
     names = image_names(files)
@@ -69,16 +69,20 @@ def read_captions(images: FileTree) -> dict[str, list[str]]:
     texts = {
         name.rpartition(".")[0]: name for name in files if name.endswith(".txt") and name != "skipped.txt"
     }  # which `convert` writes
-    if CAPTIONS_FILE in files:
+    stems = {name.rpartition(".")[0]: name for name in names}
+    own = [CAPTIONS_FILE] if CAPTIONS_FILE in files else []
+    kinds = [kind for kind in (own, coco, [texts[stem] for stem in stems if stem in texts]) if kind]
+    if not kinds:
+        raise UserError(f"{images.path}: holds no captions: neither {CAPTIONS_FILE}, captions_*.json nor .txt beside images")
+    if len(kinds) > 1:
+        found = " and ".join(kind[0] + (f" (one of {len(kind)})" if kind[1:] else "") for kind in kinds)
+        raise UserError(f"{images.path}: captions of several kinds, {found}; keep one of them")
+    if own:
         where, captions = images.where(CAPTIONS_FILE), own_captions(images)
     elif coco:
         where, captions = ", ".join(map(images.where, coco)), _coco(images, coco, names)
     else:
-        where, stems = f"{images.path}: *.txt", {name.rpartition(".")[0]: name for name in names}
-        if not texts.keys() & stems.keys():
-            raise UserError(
-                f"{images.path}: holds no captions: neither {CAPTIONS_FILE}, captions_*.json nor .txt beside images"
-            )
+        where = f"{images.path}: *.txt"
         captions = {stems.get(stem, text): _lines(images, text) for stem, text in texts.items()}
     _refuse(where, "caption(s) of images that are not there", sorted(captions.keys() - set(names)))
     _refuse(where, "image(s) without a caption", [name for name in names if not captions.get(name)])
@@ -115,17 +119,23 @@ def own_captions(images: FileTree) -> dict[str, list[str]]:
 
 
 def _coco(images: FileTree, files: list[str], names: list[str]) -> dict[str, list[str]]:
-    """COCO's annotations. Images are known by their file names; of a converted set, by their places among the sorted ones."""
+    """COCO's annotations. Images are known by their file names; of a converted set, by their places among the sorted ones.
+
+    An image of several files has the captions of all, in their order, those that it has already once.
+    """
     of_file: dict[str, list[str]] = {}
     for file in files:
         where, content = images.where(file), read_json(images, file)
         try:
             file_names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-            of_file |= {name: [] for name in file_names.values()}
+            own: dict[str, list[str]] = {name: [] for name in file_names.values()}
             for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
-                of_file[file_names[annotation["image_id"]]].append(str(annotation["caption"]).strip())
+                own[file_names[annotation["image_id"]]].append(str(annotation["caption"]).strip())
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: not COCO's captions: {type(error).__name__} {first_line(error)}") from None
+        for name, captions in own.items():
+            earlier = of_file.get(name, [])
+            of_file[name] = earlier + [caption for caption in captions if caption not in earlier]
     by_base = {name.rpartition("/")[2]: name for name in names}
     if by_base.keys() & of_file.keys():
         captions = {by_base.get(file, file): texts for file, texts in of_file.items()}
@@ -229,22 +239,22 @@ class TextFeatures:
         self._first = first
 
     def _load(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        try:
-            array = npy_array(read_regular(self.folder / name))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
+        array = self._array(name, UserError)
         if array.shape != shape:
             raise UserError(f"{self.folder / name}: has shape {array.shape}; {RECORD_FILE} says {shape}")
         return torch.from_numpy(array.astype(np.float32))
 
     def _file(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        try:
-            array = npy_array(read_regular(self.folder / name))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
+        array = self._array(name, DataError)
         if array.shape[1:] != shape or not len(array):
             raise DataError(f"{self.folder / name}: has shape {array.shape}; {RECORD_FILE} says (captions, {shape})")
         return array
+
+    def _array(self, name: str, kind: type[UserError]) -> np.ndarray:
+        try:
+            return npy_array(read_regular(self.folder / name))
+        except (OSError, ValueError) as error:
+            raise kind(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
 
 
 def _number(latents: LatentFiles | PackedLatents, index: int) -> int:

@@ -28,9 +28,9 @@ from elit_diffusers.features import NULL, Features
 from loss import interpolate, squared_error, training_times
 from randomness import Draws, to_device, training_draws
 from training.data_order import StepBatches
-from training.run_dir import step_of_line
+from training.run_dir import METRICS, append_line, trim_metrics
 
-STATE, WEIGHTS, METRICS = "state.pt", "elit.safetensors", "metrics.jsonl"
+STATE, WEIGHTS = "state.pt", "elit.safetensors"
 
 
 def load_transformer(name: str, dtype: torch.dtype) -> nn.Module:
@@ -163,11 +163,7 @@ class Finetuning:
                 f"--output-dir {self.folder}: another run has saved there meanwhile; run the command again", local=True
             )
         remove_leftovers(self.folder, {STATE, WEIGHTS, METRICS}.__contains__)
-        path = self.folder / METRICS
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if step_of_line(line) <= self.step]
-        if kept != lines:  # of steps that come again
-            write_atomically(path, b"".join(kept))
+        trim_metrics(self.folder / METRICS, self.step)
 
     def _train_step(self, indices: list[int]) -> dict[str, Any]:
         config, device = self.config, self.accelerator.device
@@ -226,8 +222,7 @@ class Finetuning:
             raise UserError(f"the loss is not finite at step {self.step}; lower --learning-rate", local=True)
         line = {"step": self.step, **mean, "lr": self.optimizer.param_groups[0]["lr"]}
         print(" ".join(f"{k} {v:g}" for k, v in line.items()), flush=True)
-        with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.folder / METRICS, json.dumps(line) + "\n")
 
     def _save(self) -> None:
         """The weights alone, then the state of the run, from which they are made again; all that is trained, and nothing that is not."""

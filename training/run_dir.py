@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from checkpoint import snapshots, training_state
 from common.errors import UserError
-from common.files import Busy, FolderLock, remove_leftovers, write_atomically
+from common.files import Busy, FolderLock, WriteError, remove_leftovers, write_atomically
 from common.logging import log, warn
 from config.options import TrainConfig
 from training.preemption import Preemption
@@ -26,7 +26,8 @@ from training.preemption import Preemption
 LOCK = "run.lock"  # in the run folder while a run writes there
 
 
-FILES = {"config.yaml", "metrics.jsonl", "status.json", "best.json"}  # written aside, then renamed
+METRICS = "metrics.jsonl"
+FILES = {"config.yaml", METRICS, "status.json", "best.json"}  # written aside, then renamed
 
 
 class RunDir:
@@ -116,7 +117,7 @@ class RunDir:
             snapshots.begin(self.snapshots, step, aside)
             if aside:
                 warn(f"resuming from step {step}; the checkpoints after it are now in {aside}")
-            self._trim_metrics(step)
+            trim_metrics(self.path / METRICS, step)
             self.write_status("running", step)
         except OSError as error:
             raise self._cannot_write(error) from None
@@ -127,18 +128,6 @@ class RunDir:
         handler.handleError = lambda record: None  # a full disk is reported where it matters
         log.handlers[:] = [handler]
         log.setLevel(logging.INFO)
-
-    def _trim_metrics(self, step: int) -> None:
-        """Move the lines after `step`, which will be written again, to metrics.dropped.jsonl."""
-        path = self.path / "metrics.jsonl"
-        content = path.read_bytes() if path.is_file() else b""
-        lines = content.removesuffix(b"\n").split(b"\n") if content else []
-        kept = [line for line in lines if step_of_line(line) <= step]
-        dropped = [line for line in lines if not step_of_line(line) <= step]
-        if dropped:
-            append_line(path.with_name("metrics.dropped.jsonl"), b"".join(line + b"\n" for line in dropped))
-        if dropped or not content.endswith(b"\n"):
-            write_atomically(path, b"".join(line + b"\n" for line in kept))
 
     # --------------------------------------------------------------------------------------------------- in a run
 
@@ -153,15 +142,15 @@ class RunDir:
         if not self.is_main:
             return {}
         known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
-        with warn_if_unwritable(self.path / "metrics.jsonl"):
+        with warn_if_unwritable(self.path / METRICS):
             line: dict[str, Any] = {"step": step} | dict.fromkeys(values) | known
-            append_line(self.path / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
+            append_line(self.path / METRICS, json.dumps(line, allow_nan=False) + "\n")
         log.info(f"step {step}: " + ", ".join(f"{k} {v:.6g}" for k, v in known.items()))
         return known
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are whole."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         lines = path.read_bytes().splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines if math.isfinite(step_of_line(line))]
 
@@ -171,17 +160,32 @@ class RunDir:
         return str(training_state.step_path(self.checkpoints, steps[-1])) if steps else "none: nothing was saved before"
 
 
+def trim_metrics(path: Path, step: int) -> None:
+    """Move the lines of metrics.jsonl after `step`, which will be written again, to metrics.dropped.jsonl beside it."""
+    content = path.read_bytes() if path.is_file() else b""
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    kept = [line for line in lines if step_of_line(line) <= step]
+    dropped = [line for line in lines if not step_of_line(line) <= step]
+    if dropped:
+        append_line(path.with_name("metrics.dropped.jsonl"), b"".join(line + b"\n" for line in dropped))
+    if dropped or not content.endswith(b"\n"):
+        write_atomically(path, b"".join(line + b"\n" for line in kept))
+
+
 def append_line(path: Path, lines: str | bytes) -> None:
-    """Append the whole of it or nothing."""
+    """Append the whole of it or nothing. Raises WriteError where that is not possible."""
     data = lines if isinstance(lines, bytes) else lines.encode()
-    with path.open("ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(size)
-            raise
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise WriteError(path, error) from None
 
 
 @contextlib.contextmanager

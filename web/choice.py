@@ -12,7 +12,9 @@ import torch
 from common.errors import UserError
 from common.logging import warn
 from config.demo_options import WebDemoConfig
+from config.rules import names
 from config.sweep_options import AXES
+from config.tool_options import MetricOptions
 from flows import flow_of
 from metrics.evaluation import HIGHER_IS_BETTER, NAMES
 from samplers import BudgetSchedule, Pass, parse_budget
@@ -27,7 +29,11 @@ MOST_BUDGETS = 16  # whose latency is measured
 # What the page sets, or what is no matter of the sampler.
 SET_HERE = {"inference_budget", "num_steps", "num_steps_per_scale", "cfg_scale", "unconditional_inference_budget"}
 SET_HERE |= {"autoguidance", "class_labels"}
+# In which points must agree to be compared, beside their metric: the reference, how many images of what, and how they are measured.
+MEASURED = ("ref_sha256", "num_samples", "class_labels", "prompts_sha256", "networks")
+MEASURED += tuple(name for name in names(MetricOptions, group="metrics") if name != "metrics")
 
+Drawable = tuple[Point, WebDemoConfig]  # a point of a sweep, and the request that draws as it did
 Evaluation = tuple[tuple[Pass, ...], int]  # the passes of a velocity evaluation, and of how many stages
 
 
@@ -83,8 +89,14 @@ class Chooser:
     def __init__(self, drawer: Drawer, sweep_dirs: Sequence[Path]):
         self.timings = Timings(drawer)
         self._drawer = drawer
-        records = [record for folder in sweep_dirs for record in Store(folder, warn).read_all()]
-        self._points = points_of(r for r in records if r["options"].get("ckpt_sha256") == drawer.sha256)
+        records, self._written = {}, {}  # by the cells' keys; a cell may lie in several folders
+        for store in (Store(folder, warn) for folder in sweep_dirs):
+            for record in store.read_all():
+                if record["options"].get("ckpt_sha256") == drawer.sha256:
+                    key = record["key"]
+                    records[key] = record
+                    self._written[key] = max(store.path(key).stat().st_mtime, self._written.get(key, 0))
+        self._points = points_of(records.values())
 
     def within(self, config: WebDemoConfig, ms: float) -> Choice:
         """The best request within a time: of a sweep's Pareto front where one of its points is, else by `_by_latency`.
@@ -93,24 +105,39 @@ class Chooser:
             UserError: nothing is within it.
         """
         swept = [(point, self._request(point, config)) for point in self._points]
-        measurable = [(point, request) for point, request in swept if request is not None]
-        self.timings.measure([config, *(request for _, request in measurable)])
-        return self._swept(measurable, ms) or self._by_latency(config, ms)
+        drawable = [(point, request) for point, request in swept if request is not None]
+        points = self._comparable(drawable)
+        self.timings.measure([config, *(request for _, request in points)])
+        choice = self._swept(points, ms) or self._by_latency(config, ms)
+        if not (others := len(drawable) - len(points)):
+            return choice
+        left_out = f"{others} more, of another reference, number of images or measurement, left out"
+        return choice._replace(reason=f"{choice.reason} ({left_out})")
 
-    def _swept(self, points: Sequence[tuple[Point, WebDemoConfig]], ms: float) -> Choice | None:
+    def _comparable(self, points: Sequence[Drawable]) -> list[Drawable]:
+        """Those that are measured alike, so that figures can be compared: the most; of equally many, with the newest cell."""
+        groups: dict[str, list[Drawable]] = {}
+        for point, request in points:
+            measured = [main_metric(point.figures), *(point.options.get(name) for name in MEASURED)]
+            groups.setdefault(str(measured), []).append((point, request))
+        newest = {name: max(self._written[key] for point, _ in of for key in point.keys) for name, of in groups.items()}
+        return groups[max(groups, key=lambda name: (len(groups[name]), newest[name]))] if groups else []
+
+    def _swept(self, points: Sequence[Drawable], ms: float) -> Choice | None:
+        """The best of comparable points within a time."""
         metric = main_metric(points[0][0].figures) if points else ""
         sign = -1 if metric in HIGHER_IS_BETTER else 1
         within = [
             (sign * point.figures[metric].mean, self.timings.of(request), i)
             for i, (point, request) in enumerate(points)
-            if metric in point.figures and self.timings.of(request) <= ms
+            if self.timings.of(request) <= ms
         ]
         if not within:
             return None
         _, expected, i = min(within)
         point, request = points[i]
-        reason = f"the best of {len(points)} points of a sweep: {NAMES[metric]} {point.figures[metric]}, {point.count:,} images"
-        return Choice(request, expected, reason)
+        figure = f"{NAMES[metric]} {point.figures[metric]} of {point.count:,} images against {point.values['ref']}"
+        return Choice(request, expected, f"the best of {len(points)} points of a sweep: {figure}")
 
     def _request(self, point: Point, config: WebDemoConfig) -> WebDemoConfig | None:
         """The request that draws as a point of a sweep did; None where the page has no such options."""

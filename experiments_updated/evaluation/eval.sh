@@ -26,7 +26,7 @@ NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)}
 read -ra GENERATE <<<"${GENERATE:-}"
 read -ra EVALUATE <<<"${EVALUATE:-}"
 LABELS=(--class-labels random)
-if grep -Eq '^prompts?:' "$GENERATION" || [[ " ${GENERATE[*]:-}" == *" --prompt"* ]]; then LABELS=(); fi
+if grep -Eq '^prompts?:' "$GENERATION" || [[ " ${GENERATE[*]:-}" =~ \ --(prompt|class[-_]labels) ]]; then LABELS=(); fi
 exec torchrun --standalone --nproc_per_node=$((NPROC > 0 ? NPROC : 1)) "$ROOT/sweep.py" --train-config "$TRAIN" --config "$GENERATION" \
     --ckpt "$CKPT" --ref "$REF" --dest "${RESULTS:-results}" --keep-images "$KEEP" ${LABELS[@]+"${LABELS[@]}"} \
     ${1:+--inference-budget "$@"} ${GENERATE[@]+"${GENERATE[@]}"} ${EVALUATE[@]+"${EVALUATE[@]}"}

@@ -28,6 +28,7 @@ from training.budgets import trained_budgets
 BUDGETS = (0.0625, 0.25, 1.0)
 SCHEDULE = "0.5@1.0-0.5,1.0@0.5-0.0"
 TIMES = (0.2, 0.5, 0.8)
+LEFT_OUT = 0.1  # of the steps, in pictures of the training loss
 
 
 @dataclass
@@ -88,7 +89,7 @@ def _compared(runs: list[Run], baseline: list[Run]) -> dict[str, Any]:
     first = runs[0]
     budgets = _budgets(first)
     result: dict[str, Any] = {"model": first.name, "seeds": [run.seed for run in runs], "step": first.steps[-1]}
-    result["training_tflops"] = first.training_flops() * first.steps[-1] / 1e12
+    result["training_tflops"] = first.training_tflops()
     result["gflops"] = {_budget_name(b): first.flops(b) / 1e9 for b in budgets}
     losses = [run.losses(budgets)[0].mean(axis=0) for run in runs]  # (budgets, canvases) each
     result["held_out_loss"] = {_budget_name(b): [float(x[i].mean()) for x in losses] for i, b in enumerate(budgets)}
@@ -156,20 +157,31 @@ def _comparison(results: Sequence[dict[str, Any]], baseline: str) -> str:
     return markdown_table(head, lines)
 
 
+def _curve(study: Study, name: str, x: Sequence[float], of_seeds: Sequence[Sequence[float]]) -> Curve:
+    """The mean of the seeds at each x, with bars from the lowest to the highest where there are several."""
+    half = [float(np.ptp(values) / 2) if len(values) > 1 else None for values in of_seeds]
+    return Curve(name, x, [float(np.mean(values)) for values in of_seeds], half, name == study.baseline[0].name)
+
+
+def _title(study: Study) -> str:
+    """What bars are, where there are any."""
+    return "seeds: mean and range" if any(len(runs) > 1 for runs in study.models.values()) else ""
+
+
 def _training_curves(study: Study) -> None:
-    """STUDY_steps.png and STUDY_flops.png: the training loss, the mean of the seeds, whose draws all models share."""
+    """STUDY_steps.png and STUDY_flops.png: the training loss after the first steps, whose draws all models share.
+
+    The first steps would fill the axis, and the models look alike.
+    """
     by_step, by_flops = [], []
     for name, runs in study.models.items():
         logs = [run.training_loss() for run in runs]
-        steps = [step for step in logs[0] if step > 1 and all(step in log for log in logs)]
-        y = [float(np.mean([log[step] for log in logs])) for step in steps]
-        half = [float(np.ptp([log[step] for log in logs]) / 2) if len(logs) > 1 else None for step in steps]
-        curve = Curve(name, steps, y, half, name == study.baseline[0].name)
+        steps = [step for step in logs[0] if step > LEFT_OUT * max(logs[0]) and all(step in log for log in logs)]
+        curve = _curve(study, name, steps, [[log[step] for log in logs] for step in steps])
         by_step.append(curve)
-        by_flops.append(curve._replace(x=[step * runs[0].training_flops() / 1e12 for step in steps]))
-    title = f"{len(study.baseline)} seeds: mean and range" if len(study.baseline) > 1 else ""
-    curves_plot(study.path("_steps.png"), by_step, labels=("step", "training loss", title))
-    curves_plot(study.path("_flops.png"), by_flops, labels=("training TFLOPs", "training loss", title))
+        by_flops.append(curve._replace(x=[runs[0].training_tflops(step) for step in steps]))
+    for curves, axis, ending in ((by_step, "step", "steps"), (by_flops, "training TFLOPs", "flops")):
+        curves_plot(study.path(f"_{ending}.png"), curves, labels=(axis, "training loss", _title(study)))
 
 
 def convergence(study: Study) -> None:
@@ -179,7 +191,7 @@ def convergence(study: Study) -> None:
         for step in runs[0].steps:
             losses, theirs = ([_held_out(run, step) for run in of] for of in (runs, study.baseline))
             samples = [run.samples(step, **_sampling(_budgets(run)[-1])) for run in runs]
-            result = {"model": name, "step": step, "training_tflops": step * runs[0].training_flops() / 1e12}
+            result = {"model": name, "step": step, "training_tflops": runs[0].training_tflops(step)}
             result |= {"held_out_loss": [float(x.mean()) for x in losses], "fid": [float(s["fid"]) for s in samples]}
             result["difference"] = _paired([a - b for a, b in zip(losses, theirs, strict=True)])
             results.append(result)
@@ -193,15 +205,14 @@ def convergence(study: Study) -> None:
 
 
 def _convergence_plots(study: Study, results: list[dict[str, Any]]) -> None:
-    """STUDY_loss_steps.png and so on: the mean of the seeds, with bars from one to the other."""
+    """STUDY_loss_steps.png and so on."""
     for over, axis, ending in (("step", "step", "steps"), ("training_tflops", "training TFLOPs", "flops")):
         for figure, label, start in (("held_out_loss", "held-out loss", "loss"), ("fid", "FID", "fid")):
             curves = []
             for name in study.models:
                 own = [r for r in results if r["model"] == name]
-                y, half = zip(*((float(np.mean(r[figure])), float(np.ptp(r[figure]) / 2)) for r in own), strict=True)
-                curves.append(Curve(name, [r[over] for r in own], y, half, name == study.baseline[0].name))
-            curves_plot(study.path(f"_{start}_{ending}.png"), curves, labels=(axis, label, "seeds: mean and range"))
+                curves.append(_curve(study, name, [r[over] for r in own], [r[figure] for r in own]))
+            curves_plot(study.path(f"_{start}_{ending}.png"), curves, labels=(axis, label, _title(study)))
 
 
 def _held_out(run: Run, step: int) -> np.ndarray:
@@ -238,7 +249,7 @@ def schedule(study: Study) -> None:
             losses = [_scheduled(run, BudgetSchedule.parse(budget if "@" in budget else "1.0@1.0-0.0")) for run in runs]
             theirs = [_scheduled(run, BudgetSchedule.parse("1.0@1.0-0.0")) for run in study.baseline[: len(runs)]]
             samples = [run.samples(inference_budget=budget) for run in runs]
-            result = {"model": name, "training_tflops": runs[0].training_flops() * runs[0].steps[-1] / 1e12}
+            result = {"model": name, "training_tflops": runs[0].training_tflops()}
             result |= {"sampled_at": budget, "gflops_per_image": float(samples[0]["gflops"])}
             result |= {"held_out_loss": [float(x.mean()) for x in losses], "fid": [float(s["fid"]) for s in samples]}
             result["difference"] = _paired([a - b for a, b in zip(losses, theirs, strict=True)])
@@ -307,9 +318,14 @@ def compute(study: Study) -> None:
             result["attention_to_real_patches"] = float(real.sum())
         results.append(result)
     study.write(results, _comparison(results, study.baseline[0].name))
+    _compute_plot(study, results)
+
+
+def _compute_plot(study: Study, results: Sequence[dict[str, Any]]) -> None:
+    """STUDY.png: a point for each model at its largest budget."""
     points = {r["model"]: (list(r["gflops"].values())[-1], list(r["fid"].values())[-1]) for r in results}
-    curves = [Curve(name, [x], [float(np.mean(y))], [float(np.ptp(y) / 2)]) for name, (x, y) in points.items()]
-    curves_plot(study.path(".png"), curves, labels=("GFLOPs / forward", "FID", ""))
+    curves = [_curve(study, name, [x], [of_seeds]) for name, (x, of_seeds) in points.items()]
+    curves_plot(study.path(".png"), curves, labels=("GFLOPs / forward", "FID", _title(study)))
 
 
 STUDIES: dict[str, Callable[[Study], None]] = {

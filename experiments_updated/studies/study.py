@@ -107,15 +107,16 @@ class Run:
         """FLOPs of one image's forward."""
         return float(self.kept("flops", budget, lambda: {"flops": models.count_flops(self.opened()[2].model, budget)})["flops"])
 
-    def training_flops(self) -> float:
-        """FLOPs of one step of training: a backward pass is two forwards."""
+    def training_tflops(self, step: int | None = None) -> float:
+        """TFLOPs of training up to a step (default: the last): a backward pass is two forwards."""
 
         def compute() -> dict[str, Any]:
             options, model = self.training, self.opened()[2].model
             images = options.batch_size * options.gradient_accumulation_steps
             return {"flops": 3 * images * mean_training_flops(options, model)}
 
-        return float(self.kept("training-flops", None, compute)["flops"])
+        of_step = float(self.kept("training-flops", None, compute)["flops"])
+        return of_step * (self.steps[-1] if step is None else step) / 1e12
 
     def training_loss(self) -> dict[int, float]:
         """Step → mean training loss since the line before."""

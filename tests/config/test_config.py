@@ -57,6 +57,16 @@ def test_the_last_of_several_counts():
     assert generate("--config", "/nowhere.yaml", "--config", "none").config is None
 
 
+def test_a_list_that_replaces_another_is_said_once(capsys):
+    assert generate("--prompt", "a", "--prompt", "b", "c", "--prompt=d").prompt == ["d"]
+    said = "--prompt: is given again, and the last one alone counts; several values stand after one --prompt\n"
+    assert capsys.readouterr().err.partition("warning: ")[2] == said
+    assert train("--ema_decay", "0.9", "--ema-decay", "0.5", "--seed", "1", "--seed", "2").ema_decay == [0.5]
+    assert "--ema-decay: is given again" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    generate("--prompt", "a", "--prompt", "a", "--cfg-scale", "2", "--cfg-scale", "3", "--tf32", "--no-tf32")
+    assert capsys.readouterr().err == ""  # nothing is lost, or a script's option is overridden
+
+
 @pytest.mark.parametrize(
     ("argv", "value"),
     [

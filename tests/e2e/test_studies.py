@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,40 @@ def test_each_study_writes_its_table(made, monkeypatch, capsys):
     monkeypatch.setattr(study, "losses_of_draws", None)  # all is there already
     report.main([str(o) for o in ("--study", "joint", "--models", "sit", "elit-all", *options)])
     assert json.loads((folder / "joint.json").read_text()) == [sit, elit]
+
+
+def test_pictures_show_seeds_alike_and_leave_out_the_first_steps(monkeypatch, tmp_path):
+    """One seed has no bar, in any of them; the training loss is shown from where the models differ."""
+    drawn = {}
+    monkeypatch.setattr(report, "curves_plot", lambda path, curves, *, labels: drawn.update({path.name: (curves, labels[2])}))
+    losses = {step: 5.0 if step <= 10 else 1 / step for step in range(10, 101, 10)}
+
+    def run(name, more=0.0):
+        log = {step: loss + more for step, loss in losses.items() if step < 100 or not more}
+        return SimpleNamespace(name=name, training_loss=lambda: log, training_tflops=lambda step: step / 10)
+
+    models = {"sit": [run("sit")], "elit": [run("elit"), run("elit", 0.5)]}
+    made = report.Study(SimpleNamespace(study="x", output_dir=tmp_path), models)
+    results = [
+        {"model": name, "step": 7, "training_tflops": 2.0, "held_out_loss": v, "fid": v, "gflops": {"1": 3.0}}
+        for name, v in (("sit", [1.0]), ("elit", [1.0, 2.0]))
+    ]
+    report._training_curves(made)
+    report._convergence_plots(made, results)
+    report._compute_plot(made, [r | {"fid": {"1": r["fid"]}} for r in results])
+    assert len(drawn) == 7
+    for curves, title in drawn.values():
+        (plain, elastic), n = curves, len(curves[1].x)
+        assert plain.spread == [None] * len(plain.x) and plain.is_reference and not elastic.is_reference
+        assert elastic.spread == pytest.approx([0.25 if n > 1 else 0.5] * n)
+        assert title == "seeds: mean and range"
+    (plain, elastic), _ = drawn["x_steps.png"]
+    assert list(plain.x) == [*range(20, 101, 10)] and plain.y == [losses[step] for step in plain.x]
+    assert list(elastic.x) == [*range(20, 91, 10)]  # what both seeds have
+    assert elastic.y == pytest.approx([losses[step] + 0.25 for step in elastic.x])
+    assert drawn["x_flops.png"][0][0].x == pytest.approx([step / 10 for step in plain.x])
+    report._training_curves(report.Study(made.config, {"sit": models["sit"]}))
+    assert drawn["x_steps.png"][1] == ""
 
 
 def test_what_cannot_be_reported_is_refused(made, capsys):

@@ -142,11 +142,16 @@ def test_a_run_killed_between_its_two_files_ends_with_both_of_the_last_step(fold
         with pytest.raises(KeyboardInterrupt):
             finetune(folder, tmp_path / "b", *more)
     (tmp_path / "b/state.pt.123.tmp").write_bytes(b"half")
+    before = (tmp_path / "b/metrics.jsonl").read_bytes().splitlines()
+    with (tmp_path / "b/metrics.jsonl").open("ab") as file:
+        file.write(b'{"st')  # of a step that a kill cut short
     runs.reset_accelerate()
     resumed = finetune(folder, tmp_path / "b", *more)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert safetensors_metadata(tmp_path / "b/elit.safetensors")["step"] == "4"
     assert [json.loads(line)["step"] for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    dropped = (tmp_path / "b/metrics.dropped.jsonl").read_bytes().splitlines()
+    assert dropped == [*before[2:], b'{"st'] and [json.loads(line)["step"] for line in before] == [1, 2, 3, 4]
     assert not list((tmp_path / "b").glob("*.tmp"))
 
 

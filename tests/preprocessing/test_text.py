@@ -159,7 +159,7 @@ def test_a_stopped_run_of_another_encoder_is_not_continued(data, monkeypatch, ca
 
 def coco(file_names):
     images = [{"id": 70 - i, "file_name": name} for i, name in enumerate(file_names)]
-    pairs = [(70 - i, text) for i, texts in enumerate(CAPTIONS) for text in texts]
+    pairs = [(70 - i, text) for i, texts in enumerate(CAPTIONS[: len(file_names)]) for text in texts]
     annotations = [{"id": 5 + n, "image_id": image, "caption": f"{text}\n"} for n, (image, text) in enumerate(pairs)]
     return json.dumps({"images": images, "annotations": annotations[::-1], "licenses": []})
 
@@ -173,9 +173,34 @@ def test_captions_of_coco_and_of_text_files(data):
         (images / NAMES[i]).with_suffix(".txt").write_text("\n".join(texts) + "\n\n")
     (images / "skipped.txt").write_text("no caption\n")
     assert read_captions(FileTree(images)) == expected
+    for file in images.glob("00000/*.txt"):
+        file.unlink()
     for names in ([f"img{i:08d}.png" for i in range(7)], [f"COCO_{i:012d}.jpg" for i in range(7)]):
         (images / "captions_val2014.json").write_text(coco(names))
         assert read_captions(FileTree(images)) == expected
+
+
+def test_an_image_of_several_coco_files_has_the_captions_of_all(data):
+    images = data / "images"
+    (images / "captions.json").unlink()
+    (images / "captions_a.json").write_text(coco(names := [name.rpartition("/")[2] for name in NAMES]))
+    (images / "captions_b.json").write_text(coco(names[:2]).replace("Fisch 1", "Hai 1"))
+    both = [*CAPTIONS[1], *(text.replace("Fisch", "Hai") for text in CAPTIONS[1])]
+    assert read_captions(FileTree(images)) == dict(zip(NAMES, [CAPTIONS[0], both, *CAPTIONS[2:]], strict=True))
+
+
+def test_captions_of_several_kinds_are_refused(data, capsys):
+    images, source = data / "images", ["text", f"--source={data}", *OPTIONS]
+    for i in (2, 4):
+        (images / NAMES[i]).with_suffix(".txt").write_text("a cat\n")
+    said = "captions of several kinds, captions.json and 00000/img00000002.txt (one of 2); keep one of them"
+    refused(capsys, source, f"{images}: {said}")
+    (images / "captions_a.json").write_text(coco(NAMES))
+    (images / "captions.json").unlink()
+    refused(capsys, source, "captions_a.json and 00000/img00000002.txt (one of 2)")
+    (images / "captions_a.json").unlink()
+    refused(capsys, source, "*.txt: 5 image(s) without a caption")
+    assert not (data / "text").exists()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from training_runs import arguments, assert_same_tensors, final_state, metrics
 import models
 import train
 from checkpoint import training_state
+from common.files import WriteError
 from config.options import TrainConfig
 from config.parsing import parse
 from data.dataset import LatentDataset
@@ -365,6 +366,8 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_of_it(tmp_path, cap
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "metrics.jsonl: cannot be written" in capsys.readouterr().err
+    with pytest.raises(WriteError, match=f"^{tmp_path}: cannot be written: Is a directory$"):
+        run_dir.append_line(tmp_path, "lost")
     run_dir.append_line(path, "three\n")
     assert path.read_text() == "one\nthree\n"
 

@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import itertools
+import os
 import re
+import shutil
 import socket
 from functools import partial
 
@@ -230,6 +232,40 @@ def test_a_sweep_beside_the_checkpoint_decides(page, chooser, ckpt, tmp_path):
     assert "latencies" in swept.within(page.drawer.options(REQUEST | {"cfg_scale": 1}), 5.5).reason  # no point is within it
     assert sweep_dirs(ckpt, None) == [] and sweep_dirs(tmp_path / "x.pt", None) == [tmp_path / "figures"]
     assert sweep_dirs(tmp_path / "checkpoints" / "x.pt", None) == [tmp_path / "figures"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"ref_sha256": "b"}, {"num_samples": 10}, {"networks": ["x"]}, {"class_labels": ["balanced"]}, {"split_size": 7}]
+)
+def test_points_that_are_measured_otherwise_are_not_compared(page, chooser, ckpt, tmp_path, other):
+    def write(folder, name, fid, steps, age, **changes):
+        cell = cell_of(ckpt, page.drawer.config, fid, inference_budget="0.5", num_steps=steps)
+        cell["options"] |= {"ref_sha256": "a", "networks": [], **changes}
+        cell |= {"ref": f"refs/{name}.npz", "num_samples": cell["options"]["num_samples"]}
+        store = Store(tmp_path / folder, print)
+        store.folder.mkdir(parents=True, exist_ok=True)
+        store.write(key := key_of(cell["options"]), cell)
+        os.utime(store.path(key), (age, age))
+
+    def chosen(*folders):
+        swept = Chooser(page.drawer, [tmp_path / folder for folder in folders])
+        swept.timings = chooser.timings
+        return swept.within(page.drawer.options(REQUEST), 14)
+
+    for steps, fid in ((2, 9.0), (3, 8.0)):
+        write("one", "first", fid, steps, age=100)
+    write("two", "second", 1.0, 1, age=200, **other)
+    both = chosen("one", "two")  # its two points count, however good the other's one looks
+    assert both.config.num_steps == 3
+    assert re.search(
+        r"best of 2 points of a sweep: FID 8 of 20 images against first\.npz \(1 more, of another reference.* left out\)",
+        both.reason,
+    )
+    assert "left out" not in chosen("one").reason and chosen("two").config.num_steps == 1
+    write("two", "second", 2.0, 2, age=50, **other)  # equally many: the newest cell's
+    assert chosen("one", "two").config.num_steps == 1 and "against second.npz (2 more," in chosen("two", "one").reason
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    assert "FID 8 of" in chosen("one", "copy").reason  # the same cells, once
 
 
 def test_latencies_are_measured_once_and_the_choice_is_drawn(page, monkeypatch):
