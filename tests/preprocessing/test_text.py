@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Model,
+    T5Config,
+    T5Model,
 )
 
 from common.errors import UserError
@@ -154,6 +156,7 @@ def test_captions_of_coco_and_of_text_files(data):
         ("captions.json", {"captions": [["a.png", ["x"]], *zip(NAMES, CAPTIONS, strict=True)]}, ["1 caption(s)", "a.png"]),
         ("captions.json", {"captions": [[NAMES[0], ["x"]]]}, ["6 image(s) without a caption", f"{', '.join(NAMES[1:4])} …"]),
         ("captions.json", {"captions": [[n, [" "]] for n in NAMES]}, ["7 image(s) with an empty caption", NAMES[0]]),
+        ("captions.json", {"captions": [[n, ["a \ud800"]] for n in NAMES]}, ["7 image(s) with a caption that is no Unicode"]),
         ("captions.json", {"captions": [[NAMES[0], "x"]]}, ["captions.json", "is not [image name, [caption, …]]"]),
         ("captions.json", {"captions": [[NAMES[0], ["x"]]] * 2}, ["twice"]),
         ("captions.json", {"labels": None}, ["captions.json", "must hold"]),
@@ -183,6 +186,43 @@ def test_check_finds_broken_features(data, capsys):
     with pytest.raises(SystemExit):
         main(["check", str(data)])
     assert "null.npy: missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.full((4, 64), np.nan, np.float16), "holds values that are not finite"),
+        (np.full((4, 64), "x"), "holds <U1; wanted: float16 or float32"),
+        (np.full((4, 64), 1e300), "holds float64; wanted"),
+        (np.ones((4, 64), complex), "holds complex128; wanted"),
+    ],
+)
+def test_features_that_are_no_numbers(data, capsys, values, words):
+    encode(data)
+    np.save(data / "text/null.npy", values)
+    with pytest.raises(UserError, match=f"null.npy: {words}"):
+        LatentDataset(data, text=True)
+    np.save(data / "text/null.npy", np.zeros((4, 64), np.float16))
+    np.save(data / "text" / text_name(3), values[None])
+    with pytest.raises(SystemExit):
+        main(["check", str(data)])
+    assert f"text: {data / 'text' / text_name(3)}: {words}" in capsys.readouterr().out
+
+
+def test_check_compares_packed_features_with_their_checksums(data, capsys):
+    encode(data, "--packed")
+    main(["check", str(data)])
+    features = bytearray((data / "packed/text.bin").read_bytes())
+    features[1000] ^= 1
+    (data / "packed/text.bin").write_bytes(features)
+    with pytest.raises(SystemExit):
+        main(["check", str(data)])
+    out = capsys.readouterr().out
+    assert f"checksum: {data / 'packed/text.bin'}: its SHA-256 is not what text.json says" in out and "1 problems" in out
+    (data / "packed/text.idx").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main(["check", str(data)])
+    assert "text.idx: is of 0 images and not of the 7 latents" in capsys.readouterr().out
 
 
 def test_the_coco_features_of_u_vit_are_read_as_they_are(tmp_path, capsys):
@@ -245,10 +285,45 @@ def test_clip_sees_the_padding_and_others_do_not(tmp_path):
     assert 1e-4 < (halved - found).norm() / found.norm() < 2e-2
     with pytest.raises(UserError, match=r"--length 13: .* has 12 positions"):
         load_text_encoder(str(tmp_path / "bert"), 13)
-    for file in (tmp_path / "bert").glob("token*"):
-        file.unlink()
+    with pytest.raises(UserError, match=r"--length 1: .* ends a prompt by 1 token\(s\) of its own; give more"):
+        load_text_encoder(str(tmp_path / "bert"), 1)
+    (tmp_path / "bert/tokenizer.json").unlink()
+    (tmp_path / "bert/tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')  # which would be made up
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_text_encoder(str(tmp_path / "bert"), 8)
+    (tmp_path / "bert/tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_text_encoder(str(tmp_path / "bert"), 8)
+
+
+def test_t5_is_its_encoder_without_padding(tmp_path):
+    vocabulary = save_tokenizer(tmp_path, pad="<pad>")
+    torch.manual_seed(0)
+    model = T5Model(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).eval()
+    model.save_pretrained(tmp_path)
+    encoder = load_text_encoder(str(tmp_path), 6)
+    found = encoder.encode(["red cat", "a mat on a red mat a mat"]).features
+    ids = [vocabulary[w] for w in ("red", "cat", "</s>")]
+    with torch.no_grad():
+        expected = model.encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    torch.testing.assert_close(found[0, :3], expected, rtol=1e-5, atol=1e-5)
+    assert found.shape == (2, 6, 24) and not found[0, 3:].any() and found[1].all() and encoder.record.padding == "zeros"
+
+
+def test_a_tokenizer_that_is_not_the_models(tmp_path):
+    save_tokenizer(tmp_path, start="<s>", words=[f"word{i}" for i in range(30)])
+    clip_text(tmp_path, CLIPTextModel)
+    encoder = load_text_encoder(str(tmp_path), 8)
+    assert encoder.encode(["word1"]).features.all()
+    with pytest.raises(UserError, match=r"--encoder .*: its tokenizer makes token 32, but its model has 20"):
+        encoder.encode(["word1", "word29"])
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pad_token"}))
+    with pytest.raises(UserError, match="has no padding token"):
+        load_text_encoder(str(tmp_path), 8)
+    (tmp_path / "tokenizer.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"--encoder .*: cannot be loaded"):
+        load_text_encoder(str(tmp_path), 8)
 
 
 def test_sd3_joins_three_encoders(tmp_path):

@@ -310,6 +310,22 @@ def test_prompts_are_encoded_once_and_images_go_round_them(data, ckpt, tmp_path,
     assert (of_data[0] != drawn(tmp_path / "e", ckpt, "--prompt", "another")[0]).any()
 
 
+def test_prompts_do_not_need_their_cache(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prompt = ("--prompt", "one fish in the sea")
+    kept = drawn(tmp_path / "a", ckpt, *prompt)
+    for suffix, content in ((".json", "5"), (".json", "[5]"), (".npy", "")):
+        (features_file,) = (tmp_path / "cache/elastic-dit/text").glob(f"*{suffix}")
+        features_file.write_text(content)
+        assert np.array_equal(drawn(tmp_path / f"b{suffix}{content}", ckpt, *prompt), kept)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a folder that cannot be made, as on a read-only disk
+    capsys.readouterr()
+    assert np.array_equal(drawn(tmp_path / "c", ckpt, *prompt), kept)
+    err = capsys.readouterr().err
+    assert "the prompts' features cannot be kept there for the next time: Not a directory" in err and "'sea' is lost" in err
+
+
 def test_guidance_with_text_is_the_formula(ckpt):
     model, _ = reading.load_model(ckpt)
     text, null, x = features("one fish", "two birds"), features("").expand(2, -1, -1), torch.randn(2, 4, 8, 8).double()
@@ -509,6 +525,7 @@ def test_the_chain_of_the_coco_recipe(clip, tmp_path):
     [
         ((), ["0000004.pt", "conditioned on text; give --prompt or --prompts"]),
         (("--prompt", "a", " "), ["--prompt: ' ' is no value here; it must be text"]),
+        (("--prompt", "a", "\udcff"), ["--prompt: '\\udcff' is no Unicode"]),
         (("--prompt", "a", "--prompts", "b.txt"), ["--prompt and --prompts: give the one or the other"]),
         (("--prompts", "nowhere.txt"), ["--prompts nowhere.txt: no such file or data folder"]),
         (("--prompts", "hole.txt"), ["--prompts hole.txt: line 2 is empty"]),
