@@ -47,13 +47,16 @@ def load_transformer(name: str, dtype: torch.dtype) -> nn.Module:
         config = diffusers.FluxTransformer2DModel.load_config(name, **place)
     except Exception as error:  # no such folder or repository, no network, a broken file
         raise UserError(f"--transformer {name}: has no configuration that can be read: {first_line(error)}") from None
-    assert isinstance(config, dict)
-    if (cls := config.get("_class_name")) not in FAMILIES:
-        raise UserError(f"--transformer {name}: is a {cls}; choose one of class {', '.join(FAMILIES)}")
+    cls = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(cls, str) or cls not in FAMILIES:
+        raise UserError(f"--transformer {name}: is a {str(cls)[:80]}; choose one of class {', '.join(FAMILIES)}")
     try:
-        return getattr(diffusers, cls).from_pretrained(name, torch_dtype=dtype, **place)
+        model, info = getattr(diffusers, cls).from_pretrained(name, torch_dtype=dtype, output_loading_info=True, **place)
     except Exception as error:
         raise UserError(f"--transformer {name}: cannot be loaded: {first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"--transformer {name}: holds no weights for {len(missing)} of its parameters: {missing[0]} …")
+    return model
 
 
 def check_features(features: Features, transformer: Any, config: FinetuneDiffusersConfig) -> None:
@@ -70,6 +73,11 @@ def check_features(features: Features, transformer: Any, config: FinetuneDiffuse
     if H % (2 * config.group_size) or W % (2 * config.group_size):
         raise UserError(
             f"--group-size {config.group_size}: latents of {H}×{W} have {H / 2:g}×{W / 2:g} tokens, which such groups do not divide"
+        )
+    patch, largest = wanted.get("patch_size"), wanted.get("pos_embed_max_size")
+    if largest and max(H, W) > patch * largest:
+        raise UserError(
+            f"--data-dir {config.data_dir}: latents of {H}×{W}; the transformer has positions for {patch * largest}×{patch * largest}"
         )
     if config.cfg_prob and features.null is None:
         raise UserError(f"--cfg-prob {config.cfg_prob:g}: needs {Path(config.data_dir) / NULL}, the empty prompt; or give 0")
@@ -119,7 +127,7 @@ class Finetuning:
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
         J = config.group_size**2
-        self.budgets = [k / J for k in range(math.ceil(config.min_budget * J - 1e-6), J + 1)]
+        self.budgets = [k / J for k in range(max(1, math.ceil(config.min_budget * J - 1e-6)), J + 1)]
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         optimizer = torch.optim.AdamW(self.trained.values(), **options)
         self.model, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
