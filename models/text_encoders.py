@@ -15,7 +15,6 @@ import math
 import re
 import zipfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +26,13 @@ from torch import Tensor
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
 from common.files import cache_folder, write_atomically
-from common.hub import fetch_once
+from common.hub import local_folder
 from models.conditioning import Text
 from randomness import generator, normal
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WORDS_WIDTH = 64
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a hub repository
 CHUNK = 64  # prompts that a network sees at once
 # Of transformers, on damaged folders.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
@@ -108,7 +108,7 @@ def load_text_encoder(
     if name == "words":
         return Words(length)
     try:
-        folder = _minilm() if name == "minilm" else _folder(name)
+        folder = _minilm() if name == "minilm" else local_folder(name, "--encoder", FILES)
         if (folder / "text_encoder_2").is_dir():
             return SD3Encoders(name, folder, length, device, dtype, whole)
         return Transformer(name, folder, length, device, dtype)
@@ -261,23 +261,6 @@ def _digest(hashes: list[str]) -> str:
 
 def _words(prompt: str) -> list[str]:
     return re.findall(r"\w+", prompt.lower())
-
-
-def _folder(name: str) -> Path:
-    """The folder, or a hub repository's local copy. Raises UserError."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"--encoder {name}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return Path(fetch_once(name, partial(snapshot_download, name, allow_patterns=patterns)))
-    except Exception as error:  # no network, no such repository, no space …
-        raise UserError(
-            f"--encoder {name}: no such folder, and not to be had from the hub: {first_line(error)}; give a folder, or minilm"
-        ) from None
 
 
 def _minilm() -> Path:

@@ -1,6 +1,8 @@
 """Fine-tuning of an interface in tiny transformers of diffusers."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -89,7 +91,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_been(folder, tmp_path, c
     refused(finetune_diffusers.main, capsys, [*again, "--group-size", 4], "--group-size 4", "--group-size 2")
 
 
-def test_what_does_not_fit(folder, tmp_path, capsys):
+def test_what_does_not_fit(folder, tmp_path, capsys, monkeypatch):
     def check(*culprits, data=folder / "data", name=folder / "SD3Transformer2DModel", options=()):
         places = ("--transformer", name, "--data-dir", data, "--output-dir", tmp_path / "run")
         argv = [*places, *SHAPE_OPTIONS, *PRECISION, *STEPS, *options]
@@ -107,7 +109,11 @@ def test_what_does_not_fit(folder, tmp_path, capsys):
     check("--train all needs float32", options=("--train", "all", "--dtype", "bfloat16"))
     check("--group-size 3", "4×8 tokens", options=("--group-size", 3))
     check("--batch-size 13", "12 samples", options=("--batch-size", 13))
+    check("no such folder", name=tmp_path / "none")
+    (tmp_path / "none").mkdir()
     check("no configuration", name=tmp_path / "none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    check("some/model: no such folder, and not to be had from the hub: ", "; give a folder", name="some/model")
     check("holds no .safetensors", data=tmp_path)
     check("--cfg-prob 0.1", "null.safetensors", data=data("without-null"))
     check("holds no text", data=data("without-text", text=None))
@@ -186,7 +192,7 @@ def test_a_run_killed_between_its_two_files_ends_with_both_of_the_last_step(fold
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "write_atomically", dying(finetuning.write_atomically))
+        patch.setattr(finetuning, "written_aside", dying(finetuning.written_aside))
         patch.setattr(ElasticTransformer, "save", dying(ElasticTransformer.save))
         with pytest.raises(KeyboardInterrupt):
             finetune(folder, tmp_path / "b", *more)
@@ -197,6 +203,28 @@ def test_a_run_killed_between_its_two_files_ends_with_both_of_the_last_step(fold
     assert safetensors_metadata(tmp_path / "b/elit.safetensors")["step"] == "4"
     assert [json.loads(line)["step"] for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    whole = finetune(folder, tmp_path / "a", "--max-train-steps", 2, "--checkpointing-steps", 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.tensor_files.HashingFile, "_try", full)
+        patch.setattr(finetuning, "append_line", full)
+        with pytest.raises(SystemExit):
+            finetune(folder, tmp_path / "b", "--max-train-steps", 2, "--checkpointing-steps", 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert f"error: {tmp_path}/b/state.pt: cannot be written: No space left on device" in lines[-1]
+    assert any(f"warning: {tmp_path}/b/metrics.jsonl: cannot be written: No space left" in line for line in lines)
+    runs.reset_accelerate()
+    finetune(folder, tmp_path / "b", "--max-train-steps", 2, "--checkpointing-steps", 1)
+    (tmp_path / "b/elit.safetensors").unlink()
+    runs.reset_accelerate()
+    again = finetune(folder, tmp_path / "b", "--max-train-steps", 2, "--checkpointing-steps", 1)  # nothing is left to train
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
 def test_weights_that_are_not_finite_replace_none(folder, tmp_path, capsys, monkeypatch):
