@@ -1,11 +1,12 @@
 """Captions to text features, on any number of processes.
 
-The encoder sees fixed blocks of images by index, so that its features are the same bits whatever the number of processes, and
-after any stop.
+The encoder sees the captions of fixed blocks of images by index, and fixed blocks of those that blocks share, so that its features
+are the same bits whatever the number of processes, and after any stop.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -36,9 +37,10 @@ from data.captions import (
     text_name,
 )
 from models.conditioning import Text
-from models.text_encoders import TextRecord, load_text_encoder
+from models.text_encoders import TextEncoder, TextRecord, load_text_encoder
 from preprocessing.check import images_of
 from preprocessing.output import Folder, remove_asides
+from preprocessing.shared_captions import SharedCaptions
 from preprocessing.source import image_numbers
 from preprocessing.unfinished import Unfinished
 
@@ -75,12 +77,17 @@ def text(config: TextConfig) -> None:
     if state.is_main_process:
         dest.begin()
     state.wait_for_everyone()
-    lost = _fill(dest, prompts, encoder.encode, encoder.cut, state, config.workers)
+    made_with = hashlib.sha256(json.dumps(making, sort_keys=True).encode()).hexdigest()
+    shared = SharedCaptions(folder, made_with, prompts, config.batch_size)
+    features = functools.partial(_features, encoder, dest.dtype)
+    _fill_shared(shared, features, state)
+    lost = _fill(dest, prompts, shared, features, encoder.cut, state, config.workers)
     state.wait_for_everyone()
     if lost:
         warn(f"{len(lost)} caption(s) are longer than --length {config.length} and were cut; of one, {lost[0][:200]!r} is lost")
     if state.is_main_process:
         dest.finish(encoder.encode([""]))
+        shared.remove()
         assert lock is not None
         lock.release(remove=True)
         print(f"{folder}: {dest.first[-1]} captions of {len(numbers)} images, {config.length} tokens, by {config.encoder}")
@@ -100,10 +107,27 @@ def _lock(folder: Path, making: dict[str, Any]) -> Unfinished:
         raise UserError(message) from None
 
 
+def _features(encoder: TextEncoder, dtype: np.dtype, captions: list[str]) -> list[np.ndarray]:
+    """The features of captions as they are stored, and the pooled ones, if any. Raises UserError where they overflow."""
+    arrays = [t.numpy().astype(dtype) for t in encoder.encode(captions) if t is not None]
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UserError(f"captions {captions[0]!r} … {captions[-1]!r}: the features are not all finite in {dtype}", local=True)
+    return arrays
+
+
+def _fill_shared(shared: SharedCaptions, features: Callable[[list[str]], list[np.ndarray]], state: Any) -> None:
+    """Make this process's share of the captions that blocks of images share, and wait for the others'."""
+    mine = range(state.process_index, len(shared.files), state.num_processes)
+    for n in tqdm(mine, desc="shared captions", unit="batch", disable=not (mine and state.is_main_process)):
+        shared.make(n, features)
+    state.wait_for_everyone()
+
+
 def _fill(
     dest: "LooseText | PackedText",
     prompts: list[list[str]],
-    encode: Callable[[list[str]], Text],
+    shared: SharedCaptions,
+    features: Callable[[list[str]], list[np.ndarray]],
     cut: Callable[[list[str]], list[str]],
     state: Any,
     workers: int,
@@ -118,16 +142,13 @@ def _fill(
         for block in blocks[rank::ranks]:
             if not dest.is_there(block):
                 of_block = [prompt for i in block for prompt in prompts[i]]
-                row = {prompt: n for n, prompt in enumerate(dict.fromkeys(of_block))}  # each is encoded once
-                encoded, rows = encode(list(row)), [row[prompt] for prompt in of_block]
+                own = [prompt for prompt in dict.fromkeys(of_block) if prompt not in shared.rows]
+                found = dict(zip(own, zip(*features(own), strict=True), strict=True)) if own else {}
+                of_captions = [found.get(prompt) or shared.of(prompt) for prompt in of_block]
                 lost += cut(of_block)
-                arrays = [t.numpy().astype(dest.dtype)[rows] for t in encoded if t is not None]
-                if not all(np.isfinite(array).all() for array in arrays):
-                    message = f"captions of images {block[0]} … {block[-1]}: the features are not all finite in {dest.dtype}"
-                    raise UserError(message, local=True)
                 for future in writing:  # what was encoded before is on disk before more is
                     future.result()
-                writing = dest.write(threads, block, arrays)
+                writing = dest.write(threads, block, [np.stack(arrays) for arrays in zip(*of_captions, strict=True)])
             bar.update(min(len(block) * ranks, total - bar.n))
         for future in writing:
             future.result()

@@ -104,11 +104,11 @@ def test_bytes_do_not_depend_on_processes_and_stops(tmp_path, monkeypatch, packe
     whole = encode(make_set(tmp_path / "whole"), *["--packed"] * packed)
     data, fill, ranks = make_set(tmp_path / "parts"), text_module._fill, []
 
-    def of_two(dest, prompts, encode, cut, state, workers):
+    def of_two(*arguments):
         """Both processes' shares, the second one's only when the first was stopped before the end, and is run again."""
         ranks.append(len(ranks))
         share = SimpleNamespace(process_index=len(ranks) - 1, num_processes=2, is_main_process=False)
-        fill(dest, prompts, encode, cut, share, workers)
+        fill(*arguments[:-2], share, arguments[-1])
         if len(ranks) == 1:
             raise KeyboardInterrupt
         return []
@@ -120,6 +120,36 @@ def test_bytes_do_not_depend_on_processes_and_stops(tmp_path, monkeypatch, packe
     parts = encode(data, *["--packed"] * packed)
     assert parts.keys() == whole.keys() and all(parts[name] == whole[name] for name in whole)
     assert not list(data.rglob("*.tmp")) and not list(data.rglob("*unfinished*"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_captions_that_images_share_are_encoded_once(data, monkeypatch, packed):
+    captions = [["a dog", f"dog {i}"] if i % 2 else ["a cat", "a cat"] for i in range(len(NAMES))]
+    captions[6] = ["a bird", "a bird"]  # shared within a batch alone
+    (data / "images/captions.json").write_text(json.dumps({"captions": [*zip(NAMES, captions, strict=True)]}))
+    words, encoded, fill = load_text_encoder("words", 4), [], text_module._fill
+
+    def spy(prompts):
+        encoded.extend(prompts)
+        return words.encode(prompts)
+
+    spying = SimpleNamespace(record=words.record, cut=words.cut, encode=spy)
+    monkeypatch.setattr(text_module, "load_text_encoder", lambda *_, **__: spying)
+    monkeypatch.setattr(text_module, "_fill", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(data, *["--packed"] * packed)
+    assert encoded == ["a cat", "a dog"]
+    stale = next(data.rglob("text-shared-*.npz")).with_name("text-shared-of-another-encoder.npz")
+    stale.write_bytes(b"")
+    monkeypatch.setattr(text_module, "_fill", fill)
+    encode(data, *["--packed"] * packed)
+    assert sorted(encoded) == ["", "a bird", "a cat", "a dog", "dog 1", "dog 3", "dog 5"]
+    features = TextFeatures(text_folder(data), open_latents(data))
+    for i, texts in enumerate(captions):
+        for n, caption in enumerate(texts):
+            assert torch.equal(features.read(i, lambda _, n=n: n).features, words.encode([caption]).features[0].half().float())
+    assert not list(data.rglob("text-shared-*"))
+    main(["check", str(data)])
 
 
 def test_a_stopped_run_of_another_encoder_is_not_continued(data, monkeypatch, capsys):
