@@ -280,6 +280,15 @@ def test_the_coco_features_of_u_vit_are_read_as_they_are(tmp_path, capsys):
     assert np.array_equal(text.read(11, lambda n: n - 1).features, texts[11, 1])
     main(["check", str(tmp_path)])
     assert "sound" in capsys.readouterr().out
+    for name in ("12_0", "13_1"):
+        np.save(tmp_path / f"train/{name}.npy", texts[0, 0])
+    with pytest.raises(UserError, match=r"2 caption\(s\) of images that are not there: 12_0\.npy, 13_1\.npy$"):
+        open_text(tmp_path, open_latents(tmp_path))
+    for name in ("12_0", "13_1"):
+        (tmp_path / f"train/{name}.npy").unlink()
+    (tmp_path / "train/11_0.npy").rename(tmp_path / "train/11_7.npy")
+    with pytest.raises(UserError, match=r"^\S*/train/11_0\.npy: cannot be read"):
+        text.read(11)
     (tmp_path / "train/5_0.npy").unlink()
     with pytest.raises(UserError, match=r"1 image\(s\) without a caption: 5"):
         open_text(tmp_path, open_latents(tmp_path))
