@@ -35,7 +35,9 @@ WORDS_WIDTH = 64
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a hub repository
 CHUNK = 64  # prompts that a network sees at once
 # Of transformers, on damaged folders.
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError, zipfile.BadZipFile
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

