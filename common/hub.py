@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ def fetch_once(name: str, fetch: Callable[..., T]) -> T:
         return fetched
 
 
-def local_folder(name: str, option: str, patterns: Sequence[str]) -> Path:
+def local_folder(name: str, option: str, patterns: list[str]) -> Path:
     """A folder as it is; of a hub repository the local copy of its files that fit the patterns.
 
     Raises:
