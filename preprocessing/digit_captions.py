@@ -27,13 +27,13 @@ def by_position(digits: Combination) -> str:
 
 
 def by_count(digits: Combination) -> str:
-    """E.g. "two sevens, a three and a nine": the most frequent digit first, then the lowest."""
-    return _listed([_a(d) if n == 1 else f"{NUMBERS[n]} {_plural(d)}" for d, n in _counts(digits)])
+    """E.g. "two sevens, a three and a nine": each digit where it is first met, row by row."""
+    return _listed([_a(d) if n == 1 else f"{NUMBERS[n]} {_plural(d)}" for d, n in Counter(digits).items()])
 
 
 def numerals(digits: Combination) -> str:
     """By count in figures, e.g. "2 7s, 1 3 and 1 9"."""
-    return _listed([f"{n} {d}" + ("s" if n > 1 else "") for d, n in _counts(digits)])
+    return _listed([f"{n} {d}" + ("s" if n > 1 else "") for d, n in Counter(digits).items()])
 
 
 def reordered(digits: Combination) -> str:
@@ -88,10 +88,6 @@ def drawn(held_out: bool, count: int, *, seed: int = 0) -> list[Combination]:
         raise UserError(f"{count} combinations of digits: there are only {len(known)}")
     order = generator("digit combinations", seed, int(held_out)).permutation(len(known))
     return [known[i] for i in order[:count]]
-
-
-def _counts(digits: Combination) -> list[tuple[int, int]]:
-    return sorted(Counter(digits).items(), key=lambda item: (-item[1], item[0]))
 
 
 def _a(digit: int) -> str:

@@ -64,7 +64,8 @@ def test_captions_say_what_is_asked():
         CAPTIONS["position"]((7, 3, 1, 8)) == "a seven top left, a three top right, a one bottom left and an eight bottom right"
     )
     assert CAPTIONS["count"]((7, 3, 7, 9)) == "two sevens, a three and a nine" and CAPTIONS["count"]((6,) * 4) == "four sixes"
-    assert PARAPHRASES["numerals"]((7, 3, 7, 7)) == "3 7s and 1 3"
+    assert CAPTIONS["count"]((9, 3, 7, 7)) == "a nine, a three and two sevens"
+    assert PARAPHRASES["numerals"]((3, 7, 7, 7)) == "1 3 and 3 7s"
     trained = {say(c) for say in CAPTIONS.values() for c in itertools.product(range(10), repeat=4)}
     assert not trained & {say(c) for say in PARAPHRASES.values() for c in drawn(True, 100)}
 
