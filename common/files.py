@@ -86,6 +86,15 @@ def join_inside(folder: str | Path, name: Any, source: str | Path, *, plain: boo
     return Path(folder) / check_name(name, source, plain=plain)
 
 
+def is_unicode(text: str) -> bool:
+    """Can it be encoded: does it hold no half of a surrogate pair, which JSON, YAML and command lines can spell?"""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_json(content: bytes, source: str | Path) -> Any:
     """The value that a JSON file holds; `UserError` that names `source` if it is none."""
     try:

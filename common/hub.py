@@ -5,6 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,26 @@ def fetch_once(name: str, fetch: Callable[..., T]) -> T:
             file.truncate(0)
             file.write(launch)
         return fetched
+
+
+def local_folder(name: str, option: str, patterns: list[str]) -> Path:
+    """A folder as it is; of a hub repository the local copy of its files that fit the patterns.
+
+    Raises:
+        UserError: neither, or no network; it begins with `option`.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{option} {name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(fetch_once(name, partial(snapshot_download, name, allow_patterns=patterns)))
+    except Exception as error:  # no network, no such repository, no space …
+        raise UserError(
+            f"{option} {name}: no such folder, and not to be had from the hub: {first_line(error)}; give a folder"
+        ) from None
 
 
 def local_file(path: str | Path) -> Path:

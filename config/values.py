@@ -12,6 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
 from common.errors import UserError
+from common.files import is_unicode
 from common.sizes import Resolution, parse_size, sides
 
 LARGEST = 2**63 - 1  # of a whole number without a bound of its own
@@ -222,6 +223,8 @@ def _check_text(value: str, field: dataclasses.Field, where: str) -> None:
     if not value.strip() or value.strip().lower() in ("~", "null"):
         raise UserError(f"{where}: {_shown(value)} is no value here; it must be text")
     if field.metadata["long"]:
+        if not is_unicode(value):
+            raise UserError(f"{where}: {_shown(value)} is no Unicode")
         return
     try:
         encoded = os.fsencode(value)

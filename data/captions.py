@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.errors import UserError, first_line
 from common.file_tree import FileTree, read_json, read_regular
-from common.files import DataError, parse_json
+from common.files import DataError, is_unicode, parse_json
 from common.image_files import image_names
 from common.tensor_files import npy_array
 from data.latent_files import LatentFiles, pair_key
@@ -36,6 +36,7 @@ BIN_FILE, POOLED_BIN_FILE, INDEX_FILE = "text.bin", "pooled.bin", "text.idx"
 PACKED_FILES = (RECORD_FILE, NULL_FILE, NULL_POOLED_FILE, BIN_FILE, POOLED_BIN_FILE, INDEX_FILE)
 COCO = re.compile(r"(.*/)?captions_[^/]*\.json")
 MAX_CAPTION = 2**16  # characters
+DTYPES = ("float16", "float32")
 
 
 def text_name(number: int, kind: str = "text") -> str:
@@ -87,6 +88,7 @@ def read_captions(images: FileTree) -> dict[str, list[str]]:
     _refuse(where, "caption(s) of images that are not there", sorted(captions.keys() - set(names)))
     _refuse(where, "image(s) without a caption", [name for name in names if not captions.get(name)])
     _refuse(where, "image(s) with an empty caption", [n for n in names if not all(c.strip() for c in captions[n])])
+    _refuse(where, "image(s) with a caption that is no Unicode", [n for n in names if not all(map(is_unicode, captions[n]))])
     if long := next((name for name in names if max(map(len, captions[name])) > MAX_CAPTION), None):
         raise UserError(f"{where}: a caption of {long} has more than {MAX_CAPTION} characters")
     return {name: captions[name] for name in names}
@@ -129,10 +131,17 @@ def _coco(images: FileTree, files: list[str], names: list[str]) -> dict[str, lis
         try:
             file_names = {image["id"]: str(image["file_name"]) for image in content["images"]}
             own: dict[str, list[str]] = {name: [] for name in file_names.values()}
-            for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
-                own[file_names[annotation["image_id"]]].append(str(annotation["caption"]).strip())
+            annotations = sorted(content["annotations"], key=lambda a: a["id"])
+            unknown = [str(a["image_id"]) for a in annotations if a["image_id"] not in file_names]
+            for annotation in () if unknown else annotations:
+                if not isinstance(annotation["caption"], str):
+                    raise TypeError(f"caption {annotation['caption']!r} is no text")
+                own[file_names[annotation["image_id"]]].append(annotation["caption"].strip())
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: not COCO's captions: {type(error).__name__} {first_line(error)}") from None
+        if unknown:
+            first = ", ".join(unknown[:3]) + (" …" if unknown[3:] else "")
+            raise UserError(f"{where}: {len(unknown)} caption(s) without an image: image_id {first} is not among its images")
         for name, captions in own.items():
             earlier = of_file.get(name, [])
             of_file[name] = earlier + [caption for caption in captions if caption not in earlier]
@@ -190,12 +199,17 @@ class TextFeatures:
         self.numbers = np.array([_number(latents, i) for i in range(len(latents))])
         self.record, self.content = read_record(self.folder)
         self.dtype = np.dtype(self.content["dtype"])
-        pooled = self._load(NULL_POOLED_FILE, (self.record.pooled,)) if self.record.pooled else None
-        self.null = Text(self._load(NULL_FILE, self._shape), pooled)
+        pooled = self._null(NULL_POOLED_FILE, (self.record.pooled,)) if self.record.pooled else None
+        self.null = Text(self._null(NULL_FILE, self._shape), pooled)
         self._first: np.ndarray | None = None
         self._bins: list[np.ndarray] = []
         if (self.folder / INDEX_FILE).is_file():
             self._open_packed()
+
+    @property
+    def is_packed(self) -> bool:
+        """Do the features lie in one file?"""
+        return self._first is not None
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -228,7 +242,9 @@ class TextFeatures:
         where, count = self.folder / INDEX_FILE, self.content["count"]
         first = np.fromfile(where, dtype="<i8")
         if len(first) != len(self) + 1 or first[0] or first[-1] != count or (np.diff(first) < 1).any():
-            raise UserError(f"{where}: is of {len(first) - 1} images and not of the {len(self)} latents; encode the text again")
+            raise UserError(
+                f"{where}: is of {max(len(first), 1) - 1} images and not of the {len(self)} latents; encode the text again"
+            )
         for file, shape in ((BIN_FILE, self._shape), (POOLED_BIN_FILE, (self.record.pooled,))):
             if 0 in shape:
                 continue
@@ -238,23 +254,28 @@ class TextFeatures:
             self._bins.append(np.memmap(self.folder / file, self.dtype, "r", shape=(count, *shape)))
         self._first = first
 
-    def _load(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _null(self, name: str, shape: tuple[int, ...]) -> Tensor:
         array = self._array(name, UserError)
         if array.shape != shape:
             raise UserError(f"{self.folder / name}: has shape {array.shape}; {RECORD_FILE} says {shape}")
+        if not np.isfinite(array).all():
+            raise UserError(f"{self.folder / name}: holds values that are not finite")
         return torch.from_numpy(array.astype(np.float32))
 
     def _file(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         array = self._array(name, DataError)
-        if array.shape[1:] != shape or not len(array):
+        if array.ndim != len(shape) + 1 or array.shape[1:] != shape or not len(array):
             raise DataError(f"{self.folder / name}: has shape {array.shape}; {RECORD_FILE} says (captions, {shape})")
         return array
 
-    def _array(self, name: str, kind: type[UserError]) -> np.ndarray:
+    def _array(self, name: str, mistake: type[UserError]) -> np.ndarray:
         try:
-            return npy_array(read_regular(self.folder / name))
+            array = npy_array(read_regular(self.folder / name))
         except (OSError, ValueError) as error:
-            raise kind(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
+            raise mistake(f"{self.folder / name}: missing or broken: {first_line(error)}") from None
+        if array.dtype.name not in DTYPES:
+            raise mistake(f"{self.folder / name}: holds {array.dtype}; wanted: {' or '.join(DTYPES)}")
+        return array
 
 
 def _number(latents: LatentFiles | PackedLatents, index: int) -> int:
@@ -272,8 +293,8 @@ def read_record(folder: Path) -> tuple[TextRecord, dict[str, Any]]:
     except OSError:
         raise UserError(f"{where}: missing; it is written last, so continue `dataset_tools.py text`") from None
     record = TextRecord.from_dict(content, where)
-    if type(content.get("count")) is not int or content["count"] < 1 or content.get("dtype") not in ("float16", "float32"):
-        raise UserError(f"{where}: count must be a positive whole number and dtype float16 or float32")
+    if type(content.get("count")) is not int or content["count"] < 1 or content.get("dtype") not in DTYPES:
+        raise UserError(f"{where}: count must be a positive whole number and dtype {' or '.join(DTYPES)}")
     return record, content
 
 

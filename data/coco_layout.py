@@ -50,6 +50,7 @@ class CocoLatents:
             raise UserError(f"{path}: {count} images {{i}}.npy, but their numbers are not 0 … {count - 1}")
         captions = numbers[~of_image]
         self.captions = np.bincount(captions[captions < count], minlength=count)  # of each image
+        self.strays = [m[0] for m in matches if m[2] is not None and int(m[1]) >= count]  # captions without an image
         first = _array(self.files, self.name(0))
         self.shape, self.dtype = first.shape, first.dtype
 
@@ -89,7 +90,7 @@ class CocoText:
     """The captions' features, like `TextFeatures`.
 
     Raises:
-        UserError: images without a caption, or no empty_context.npy.
+        UserError: images without a caption, captions without an image, or no empty_context.npy.
     """
 
     def __init__(self, latents: CocoLatents):
@@ -98,6 +99,8 @@ class CocoText:
         folder = next((folder for folder in folders if (folder / EMPTY_FILE).is_file()), None)
         if folder is None:
             raise UserError(f"{folders[1] / EMPTY_FILE}: missing; it holds the features of the empty prompt")
+        if strays := latents.strays:
+            raise UserError(f"{latents.path}: {len(strays)} caption(s) of images that are not there: {', '.join(strays[:3])}")
         without = np.flatnonzero(latents.captions == 0)
         if len(without):
             raise UserError(f"{latents.path}: {len(without)} image(s) without a caption: {', '.join(map(str, without[:3]))}")
@@ -125,8 +128,9 @@ class CocoText:
 
 
 def _array(files: FileTree, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    content = files.read(name)
     try:
-        array = npy_array(files.read(name))
+        array = npy_array(content)
     except ValueError as error:
         raise DataError(f"{files.where(name)}: not a readable npy file: {error}") from None
     if array.dtype.kind != "f" or (shape is not None and array.shape != shape):

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class ElasticTransformer(nn.Module):
     def __init__(self, transformer: Any, read_after: int, write_after: int, group_size: int, read_depth: int, write_depth: int):
         super().__init__()
         name, self.family = family_of(transformer)
+        read_after, write_after, group_size = map(operator.index, (read_after, write_after, group_size))
+        read_depth, write_depth = operator.index(read_depth), operator.index(write_depth)
         if hasattr(transformer, CHILD):
             raise UserError(f"{name}: has an interface already; detach() that one first")
         blocks = [block for stack in self.family.stacks for block in getattr(transformer, stack)]
@@ -166,6 +169,10 @@ class ElasticTransformer(nn.Module):
         for name in RESIDUALS:
             if arguments.get(name) is not None:
                 raise UserError(f"{name}: ControlNet's residuals are tokens, and the core works on latents; detach() first")
+        if getattr(transformer, "is_cache_enabled", False):
+            raise UserError(
+                "enable_cache: skips blocks, among them those that read and write the latents; disable_cache() first"
+            )
         skipped = {self.options["read_after"], self.options["write_after"] - 1} & set(arguments.get("skip_layers") or ())
         if skipped:
             raise UserError(f"skip_layers: block {min(skipped)} reads or writes the latents and cannot be skipped")
@@ -290,9 +297,12 @@ def load(transformer: nn.Module, path: str | Path) -> ElasticTransformer:
     own = elastic.transformer.state_dict()
     wrong = [k for k, v in tensors.items() if k not in own or own[k].shape != v.shape]
     missing = [k for k in own if k.startswith(f"{CHILD}.") and k not in tensors]
-    if wrong or missing:
+    broken = [k for k, v in tensors.items() if not v.isfinite().all()]
+    if wrong or missing or broken:
         elastic.detach()
-        raise UserError(f"{path}: its weights do not fit this transformer: {(wrong + missing)[0]}")
+        if wrong or missing:
+            raise UserError(f"{path}: its weights do not fit this transformer: {(wrong + missing)[0]}")
+        raise UserError(f"{path}: holds weights that are not finite: {broken[0]}")
     elastic.transformer.load_state_dict(tensors, strict=False)
     return elastic
 

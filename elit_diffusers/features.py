@@ -24,6 +24,7 @@ from common.files import DataError
 
 NULL = "null.safetensors"
 REQUIRED, OPTIONAL = ("latents", "text"), ("text_mask", "pooled")
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 AXES = {"latents": 4, "text": 3, "text_mask": 2, "pooled": 2}
 
 
@@ -58,6 +59,8 @@ class Features:
             if (shapes := _shapes(file, folder / NULL, ("text",))) != wanted:
                 raise UserError(f"{folder / NULL}: holds {_text(shapes)}, but the samples hold {_text(wanted)}")
             self.null = {k: file.get_tensor(k)[:1] for k in wanted}
+            if name := _not_finite(self.null):
+                raise UserError(f"{folder / NULL}: {name} is not finite")
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -71,9 +74,12 @@ class Features:
         n = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[n - 1] if n else 0)
         try:
-            return {name: self.files[n].get_slice(name)[row : row + 1] for name in self.shapes}
+            sample = {name: self.files[n].get_slice(name)[row : row + 1] for name in self.shapes}
         except Exception as error:
             raise DataError(f"{self.names[n]}: sample {row} cannot be read: {first_line(error)}") from None
+        if name := _not_finite(sample):
+            raise DataError(f"{self.names[n]}: {name} of sample {row} is not finite")
+        return sample
 
 
 def _open(path: Path) -> Any:
@@ -94,7 +100,16 @@ def _shapes(file: Any, path: Path, required: Sequence[str]) -> dict[str, tuple[i
     for name, shape in found.items():
         if len(shape) != AXES[name] or shape[:1] != found["text"][:1] or 0 in shape:
             raise UserError(f"{path}: {name} is {'×'.join(map(str, shape))}; wanted: {AXES[name]} axes, one row a sample")
+        if name != "text_mask" and (dtype := file.get_slice(name).get_dtype()) not in FLOATS:
+            raise UserError(f"{path}: {name} is of type {dtype}; wanted: one of {', '.join(FLOATS)}")
+    if "text_mask" in found and found["text_mask"] != found["text"][:2]:
+        raise UserError(f"{path}: text_mask is of {found['text_mask'][1]} tokens, but text of {found['text'][1]}")
     return {name: shape[1:] for name, shape in found.items()}
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of a tensor with values that are not finite, if there is one."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _text(shapes: dict[str, tuple[int, ...]]) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import json
 import math
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from common import tensor_files
 from common.distributed import check_world_size
 from common.errors import UserError, first_line
-from common.files import FolderLock, make_folder, remove_leftovers, write_atomically
+from common.files import FolderLock, make_folder, remove_leftovers, written_aside
+from common.hub import local_folder
 from common.logging import warn
 from common.precision import set_tf32
 from config.rules import names
@@ -28,7 +29,7 @@ from elit_diffusers.features import NULL, Features
 from loss import interpolate, squared_error, training_times
 from randomness import Draws, to_device, training_draws
 from training.data_order import StepBatches
-from training.run_dir import METRICS, append_line, trim_metrics
+from training.run_dir import METRICS, append_line, trim_metrics, warn_if_unwritable
 
 STATE, WEIGHTS = "state.pt", "elit.safetensors"
 
@@ -40,20 +41,23 @@ def load_transformer(name: str, dtype: torch.dtype) -> nn.Module:
         UserError: none there, of an unsupported class, or no network.
     """
     diffusers = importlib.import_module("diffusers")
-    folder = Path(name)
-    inside = not folder.is_dir() or (folder / "transformer" / "config.json").is_file()
-    place: dict[str, Any] = {"subfolder": "transformer"} if inside else {}
+    folder = local_folder(name, "--transformer", ["transformer/*.json", "transformer/*.safetensors"])
+    if (folder / "transformer" / "config.json").is_file():
+        folder = folder / "transformer"
     try:
-        config = diffusers.FluxTransformer2DModel.load_config(name, **place)
-    except Exception as error:  # no such folder or repository, no network, a broken file
+        config = diffusers.FluxTransformer2DModel.load_config(folder)
+    except Exception as error:
         raise UserError(f"--transformer {name}: has no configuration that can be read: {first_line(error)}") from None
-    assert isinstance(config, dict)
-    if (cls := config.get("_class_name")) not in FAMILIES:
-        raise UserError(f"--transformer {name}: is a {cls}; choose one of class {', '.join(FAMILIES)}")
+    cls = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(cls, str) or cls not in FAMILIES:
+        raise UserError(f"--transformer {name}: is a {str(cls)[:80]}; choose one of class {', '.join(FAMILIES)}")
     try:
-        return getattr(diffusers, cls).from_pretrained(name, torch_dtype=dtype, **place)
+        model, info = getattr(diffusers, cls).from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
     except Exception as error:
         raise UserError(f"--transformer {name}: cannot be loaded: {first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"--transformer {name}: holds no weights for {len(missing)} of its parameters: {missing[0]} …")
+    return model
 
 
 def check_features(features: Features, transformer: Any, config: FinetuneDiffusersConfig) -> None:
@@ -70,6 +74,11 @@ def check_features(features: Features, transformer: Any, config: FinetuneDiffuse
     if H % (2 * config.group_size) or W % (2 * config.group_size):
         raise UserError(
             f"--group-size {config.group_size}: latents of {H}×{W} have {H / 2:g}×{W / 2:g} tokens, which such groups do not divide"
+        )
+    patch, largest = wanted.get("patch_size"), wanted.get("pos_embed_max_size")
+    if largest and max(H, W) > patch * largest:
+        raise UserError(
+            f"--data-dir {config.data_dir}: latents of {H}×{W}; the transformer has positions for {patch * largest}×{patch * largest}"
         )
     if config.cfg_prob and features.null is None:
         raise UserError(f"--cfg-prob {config.cfg_prob:g}: needs {Path(config.data_dir) / NULL}, the empty prompt; or give 0")
@@ -119,7 +128,7 @@ class Finetuning:
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
         J = config.group_size**2
-        self.budgets = [k / J for k in range(math.ceil(config.min_budget * J - 1e-6), J + 1)]
+        self.budgets = [k / J for k in range(max(1, math.ceil(config.min_budget * J - 1e-6)), J + 1)]
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         optimizer = torch.optim.AdamW(self.trained.values(), **options)
         self.model, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
@@ -151,6 +160,8 @@ class Finetuning:
             if self.step % config.checkpointing_steps == 0 or self.step == config.max_train_steps:
                 self._save()
         if main:
+            if not (self.folder / WEIGHTS).is_file():  # removed, and there was no step to go
+                self._save_weights()
             print(f"{self.folder / WEIGHTS}: step {self.step}", flush=True)
         if lock is not None:
             lock.release()
@@ -222,7 +233,8 @@ class Finetuning:
             raise UserError(f"the loss is not finite at step {self.step}; lower --learning-rate", local=True)
         line = {"step": self.step, **mean, "lr": self.optimizer.param_groups[0]["lr"]}
         print(" ".join(f"{k} {v:g}" for k, v in line.items()), flush=True)
-        append_line(self.folder / METRICS, json.dumps(line) + "\n")
+        with warn_if_unwritable(self.folder / METRICS):
+            append_line(self.folder / METRICS, json.dumps(line) + "\n")
 
     def _save(self) -> None:
         """The weights alone, then the state of the run, from which they are made again; all that is trained, and nothing that is not."""
@@ -235,10 +247,14 @@ class Finetuning:
                 "weights": {n: p.detach() for n, p in self.trained.items()},
                 "optimizer": self.optimizer.optimizer.state_dict(),
             }
-            whole = self.config.train == "all"
-            self.elastic.save(self.folder / WEIGHTS, whole=whole, step=str(self.step), transformer=self.config.transformer)
-            write_atomically(self.folder / STATE, lambda file: torch.save(state, file))
+            self._save_weights()
+            with written_aside(self.folder / STATE, fsync=True) as aside, closing(tensor_files.HashingFile(aside)) as file:
+                torch.save(state, file)  # pyright: ignore[reportArgumentType], it only writes and flushes
         self.accelerator.wait_for_everyone()
+
+    def _save_weights(self) -> None:
+        whole = self.config.train == "all"
+        self.elastic.save(self.folder / WEIGHTS, whole=whole, step=str(self.step), transformer=self.config.transformer)
 
     def _read_state(self) -> dict[str, Any] | None:
         """The state of an interrupted run of the same options; None where there is none."""

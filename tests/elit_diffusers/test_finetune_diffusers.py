@@ -1,12 +1,15 @@
 """Fine-tuning of an interface in tiny transformers of diffusers."""
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
 import runs
 import torch
 from diffusers_models import SHAPE, features, tiny, velocity
-from runs import refused
+from runs import refused, train_on
 from safetensors.torch import load_file, save_file
 
 import finetune_diffusers
@@ -88,7 +91,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_been(folder, tmp_path, c
     refused(finetune_diffusers.main, capsys, [*again, "--group-size", 4], "--group-size 4", "--group-size 2")
 
 
-def test_what_does_not_fit(folder, tmp_path, capsys):
+def test_what_does_not_fit(folder, tmp_path, capsys, monkeypatch):
     def check(*culprits, data=folder / "data", name=folder / "SD3Transformer2DModel", options=()):
         places = ("--transformer", name, "--data-dir", data, "--output-dir", tmp_path / "run")
         argv = [*places, *SHAPE_OPTIONS, *PRECISION, *STEPS, *options]
@@ -106,7 +109,11 @@ def test_what_does_not_fit(folder, tmp_path, capsys):
     check("--train all needs float32", options=("--train", "all", "--dtype", "bfloat16"))
     check("--group-size 3", "4×8 tokens", options=("--group-size", 3))
     check("--batch-size 13", "12 samples", options=("--batch-size", 13))
+    check("no such folder", name=tmp_path / "none")
+    (tmp_path / "none").mkdir()
     check("no configuration", name=tmp_path / "none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    check("some/model: no such folder, and not to be had from the hub: ", "; give a folder", name="some/model")
     check("holds no .safetensors", data=tmp_path)
     check("--cfg-prob 0.1", "null.safetensors", data=data("without-null"))
     check("holds no text", data=data("without-text", text=None))
@@ -115,12 +122,60 @@ def test_what_does_not_fit(folder, tmp_path, capsys):
     check("pooled of 0 features", data=data("without-pooled", pooled=None))
     check("latents is 8×4×8×16", "one row a sample", data=data("rows", text=torch.zeros(7, 5, 12)))
     check("latents is 8×4×8×16", data=data("number", text=torch.tensor(1.0)))
+    check("text_mask is of 3 tokens, but text of 5", data=data("mask", text_mask=torch.ones(8, 3, dtype=torch.bool)))
+    check("latents is of type U8", data=data("bytes", latents=torch.zeros(8, *SHAPE, dtype=torch.uint8)))
+    check("latents of 8×64; the transformer has positions for 32×32", data=data("large", latents=torch.zeros(8, 4, 8, 64)))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.safetensors").write_bytes(b"no tensors")
     check("a.safetensors: cannot be read", data=tmp_path / "broken")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    check("is a UNet2DModel; choose", name=tmp_path / "other")
+    for named in ("UNet2DModel", ["SD3Transformer2DModel"]):
+        (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": named}))
+        check(f"is a {named}; choose", name=tmp_path / "other")
+    config = json.loads((folder / "QwenImageTransformer2DModel/config.json").read_text())
+    shutil.copytree(folder / "QwenImageTransformer2DModel", tmp_path / "other", dirs_exist_ok=True)
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"num_layers": 5}))
+    check("holds no weights for ", "of its parameters: transformer_blocks.", name=tmp_path / "other")
+
+
+def test_values_that_are_not_finite_are_named(folder, tmp_path, capsys):
+    for name, culprit in (("1.safetensors", "latents of sample 0 is not finite"), ("null.safetensors", "text is not finite")):
+        data = shutil.copytree(folder / "data", tmp_path / name)
+        tensors = load_file(data / name)
+        tensors[culprit.split()[0]][0].fill_(float("nan"))
+        save_file(tensors, data / name)
+        places = ("--transformer", folder / "SD3Transformer2DModel", "--data-dir", data, "--output-dir", tmp_path / "run")
+        argv = [*places, *SHAPE_OPTIONS, *PRECISION, *STEPS, "--max-train-steps", 2]
+        refused(finetune_diffusers.main, capsys, argv, f"{data / name}: {culprit}")
+        runs.reset_accelerate()
+
+
+def test_two_processes_killed_once_train_as_one_does(folder, tmp_path):
+    """Also by a smallest budget below one latent of a group, which is that one."""
+    more = ("--max-train-steps", 4, "--checkpointing-steps", 2, "--min-budget", 0.01)
+    whole = finetune(folder, tmp_path / "a", *more)
+    places = (
+        "--transformer",
+        folder / "QwenImageTransformer2DModel",
+        "--data-dir",
+        folder / "data",
+        "--output-dir",
+        tmp_path / "b",
+    )
+    argv = [str(a) for a in (*places, *SHAPE_OPTIONS, *PRECISION, *STEPS, *more)]
+    run = f"import finetune_diffusers; finetune_diffusers.main({argv!r}); raise SystemExit(0)"
+    killed = (
+        "import os; from elit_diffusers import finetuning; step = finetuning.Finetuning._train_step\n"
+        "finetuning.Finetuning._train_step = lambda self, indices: os._exit(9) if self.step == 3 else step(self, indices)\n"
+    )
+    exits = train_on((2, [], killed + run), (2, [], run), imports=("diffusers", "elit_diffusers.finetuning"))
+    assert [line for line in exits if line.replace(" ", "").isdigit()] == ["9 9", "0 0"]
+    resumed = load_file(tmp_path / "b/elit.safetensors")
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-2, atol=2e-4)  # sums of another order
+    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in "ab"]
+    assert [line["budget"] for line in lines[1]] == [line["budget"] for line in lines[0]]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
 
 
 def test_a_run_killed_between_its_two_files_ends_with_both_of_the_last_step(folder, tmp_path, monkeypatch):
@@ -137,7 +192,7 @@ def test_a_run_killed_between_its_two_files_ends_with_both_of_the_last_step(fold
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "write_atomically", dying(finetuning.write_atomically))
+        patch.setattr(finetuning, "written_aside", dying(finetuning.written_aside))
         patch.setattr(ElasticTransformer, "save", dying(ElasticTransformer.save))
         with pytest.raises(KeyboardInterrupt):
             finetune(folder, tmp_path / "b", *more)
@@ -153,6 +208,28 @@ def test_a_run_killed_between_its_two_files_ends_with_both_of_the_last_step(fold
     dropped = (tmp_path / "b/metrics.dropped.jsonl").read_bytes().splitlines()
     assert dropped == [*before[2:], b'{"st'] and [json.loads(line)["step"] for line in before] == [1, 2, 3, 4]
     assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    whole = finetune(folder, tmp_path / "a", "--max-train-steps", 2, "--checkpointing-steps", 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.tensor_files.HashingFile, "_try", full)
+        patch.setattr(finetuning, "append_line", full)
+        with pytest.raises(SystemExit):
+            finetune(folder, tmp_path / "b", "--max-train-steps", 2, "--checkpointing-steps", 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert f"error: {tmp_path}/b/state.pt: cannot be written: No space left on device" in lines[-1]
+    assert any(f"warning: {tmp_path}/b/metrics.jsonl: cannot be written: No space left" in line for line in lines)
+    runs.reset_accelerate()
+    finetune(folder, tmp_path / "b", "--max-train-steps", 2, "--checkpointing-steps", 1)
+    (tmp_path / "b/elit.safetensors").unlink()
+    runs.reset_accelerate()
+    again = finetune(folder, tmp_path / "b", "--max-train-steps", 2, "--checkpointing-steps", 1)  # nothing is left to train
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
 def test_weights_that_are_not_finite_replace_none(folder, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The CLIP score against transformers' own preprocessing and model, on a tiny random CLIP."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,12 @@ def test_clip_score(clip, tmp_path, capsys):
 
     refuse(tmp_path / "s", *more, tmp_path / "nowhere", words="nowhere: no such folder")
     refuse(tmp_path / "s", *more, tmp_path / "s", words=f"--clip-score {tmp_path}/s: cannot be loaded")
+    (broken := shutil.copytree(clip, tmp_path / "clip") / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    refuse(tmp_path / "s", *more, tmp_path / "clip", words=f"--clip-score {tmp_path}/clip: cannot be loaded")
+    broken.unlink()
+    (tmp_path / "clip/tokenizer.json").unlink()
+    (tmp_path / "clip/tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')  # which would be made up
+    refuse(tmp_path / "s", *more, tmp_path / "clip", words=f"--clip-score {tmp_path}/clip: {tmp_path}/clip holds no tokenizer")
     refuse(tmp_path / "s", *more[:-1], "--prompts", "p.txt", words="only --clip-score looks at prompts")
     for path in (tmp_path / "s").glob("*.png"):  # as generate.py --no-png leaves it
         path.unlink()

@@ -93,6 +93,22 @@ def inputs(model: Elastic, batch_size: int = 2):
     return x, t, Text(torch.randn(batch_size, 3, 5)) if isinstance(model, ELITMMDiT) else torch.randint(9, (batch_size,))
 
 
+def test_text_of_a_u_vit_goes_through_the_core_and_not_through_read():
+    """Read's condition is the time token alone: the features of 1000·t. The core sees time, text, and the kept latents."""
+    model, seen = small("uvit", text=(3, 5)), []
+    for module in (model.interface.reader, model.blocks[1]):  # of six and the middle one: 0 | 1 … 5 | 6
+        module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.8]), torch.randn(2, 3, 5)
+    with torch.no_grad():
+        velocity = model(x, t, Text(text), inference_budget=1 / 4)
+        other = model(x, t, Text(text + 1), inference_budget=1 / 4)
+    angles = 1000 * t[:, None] * 10000 ** (-torch.arange(16) / 16)
+    (_, tokens, c), (core, *_) = seen[:2]
+    torch.testing.assert_close(c, torch.cat([angles.cos(), angles.sin()], dim=1), rtol=0, atol=1e-3)
+    assert tokens.shape == (2, 4, 16, 32) and core.shape == (2, 1 + 3 + 4 * 4, 32)
+    assert velocity.shape == x.shape and (velocity - other).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_and_backward_at_both_ends_of_the_budget(family):
     model = small(family, z_dims=(6,), encoder_depth=5)

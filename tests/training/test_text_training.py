@@ -12,7 +12,7 @@ import runs
 import torch
 from PIL import Image
 from runs import RESOLUTION, ROOT, SIDE, make_checkpoint, make_latents, make_vae, tiny_vae, train_on
-from sets import picture, save
+from sets import content, picture, save
 from tiny_encoders import sd3_pipeline, whole_clip
 from training_runs import arguments, assert_same_tensors, final_state, metrics
 
@@ -237,13 +237,20 @@ def test_resume_and_two_processes_and_packed_text_give_the_same(data, whole, cli
     runs.reset_accelerate()
     helpers = f"\nimport sys; sys.path.append({str(ROOT / 'tests/helpers')!r})\n"
     two = f"{helpers}import evaluate; evaluate.main({[*evaluated, str(tmp_path / 'two.json')]!r}); raise SystemExit(0)"
+    encoded = [shutil.copytree(data, tmp_path / f"text{n}", ignore=lambda *_: ["text", "packed"]) for n in (1, 2)]
+    argv = [["text", f"--source={folder}", f"--encoder={clip}", "--length=8", "--batch-size=1"] for folder in encoded]
+    dataset_tools.main(argv[0])
+    runs.reset_accelerate()
+    two_encode = f"import dataset_tools; dataset_tools.main({argv[1]!r}); raise SystemExit(0)"
     try:
         exits = train_on(
             (2, command(data, tmp_path / "two"), REGISTER),
             (2, scored(data, clip, tmp_path / "two_scored"), REGISTER + helpers),
             (2, [], two),
+            (2, [], two_encode),
         )
-        assert [line for line in exits if line.replace(" ", "").isdigit()] == ["0 0"] * 3
+        assert [line for line in exits if line.replace(" ", "").isdigit()] == ["0 0"] * 4
+        assert content(encoded[0] / "text") == content(encoded[1] / "text")
     finally:
         for name in ("text.json", "text.bin", "text.idx", "null.npy"):
             (data / "packed" / name).unlink()
@@ -308,6 +315,22 @@ def test_prompts_are_encoded_once_and_images_go_round_them(data, ckpt, tmp_path,
     by_words = drawn(tmp_path / "d", tmp_path / "ema.safetensors", "--prompt", *(texts[0] for texts in CAPTIONS))
     assert len(of_data) == COUNT and np.array_equal(of_data, by_words)
     assert (of_data[0] != drawn(tmp_path / "e", ckpt, "--prompt", "another")[0]).any()
+
+
+def test_prompts_do_not_need_their_cache(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prompt = ("--prompt", "one fish in the sea")
+    kept = drawn(tmp_path / "a", ckpt, *prompt)
+    for suffix, text in ((".json", "5"), (".json", "[5]"), (".npy", "")):
+        (features_file,) = (tmp_path / "cache/elastic-dit/text").glob(f"*{suffix}")
+        features_file.write_text(text)
+        assert np.array_equal(drawn(tmp_path / f"b{suffix}{text}", ckpt, *prompt), kept)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a folder that cannot be made, as on a read-only disk
+    capsys.readouterr()
+    assert np.array_equal(drawn(tmp_path / "c", ckpt, *prompt), kept)
+    err = capsys.readouterr().err
+    assert "the prompts' features cannot be kept there for the next time: Not a directory" in err and "'sea' is lost" in err
 
 
 def test_guidance_with_text_is_the_formula(ckpt):
@@ -509,6 +532,7 @@ def test_the_chain_of_the_coco_recipe(clip, tmp_path):
     [
         ((), ["0000004.pt", "conditioned on text; give --prompt or --prompts"]),
         (("--prompt", "a", " "), ["--prompt: ' ' is no value here; it must be text"]),
+        (("--prompt", "a", "\udcff"), ["--prompt: '\\udcff' is no Unicode"]),
         (("--prompt", "a", "--prompts", "b.txt"), ["--prompt and --prompts: give the one or the other"]),
         (("--prompts", "nowhere.txt"), ["--prompts nowhere.txt: no such file or data folder"]),
         (("--prompts", "hole.txt"), ["--prompts hole.txt: line 2 is empty"]),
