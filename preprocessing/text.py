@@ -81,10 +81,10 @@ def text(config: TextConfig) -> None:
     shared = SharedCaptions(folder, made_with, prompts, config.batch_size)
     features = functools.partial(_features, encoder, dest.dtype)
     _fill_shared(shared, features, state)
-    lost = _fill(dest, prompts, shared, features, encoder.cut, state, config.workers)
+    lost = encoder.cut(list(shared.rows)) + _fill(dest, prompts, shared, features, encoder.cut, state, config.workers)
     state.wait_for_everyone()
     if lost:
-        warn(f"{len(lost)} caption(s) are longer than --length {config.length} and were cut; of one, {lost[0][:200]!r} is lost")
+        warn(f"{len(lost)} different caption(s) are longer than --length {config.length} and were cut; of one, {lost[0][:200]!r} is lost")
     if state.is_main_process:
         dest.finish(encoder.encode([""]))
         shared.remove()
@@ -132,7 +132,7 @@ def _fill(
     state: Any,
     workers: int,
 ) -> list[str]:
-    """Make this process's share of the blocks; returns what was cut off captions, of all processes."""
+    """Make this process's share of the blocks; returns what was cut off captions that are not shared, of all processes."""
     rank, ranks, total = state.process_index, state.num_processes, len(prompts)
     lost: list[str] = []
     bar = tqdm(total=total, desc="text", unit="image", disable=not state.is_main_process)
@@ -143,12 +143,15 @@ def _fill(
             if not dest.is_there(block):
                 of_block = [prompt for i in block for prompt in prompts[i]]
                 own = [prompt for prompt in dict.fromkeys(of_block) if prompt not in shared.rows]
-                found = dict(zip(own, zip(*features(own), strict=True), strict=True)) if own else {}
-                of_captions = [found.get(prompt) or shared.of(prompt) for prompt in of_block]
-                lost += cut(of_block)
+                lost += cut(own)
+                arrays = features(own) if own else []
+                if len(own) < len(of_block):
+                    found = dict(zip(own, zip(*arrays, strict=True), strict=True))
+                    of_captions = [found.get(prompt) or shared.of(prompt) for prompt in of_block]
+                    arrays = [np.stack(of_all) for of_all in zip(*of_captions, strict=True)]
                 for future in writing:  # what was encoded before is on disk before more is
                     future.result()
-                writing = dest.write(threads, block, [np.stack(arrays) for arrays in zip(*of_captions, strict=True)])
+                writing = dest.write(threads, block, arrays)
             bar.update(min(len(block) * ranks, total - bar.n))
         for future in writing:
             future.result()
