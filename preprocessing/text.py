@@ -84,7 +84,9 @@ def text(config: TextConfig) -> None:
     lost = encoder.cut(list(shared.rows)) + _fill(dest, prompts, shared, features, encoder.cut, state, config.workers)
     state.wait_for_everyone()
     if lost:
-        warn(f"{len(lost)} different caption(s) are longer than --length {config.length} and were cut; of one, {lost[0][:200]!r} is lost")
+        warn(
+            f"{len(lost)} different caption(s) are longer than --length {config.length} and were cut; of one, {lost[0][:200]!r} is lost"
+        )
     if state.is_main_process:
         dest.finish(encoder.encode([""]))
         shared.remove()
