@@ -96,7 +96,11 @@ def read_captions(images: FileTree) -> dict[str, list[str]]:
 
 def _refuse(where: str, what: str, names: Sequence[str]) -> None:
     if names:
-        raise UserError(f"{where}: {len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
+        raise UserError(f"{where}: {len(names)} {what}: {_first(names)}")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
 
 def own_captions(images: FileTree) -> dict[str, list[str]]:
@@ -133,15 +137,15 @@ def _coco(images: FileTree, files: list[str], names: list[str]) -> dict[str, lis
             own: dict[str, list[str]] = {name: [] for name in file_names.values()}
             annotations = sorted(content["annotations"], key=lambda a: a["id"])
             unknown = [str(a["image_id"]) for a in annotations if a["image_id"] not in file_names]
-            for annotation in () if unknown else annotations:
+            if unknown:
+                wrong = f"image_id {_first(unknown)} is not among its images"
+                raise UserError(f"{where}: {len(unknown)} caption(s) without an image: {wrong}")
+            for annotation in annotations:
                 if not isinstance(annotation["caption"], str):
                     raise TypeError(f"caption {annotation['caption']!r} is no text")
                 own[file_names[annotation["image_id"]]].append(annotation["caption"].strip())
         except (KeyError, TypeError) as error:
             raise UserError(f"{where}: not COCO's captions: {type(error).__name__} {first_line(error)}") from None
-        if unknown:
-            first = ", ".join(unknown[:3]) + (" …" if unknown[3:] else "")
-            raise UserError(f"{where}: {len(unknown)} caption(s) without an image: image_id {first} is not among its images")
         for name, captions in own.items():
             earlier = of_file.get(name, [])
             of_file[name] = earlier + [caption for caption in captions if caption not in earlier]

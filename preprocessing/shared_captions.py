@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from common.files import write_atomically
+from common.tensor_files import npy_bytes
 
-BLOCKS_IN_MEMORY = 64
+BLOCKS_OPEN = 64  # of which only what is read is in memory
 
 
 class SharedCaptions:
@@ -19,6 +20,7 @@ class SharedCaptions:
 
     Attributes:
         rows: each caption's place among them. Blocks of them are encoded together, as those of images are.
+        files: one for each block of captions, memory-mapped.
     """
 
     def __init__(self, folder: Path, digest: str, prompts: Sequence[Sequence[str]], block: int):
@@ -38,31 +40,27 @@ class SharedCaptions:
             if first_block.setdefault(caption, i // block) != i // block
         )
         self.rows = {caption: row for row, caption in enumerate(shared)}
-        self._folder, self._name, self._block = folder, f"text-shared-{digest[:16]}", block
-        self._read = functools.lru_cache(BLOCKS_IN_MEMORY)(self._load)
-
-    @property
-    def files(self) -> list[Path]:
-        """One for each block of captions."""
-        return [self._folder / f"{self._name}-{n:05d}.npz" for n in range(-(-len(self.rows) // self._block))]
+        self._folder, self._block, self._captions = folder, block, list(shared)
+        self.files = [folder / f"text-shared-{digest[:16]}-{n:05d}.npy" for n in range(-(-len(self.rows) // block))]
+        self._read = functools.lru_cache(BLOCKS_OPEN)(functools.partial(np.load, mmap_mode="r"))
 
     def make(self, n: int, features: Callable[[list[str]], list[np.ndarray]]) -> None:
-        """Write file `n`, if it is not there: `features` of its captions, a few arrays (captions, …)."""
+        """Write file `n`, if it is not there: `features` of its captions, a few arrays (captions, …), side by side."""
         file = self.files[n]
         if not file.is_file():
-            arrays = features(list(self.rows)[n * self._block : (n + 1) * self._block])
-            write_atomically(file, lambda opened: np.savez(opened, *arrays), fsync=True, option="--source")
+            arrays = features(self._captions[n * self._block : (n + 1) * self._block])
+            row = np.dtype([("", array.dtype, array.shape[1:]) for array in arrays])
+            rows = np.empty(len(arrays[0]), row)
+            for name, array in zip(rows.dtype.names or (), arrays, strict=True):
+                rows[name] = array
+            write_atomically(file, npy_bytes(rows), fsync=True, option="--source")
 
-    def of(self, caption: str) -> list[np.ndarray]:
+    def of(self, caption: str) -> tuple[np.ndarray, ...]:
         """The features of one of the captions."""
         block, row = divmod(self.rows[caption], self._block)
-        return [array[row] for array in self._read(block)]
-
-    def _load(self, block: int) -> list[np.ndarray]:
-        with np.load(self.files[block]) as arrays:
-            return list(arrays.values())
+        return self._read(self.files[block])[row].item()
 
     def remove(self) -> None:
         """Remove the files, of stopped runs with other features, too."""
-        for file in self._folder.glob("text-shared-*.npz*"):
+        for file in self._folder.glob("text-shared-*.npy*"):
             file.unlink(missing_ok=True)

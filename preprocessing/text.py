@@ -46,6 +46,8 @@ from preprocessing.unfinished import Unfinished
 
 UNFINISHED = "text-unfinished.json"
 
+Features = Callable[[list[str]], list[np.ndarray]]  # captions → their features as they are stored, and the pooled ones, if any
+
 
 def text(config: TextConfig) -> None:
     """Captions → `text/` (or text.bin in `packed/`): features of each caption and of the empty prompt, and text.json."""
@@ -117,7 +119,7 @@ def _features(encoder: TextEncoder, dtype: np.dtype, captions: list[str]) -> lis
     return arrays
 
 
-def _fill_shared(shared: SharedCaptions, features: Callable[[list[str]], list[np.ndarray]], state: Any) -> None:
+def _fill_shared(shared: SharedCaptions, features: Features, state: Any) -> None:
     """Make this process's share of the captions that blocks of images share, and wait for the others'."""
     mine = range(state.process_index, len(shared.files), state.num_processes)
     for n in tqdm(mine, desc="shared captions", unit="batch", disable=not (mine and state.is_main_process)):
@@ -129,7 +131,7 @@ def _fill(
     dest: "LooseText | PackedText",
     prompts: list[list[str]],
     shared: SharedCaptions,
-    features: Callable[[list[str]], list[np.ndarray]],
+    features: Features,
     cut: Callable[[list[str]], list[str]],
     state: Any,
     workers: int,

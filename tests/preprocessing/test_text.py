@@ -141,7 +141,7 @@ def test_captions_that_images_share_are_encoded_once(data, monkeypatch, packed):
     with pytest.raises(ZeroDivisionError):
         encode(data, *["--packed"] * packed)
     assert encoded == ["a cat", "a dog"]
-    stale = next(data.rglob("text-shared-*.npz")).with_name("text-shared-of-another-encoder.npz")
+    stale = next(data.rglob("text-shared-*.npy")).with_name("text-shared-of-another-encoder.npy")
     stale.write_bytes(b"")
     monkeypatch.setattr(text_module, "_fill", fill)
     encode(data, *["--packed"] * packed)
